@@ -1,0 +1,220 @@
+"""A request once it is token ids and parameters, and what comes back for it.
+
+`GenerateRequest` goes down (text → router → engine); `Output` comes up. Both cross
+processes, so they are plain frozen dataclasses of plain values. Knows nothing of text:
+stop strings ride along in `SamplingParams` for `text/`, the engine never looks at them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from shoal.core.errors import (
+    InvalidRequestError,
+    QueueFullError,
+    RequestError,
+    RequestTimeoutError,
+    UnavailableError,
+)
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grammar:
+    """What the output must match: a JSON schema (as JSON text) or any JSON object."""
+
+    kind: Literal["json_schema", "json_object"]
+    schema: str = "{}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens, and when to stop. Names and meanings follow vLLM and OpenAI.
+
+    Attributes:
+        n: how many completions; whoever makes the request expands it, the engine sees 1.
+        temperature: 0 is greedy (the lowest id wins a tie).
+        top_k: keep the k best tokens; 0 keeps all.
+        top_p: keep the smallest set of best tokens whose probability reaches this.
+        min_p: drop tokens less likely than this share of the best one's probability.
+        presence_penalty, frequency_penalty: subtracted from logits, over output tokens.
+        repetition_penalty: divides or multiplies logits, over prompt and output tokens.
+        logit_bias: (token id, bias) pairs added to the logits.
+        seed: of the Philox noise, in [0, 2**64); None: the router draws one.
+        max_tokens: output tokens at most; None: as many as the context allows.
+        min_tokens: no stop token or stop string ends the output before this many.
+        stop: strings that end the output (searched by `text/`, cut from the text).
+        stop_token_ids: ids that end the output, besides the model's own EOS ids.
+        ignore_eos: the model's EOS ids don't end the output.
+        logprobs: report this many best tokens for each output token (0: the chosen only).
+        prompt_logprobs: the same for each prompt token but the first.
+        grammar: what the output must match.
+        include_stop_str_in_output, skip_special_tokens: for `text/`.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            # `not (low <= value <= high)` also refuses NaN.
+            if value is not None and not (low <= value <= high):
+                raise InvalidRequestError(
+                    f"{name} is {value}; it must lie between {low} and {high}",
+                    code="invalid_value",
+                    param=name,
+                )
+        if self.top_p == 0.0:
+            raise InvalidRequestError(
+                "top_p is 0; it must be above 0 (temperature=0 gives greedy decoding)",
+                code="invalid_value",
+                param="top_p",
+            )
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequestError(
+                f"min_tokens is {self.min_tokens}, above max_tokens ({self.max_tokens})",
+                code="invalid_value",
+                param="min_tokens",
+            )
+        if any(not stop for stop in self.stop):
+            raise InvalidRequestError(
+                "stop holds an empty string; remove it", code="invalid_value", param="stop"
+            )
+
+
+MAX_COMPLETIONS = 128
+MAX_LOGPROBS = 20
+
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    ("n", 1, MAX_COMPLETIONS),
+    ("temperature", 0.0, 100.0),
+    ("top_k", 0, 2**31 - 1),
+    ("top_p", 0.0, 1.0),
+    ("min_p", 0.0, 1.0),
+    ("presence_penalty", -2.0, 2.0),
+    ("frequency_penalty", -2.0, 2.0),
+    ("repetition_penalty", 0.01, 100.0),
+    ("seed", 0, 2**64 - 1),
+    ("max_tokens", 1, 2**31 - 1),
+    ("min_tokens", 0, 2**31 - 1),
+    ("logprobs", 0, MAX_LOGPROBS),
+    ("prompt_logprobs", 0, MAX_LOGPROBS),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """One sequence to generate.
+
+    A continued request carries what was already produced in `output_ids`: those tokens are
+    forced, count towards min/max tokens, penalties and usage, and are not sent again.
+
+    Attributes:
+        request_id: unique among those in flight.
+        prompt_ids: at least one token id.
+        output_ids: output tokens already committed elsewhere.
+        priority: lower is served earlier (vLLM's meaning).
+        timeout_s: seconds from submission to the last token; None: no limit.
+        salt: keeps tenants out of each other's prefix cache.
+    """
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    output_ids: tuple[int, ...] = ()
+    priority: int = 0
+    timeout_s: float | None = None
+    salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities (natural log, of the raw logits) at one position.
+
+    Attributes:
+        token_id, logprob, rank: the token that stands there; rank 1 is the likeliest.
+        top: (token id, logprob) of the likeliest tokens, best first.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorInfo:
+    """A `RequestError` that can cross a process."""
+
+    status: int
+    code: str
+    message: str
+    param: str | None = None
+    retry_after_s: float | None = None
+
+    @staticmethod
+    def of(error: RequestError) -> ErrorInfo:
+        return ErrorInfo(
+            status=error.status,
+            code=error.code,
+            message=str(error),
+            param=error.param,
+            retry_after_s=error.retry_after_s,
+        )
+
+    def to_exception(self) -> RequestError:
+        kind = _ERROR_BY_STATUS.get(self.status, RequestError)
+        return kind(
+            self.message, code=self.code, param=self.param, retry_after_s=self.retry_after_s
+        )
+
+
+_ERROR_BY_STATUS: dict[int, type[RequestError]] = {
+    kind.status: kind
+    for kind in (InvalidRequestError, QueueFullError, UnavailableError, RequestTimeoutError)
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """News of one request. The one with `finish` set is its last: its terminal event.
+
+    Attributes:
+        token_ids: tokens newly produced (a stop token is among them).
+        logprobs: one per token of `token_ids`, if asked for.
+        prompt_logprobs: one per prompt token but the first, once, if asked for.
+        finish: why it ended.
+        stop_token_id: the id that ended it, when `finish` is "stop".
+        error: what went wrong, when `finish` is "error".
+        num_cached_tokens: prompt tokens whose KV was found cached (first output only).
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    finish: FinishReason | None = None
+    stop_token_id: int | None = None
+    error: ErrorInfo | None = None
+    num_cached_tokens: int | None = None

@@ -1,0 +1,45 @@
+"""What an engine says of itself: once when it is ready, then with its news."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What an engine can carry, said once when it is ready.
+
+    Attributes:
+        max_model_len: prompt and output tokens of one request at most.
+        num_kv_blocks: KV blocks of 16 tokens on the device.
+        max_num_seqs: rows in one Step at most.
+        max_num_batched_tokens: tokens in one Step at most.
+        max_waiting: requests that may queue.
+        device, dtype: for people.
+        load_s: seconds from process start until ready.
+    """
+
+    max_model_len: int
+    num_kv_blocks: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_waiting: int
+    device: str
+    dtype: str
+    load_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """Gauges now, and counters since the engine began."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_blocks_used: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    busy_s: float = 0.0

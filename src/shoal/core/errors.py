@@ -9,6 +9,7 @@
     ├── DeviceError           a device that is absent or that we don't support
     ├── RequestError          a request we refuse; carries the HTTP meaning
     │   ├── InvalidRequestError   malformed or out of range (400)
+    │   ├── NotFoundError         no such model or address (404)
     │   ├── QueueFullError        no room; try again later (429)
     │   └── UnavailableError      draining, or no replica is alive (503)
     └── WireError             a message that is too large, malformed or cut short
@@ -77,6 +78,12 @@ class InvalidRequestError(RequestError):
     """Malformed or out of range: the same request will fail again."""
 
     status = 400
+
+
+class NotFoundError(RequestError):
+    """No such model or address."""
+
+    status = 404
 
 
 class QueueFullError(RequestError):

@@ -17,13 +17,15 @@ class RopeSpec:
     Attributes:
         theta: base of the frequencies.
         scaling: "none"; "linear" (positions / factor); "llama3" (by wavelength, Llama 3.1);
-            "yarn" (NTK-by-parts with attention scaling, arXiv 2309.00071).
+            "yarn" (NTK-by-parts with attention scaling, arXiv 2309.00071); "divisors" (each
+            frequency divided by its own number: how GGUF files carry llama3).
         factor, low_freq_factor, high_freq_factor, original_max_positions: of the scaling.
         beta_fast, beta_slow, attention_factor: of yarn.
+        divisors: one per frequency, head_dim / 2 of them.
     """
 
     theta: float = 10_000.0
-    scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
+    scaling: Literal["none", "linear", "llama3", "yarn", "divisors"] = "none"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -31,6 +33,7 @@ class RopeSpec:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float | None = None
+    divisors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

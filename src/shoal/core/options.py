@@ -1,0 +1,54 @@
+"""What a user chooses about an engine; None and "auto" are settled where the device is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from shoal.core.errors import ConfigError
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """One engine's settings; names follow vLLM's flags where the meaning is the same.
+
+    Attributes:
+        model_path: a folder with safetensors, or a .gguf file.
+        fingerprint: content identity of the checkpoint, for block names.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        dtype: of weights, activations and KV.
+        kernels: the kernel set.
+        max_model_len: None: what the checkpoint was made for, if the KV cache holds it.
+        kv_cache_memory_bytes: None: a share of the device's free memory.
+        num_threads: of the CPU; None: all of them.
+    """
+
+    model_path: str
+    fingerprint: str = ""
+    device: str = "auto"
+    dtype: DType = "auto"
+    kernels: str = "reference"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int | None = None
+    max_waiting: int = 256
+    kv_cache_memory_bytes: int | None = None
+    enable_prefix_caching: bool = True
+    max_steps_in_flight: int = 2
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in (
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "kv_cache_memory_bytes",
+            "max_steps_in_flight",
+            "num_threads",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                flag = "--" + name.replace("_", "-")
+                raise ConfigError(f"{flag} is {value}; it must be at least 1")

@@ -1,0 +1,127 @@
+"""Logical KV blocks: who holds which, and which hold KV worth finding again.
+
+A block is 16 tokens of KV. A full one is named by its content, so that any later request
+with the same beginning finds it:
+
+    name(i) = hash(name(i-1), tokens of block i)      name(-1) = hash(model, adapter, salt)
+
+A block no sequence holds stays findable until its room is needed: least recently used
+first, the tail of a sequence before its head. Knows nothing of devices or of sequences.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+
+from shoal.core.step import BLOCK_SIZE
+
+BlockName = bytes
+
+
+def root_name(model_digest: str, salt: str, adapter: str = "") -> BlockName:
+    """The parent of every first block: what must be equal for KV to be shared at all."""
+    parts = [part.encode() for part in (model_digest, adapter, salt)]
+    framed = b"".join(len(part).to_bytes(8, "little") + part for part in parts)
+    return hashlib.blake2b(framed, digest_size=16).digest()
+
+
+def block_name(parent: BlockName, token_ids: Sequence[int]) -> BlockName:
+    """The name of a full block (`token_ids` has 16 entries) that follows `parent`."""
+    content = array("q", token_ids).tobytes()
+    return hashlib.blake2b(parent + content, digest_size=16).digest()
+
+
+def blocks_for(num_tokens: int) -> int:
+    """Blocks that hold `num_tokens` tokens."""
+    return -(-num_tokens // BLOCK_SIZE)
+
+
+class BlockPool:
+    """Reference-counted blocks with a content index.
+
+    A block is *held* (count > 0) or *free*; a free one may still have a name and be found.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._holders = [0] * num_blocks
+        self._names: list[BlockName | None] = [None] * num_blocks
+        self._index: dict[BlockName, int] = {}
+        # Oldest first: the next to be reused.
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def is_free(self, block: int) -> bool:
+        return self._holders[block] == 0
+
+    def find(self, names: Iterable[BlockName]) -> list[int]:
+        """The blocks holding the longest known beginning of `names`; nobody holds them yet."""
+        found: list[int] = []
+        for name in names:
+            block = self._index.get(name)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def hold(self, blocks: Iterable[int]) -> None:
+        """Become one more holder of blocks that `find` gave."""
+        for block in blocks:
+            if self._holders[block] == 0:
+                del self._free[block]
+            self._holders[block] += 1
+
+    def allocate(self, count: int) -> list[int]:
+        """Take `count` free blocks; what they held is forgotten. The caller checks `num_free`."""
+        assert count <= len(self._free), f"{count} blocks wanted, {len(self._free)} free"
+        taken = []
+        for _ in range(count):
+            block, _none = self._free.popitem(last=False)
+            self._forget(block)
+            self._holders[block] = 1
+            taken.append(block)
+        return taken
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Stop holding a sequence's blocks, given in order."""
+        # Backwards, so that a tail is reused before the head others may share.
+        for block in reversed(blocks):
+            self._holders[block] -= 1
+            assert self._holders[block] >= 0, f"block {block} released too often"
+            if self._holders[block] == 0:
+                self._free[block] = None
+                if self._names[block] is None:
+                    self._free.move_to_end(block, last=False)
+
+    def publish(self, block: int, name: BlockName) -> None:
+        """Make a held, full block findable, unless another already has its name."""
+        if name not in self._index:
+            self._index[name] = block
+            self._names[block] = name
+
+    def forget_all(self) -> None:
+        """No block's content can be trusted any more (its workers are gone)."""
+        self._index.clear()
+        self._names = [None] * self.num_blocks
+
+    def check_integrity(self, held: Iterable[Sequence[int]]) -> None:
+        """Compare with what the sequences say they hold; for tests and idle time."""
+        counts = Counter(block for blocks in held for block in blocks)
+        assert all(count == counts[block] for block, count in enumerate(self._holders)), (
+            "holders differ from what the sequences hold"
+        )
+        assert set(self._free) == {b for b, count in enumerate(self._holders) if count == 0}
+        assert all(self._names[block] == name for name, block in self._index.items())
+        assert sum(name is not None for name in self._names) == len(self._index)
+
+    def _forget(self, block: int) -> None:
+        name = self._names[block]
+        if name is not None:
+            del self._index[name]
+            self._names[block] = None

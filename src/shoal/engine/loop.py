@@ -1,0 +1,130 @@
+"""The live driver of `EngineState`: one thread, one queue, one executor.
+
+Whatever happens (a request, a result, a compiled grammar) is posted to the queue from any
+thread; the loop handles all that is there, ticks, and carries out the effects. Nothing here
+waits for anything but the queue. Knows nothing of where workers or clients are.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Executor as ThreadPool
+from queue import Empty, SimpleQueue
+
+from shoal.core.clock import Clock
+from shoal.core.errors import RequestError
+from shoal.core.request import ErrorInfo, Grammar, Output
+from shoal.core.stats import EngineStats
+from shoal.engine.events import (
+    CompileGrammar,
+    Effect,
+    Emit,
+    Event,
+    GrammarFailed,
+    GrammarReady,
+    RunStep,
+    Tick,
+)
+from shoal.engine.sequence import GrammarMatcher
+from shoal.engine.state import EngineState
+from shoal.executor.inproc import InprocExecutor
+
+log = logging.getLogger(__name__)
+
+Compile = Callable[[Grammar, tuple[int, ...]], GrammarMatcher]
+Report = Callable[[list[Output], EngineStats], None]
+
+HEARTBEAT_S = 1.0
+
+
+class EngineLoop:
+    """Drives one engine until `stop`.
+
+    Args:
+        state: the engine.
+        executor: where its Steps run; its results are posted back here.
+        compile_grammar: makes a matcher; runs on `threads`, may raise RequestError.
+        threads: a small pool for compiling.
+        report: told of new outputs, and at least every `HEARTBEAT_S` of the stats; it is
+            called from the loop's thread and must not block.
+    """
+
+    def __init__(
+        self,
+        state: EngineState,
+        executor: InprocExecutor,
+        *,
+        compile_grammar: Compile,
+        threads: ThreadPool,
+        report: Report,
+        clock: Clock,
+    ) -> None:
+        self._state = state
+        self._executor = executor
+        self._compile_grammar = compile_grammar
+        self._threads = threads
+        self._report = report
+        self._clock = clock
+        self._events: SimpleQueue[Event | None] = SimpleQueue()
+
+    def post(self, event: Event) -> None:
+        """Tell the engine something; from any thread."""
+        self._events.put(event)
+
+    def stop(self) -> None:
+        """Let `run` return; what is unfinished is dropped."""
+        self._events.put(None)
+
+    def run(self) -> None:
+        """Handle events until `stop`."""
+        while True:
+            events, stopping = self._wait()
+            if stopping:
+                return
+            now = self._clock.now()
+            effects: list[Effect] = []
+            for event in [*events, Tick()]:
+                effects += self._state.handle(event, now)
+            self._carry_out(effects)
+
+    def _wait(self) -> tuple[list[Event], bool]:
+        """All events that are there; at least one, unless a deadline or heartbeat is due."""
+        timeout_s = HEARTBEAT_S
+        deadline = self._state.next_deadline()
+        if deadline is not None:
+            timeout_s = min(timeout_s, max(deadline - self._clock.now(), 0.0))
+        events: list[Event] = []
+        try:
+            event = self._events.get(timeout=timeout_s)
+            while event is not None:
+                events.append(event)
+                event = self._events.get_nowait()
+        except Empty:
+            return events, False
+        return events, True
+
+    def _carry_out(self, effects: list[Effect]) -> None:
+        outputs: list[Output] = []
+        for effect in effects:
+            match effect:
+                case RunStep(step):
+                    self._executor.submit(step, self.post)
+                case Emit(output):
+                    outputs.append(output)
+                case CompileGrammar():
+                    self._threads.submit(self._compile, effect)
+        self._report(outputs, self._state.stats())
+
+    def _compile(self, wanted: CompileGrammar) -> None:
+        try:
+            matcher = self._compile_grammar(wanted.grammar, wanted.prefix_ids)
+        except RequestError as error:
+            self.post(GrammarFailed(wanted.request_id, ErrorInfo.of(error)))
+        except Exception as error:
+            # A request must end even if the grammar library breaks in a new way.
+            log.exception("compiling a grammar failed")
+            failure = RequestError(f"the schema could not be compiled: {error}")
+            self.post(GrammarFailed(wanted.request_id, ErrorInfo.of(failure)))
+        else:
+            self.post(GrammarReady(wanted.request_id, matcher))

@@ -1,0 +1,214 @@
+"""One request inside the engine: its tokens, its blocks, what of it is in flight.
+
+    token_ids   [ prompt | outputs known ]            (then `num_pending` tokens in flight)
+    KV          [ computed or in flight: num_scheduled ][ still to compute ]
+
+Knows nothing of other sequences or of how rows are chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import Enum, auto
+from typing import Protocol
+
+from shoal.core.request import GenerateRequest, TokenLogprobs
+from shoal.core.step import BLOCK_SIZE, SequenceStart, StepRow, TokenRef
+from shoal.engine.blocks import BlockName, block_name
+
+
+class GrammarMatcher(Protocol):
+    """Follows a sequence through its grammar (`text/` has the implementation)."""
+
+    def mask(self) -> bytes:
+        """Token ids allowed next, as a little-endian bitmask."""
+        ...
+
+    def advance(self, token_id: int) -> bool:
+        """Take one token; False if the grammar does not allow it."""
+        ...
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing but EOS may follow."""
+        ...
+
+
+class Status(Enum):
+    NEW = auto()  # just arrived, or its grammar is being compiled
+    WAITING = auto()  # for a row and blocks, for the first time or after preemption
+    RUNNING = auto()
+    FINISHED = auto()  # its terminal event is out; rows of it may still be in flight
+
+
+class Sequence:
+    """State of one request. Only the scheduler and the state machine change it."""
+
+    def __init__(
+        self,
+        request: GenerateRequest,
+        *,
+        sequence_id: int,
+        arrival: int,
+        now: float,
+        max_len: int,
+        eos_token_ids: tuple[int, ...],
+        root: BlockName,
+    ) -> None:
+        self.request = request
+        self.sequence_id = sequence_id
+        self.rank = (request.priority, arrival)
+        self.deadline = None if request.timeout_s is None else now + request.timeout_s
+        self.prompt_len = len(request.prompt_ids)
+        self.max_len = max_len
+        self.eos_token_ids = eos_token_ids
+        self.token_ids = [*request.prompt_ids, *request.output_ids]
+        self.status = Status.NEW
+        self.matcher: GrammarMatcher | None = None
+        self.matcher_deadline: float | None = None
+        self.mask: bytes | None = None
+
+        self.block_ids: list[int] = []
+        self.num_published = 0
+        self.num_scheduled = 0
+        self.num_pending = 0
+        self.in_flight = 0
+        self.known_to_worker = False
+        self.ever_sent = False
+        self.num_failures = 0
+        self.last_ref: TokenRef | None = None
+
+        self.num_cached_tokens: int | None = None
+        self.prompt_logprobs: list[TokenLogprobs] = []
+        self._prompt_logprobs_due = request.sampling.prompt_logprobs is not None
+        self._names = [root]
+
+    @property
+    def total_len(self) -> int:
+        """Tokens known and in flight."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
+    def num_output(self) -> int:
+        """Output tokens known."""
+        return len(self.token_ids) - self.prompt_len
+
+    @property
+    def num_to_compute(self) -> int:
+        """Tokens whose KV is neither computed nor in flight."""
+        return self.total_len - self.num_scheduled
+
+    @property
+    def can_schedule(self) -> bool:
+        """Whether a row of it could go into the next Step, blocks permitting."""
+        if self.num_to_compute == 0 or self.total_len >= self.max_len:
+            return False
+        # A mask needs every token before it; everything else may run ahead.
+        return self.matcher is None or self.num_pending == 0
+
+    @property
+    def next_deadline(self) -> float | None:
+        """When something must happen to it by itself."""
+        limits = [self.deadline]
+        if self.status is Status.NEW:
+            limits.append(self.matcher_deadline)
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        return self.request.sampling.prompt_logprobs is not None
+
+    def make_row(self, num_tokens: int) -> StepRow:
+        """A row of the next `num_tokens` tokens; its blocks are there."""
+        start = self.num_scheduled
+        end = start + num_tokens
+        known = tuple(self.token_ids[start:end])
+        samples = end == self.total_len
+        return StepRow(
+            sequence_id=self.sequence_id,
+            start=start,
+            token_ids=known,
+            token_ref=self.last_ref if len(known) < num_tokens else None,
+            block_ids=tuple(self.block_ids[: -(-end // BLOCK_SIZE)]),
+            samples=samples,
+            mask=self.mask if samples else None,
+            start_state=None if self.known_to_worker else self._start_state(),
+        )
+
+    def note_scheduled(self, row: StepRow, step_id: int, row_index: int) -> None:
+        """The row went into a Step."""
+        self.num_scheduled = row.end
+        self.in_flight += 1
+        self.known_to_worker = self.ever_sent = True
+        if row.samples:
+            self.num_pending += 1
+            self.last_ref = TokenRef(step_id, row_index)
+
+    def note_rebuild(self) -> None:
+        """Its KV is gone or going: start again from what is known."""
+        self.num_scheduled = 0
+        self.num_published = 0
+        self.known_to_worker = False
+
+    def names(self, num_blocks: int) -> list[BlockName]:
+        """Names of its first `num_blocks` blocks; all their tokens are known."""
+        for i in range(len(self._names) - 1, num_blocks):
+            tokens = self.token_ids[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE]
+            self._names.append(block_name(self._names[-1], tokens))
+        return self._names[1 : num_blocks + 1]
+
+    def stops_at(self, token_id: int) -> bool:
+        """Whether this output token, the latest, ends it."""
+        params = self.request.sampling
+        is_eos = token_id in self.eos_token_ids
+        if params.grammar is not None and is_eos:
+            # The grammar allowed it, so nothing else may follow.
+            return True
+        if self.num_output < params.min_tokens:
+            return False
+        return token_id in params.stop_token_ids or (is_eos and not params.ignore_eos)
+
+    def follow_grammar(self, token_id: int | None = None) -> bool:
+        """Take a token and work out what may follow; False if nothing may.
+
+        Raises RequestError when the grammar's limits are exceeded.
+        """
+        if self.matcher is None:
+            return True
+        if token_id is not None and not self.matcher.advance(token_id):
+            return False
+        self.mask = self.matcher.mask()
+        return True
+
+    def take_prompt_logprobs(self) -> tuple[TokenLogprobs, ...]:
+        """All of them, once, when they are complete."""
+        if not self._prompt_logprobs_due:
+            return ()
+        self._prompt_logprobs_due = False
+        return tuple(self.prompt_logprobs)
+
+    def add_prompt_logprobs(self, row: StepRow, found: tuple[TokenLogprobs, ...]) -> None:
+        """Those of positions start+1 …; what a rebuild computes again is skipped."""
+        already = len(self.prompt_logprobs) - row.start
+        self.prompt_logprobs.extend(found[max(already, 0) :])
+
+    def take_publishable(self) -> Iterator[tuple[int, BlockName]]:
+        """(block, name) of blocks that became full and known since the last call.
+
+        Their KV may still be in flight: workers run Steps in order, so whoever finds a block
+        in a later row reads it after it was written.
+        """
+        num_full = min(self.num_scheduled, len(self.token_ids)) // BLOCK_SIZE
+        if num_full > self.num_published:
+            first, self.num_published = self.num_published, num_full
+            yield from zip(
+                self.block_ids[first:num_full], self.names(num_full)[first:], strict=True
+            )
+
+    def _start_state(self) -> SequenceStart:
+        return SequenceStart(
+            token_ids=tuple(self.token_ids),
+            prompt_len=self.prompt_len,
+            sampling=self.request.sampling,
+            eos_token_ids=self.eos_token_ids,
+        )

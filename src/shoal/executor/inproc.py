@@ -1,0 +1,109 @@
+"""Executor: one worker in this process, in a thread of its own.
+
+Steps run in the order they came. On a device that works asynchronously the next Step is
+launched before the last one's result is collected. Knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Protocol
+
+from shoal.core.step import Step, StepFailure, StepResult
+
+log = logging.getLogger(__name__)
+
+Deliver = Callable[[StepResult | StepFailure], None]
+
+
+class PendingResult(Protocol):
+    """A Step that was launched."""
+
+    @property
+    def done(self) -> bool:
+        """Whether `wait` returns at once."""
+        ...
+
+    def wait(self) -> StepResult: ...
+
+
+class StepWorker(Protocol):
+    """What the executor needs of a worker (`worker/runner.py`, or a fake in tests)."""
+
+    def launch(self, step: Step) -> PendingResult:
+        """Start a Step; its result is collected with `wait`."""
+        ...
+
+    def reset(self) -> None:
+        """Forget every sequence: a new incarnation begins."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    step: Step
+    deliver: Deliver
+    pending: PendingResult
+
+
+class InprocExecutor:
+    """Runs a worker in a thread; after a failure, drops Steps of the old incarnation."""
+
+    def __init__(self, worker: StepWorker) -> None:
+        self._worker = worker
+        self._steps: SimpleQueue[tuple[Step, Deliver] | None] = SimpleQueue()
+        self._launched: deque[_Launched] = deque()
+        self._failed_incarnation = -1
+        self._thread = threading.Thread(target=self._run, name="shoal-worker", daemon=True)
+        self._thread.start()
+
+    def submit(self, step: Step, deliver: Deliver) -> None:
+        """Queue a Step; `deliver` is called from the worker's thread."""
+        self._steps.put((step, deliver))
+
+    def close(self) -> None:
+        """Finish the Step that runs, then end the thread."""
+        self._steps.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (item := self._steps.get()) is not None:
+            self._launch(*item)
+            while self._launched and (self._launched[0].pending.done or self._steps.empty()):
+                self._collect()
+
+    def _launch(self, step: Step, deliver: Deliver) -> None:
+        if step.incarnation <= self._failed_incarnation:
+            return
+        try:
+            self._launched.append(_Launched(step, deliver, self._worker.launch(step)))
+        except Exception as error:  # noqa: BLE001 - see _fail
+            self._fail(step, deliver, error)
+
+    def _collect(self) -> None:
+        first = self._launched.popleft()
+        try:
+            result = first.pending.wait()
+        except Exception as error:  # noqa: BLE001 - see _fail
+            self._fail(first.step, first.deliver, error)
+        else:
+            first.deliver(result)
+
+    def _fail(self, step: Step, deliver: Deliver, error: Exception) -> None:
+        """Whatever a device throws ends the incarnation, not the engine."""
+        log.error("step %d failed", step.step_id, exc_info=error)
+        self._failed_incarnation = step.incarnation
+        self._launched.clear()
+        self._worker.reset()
+        deliver(
+            StepFailure(
+                step_id=step.step_id,
+                reason=f"{type(error).__name__}: {error}",
+                incarnation=step.incarnation,
+            )
+        )

@@ -1,0 +1,1 @@
+"""What crosses a process: message types, their codec, framed sockets. No torch, no pickle."""

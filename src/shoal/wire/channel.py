@@ -1,0 +1,145 @@
+"""Framed messages over a stream socket, blocking or asyncio: 4-byte length, then msgpack.
+
+Two processes share one end each of a socket pair: nothing listens, so no stranger can
+connect, and either side's death is the other's end of file. A frame over the limit or one
+that does not decode is a `WireError`. Knows nothing of what the messages mean.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from queue import Empty, SimpleQueue
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from shoal.core.errors import WireError
+
+MAX_FRAME_BYTES = 64 << 20
+
+_HEADER = struct.Struct("<I")
+_READ_BYTES = 1 << 20
+
+Incoming = TypeVar("Incoming")
+Outgoing = TypeVar("Outgoing")
+
+
+class Codec(Generic[Incoming, Outgoing]):
+    """Messages to frames and back; `incoming` is the union of types accepted."""
+
+    def __init__(self, incoming: Any) -> None:
+        self._decoder: msgspec.msgpack.Decoder[Incoming] = msgspec.msgpack.Decoder(incoming)
+        self._encoder = msgspec.msgpack.Encoder()
+
+    def encode(self, message: Outgoing) -> bytes:
+        body = self._encoder.encode(message)
+        if len(body) > MAX_FRAME_BYTES:
+            raise WireError(f"a message of {len(body)} bytes; {MAX_FRAME_BYTES} is the limit")
+        return _HEADER.pack(len(body)) + body
+
+    def decode(self, body: bytes) -> Incoming:
+        try:
+            return self._decoder.decode(body)
+        except msgspec.DecodeError as error:
+            raise WireError(f"a message that does not decode: {error}") from error
+
+
+def body_length(header: bytes) -> int:
+    """Length of the body that follows; refuses one over the limit."""
+    (length,) = _HEADER.unpack(header)
+    if length > MAX_FRAME_BYTES:
+        raise WireError(f"a frame of {length} bytes is announced; {MAX_FRAME_BYTES} is the limit")
+    return int(length)
+
+
+class AsyncChannel(Generic[Incoming, Outgoing]):
+    """The router's end, on its event loop."""
+
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        codec: Codec[Incoming, Outgoing],
+    ) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._codec = codec
+
+    @classmethod
+    async def open(
+        cls, sock: socket.socket, codec: Codec[Incoming, Outgoing]
+    ) -> AsyncChannel[Incoming, Outgoing]:
+        reader, writer = await asyncio.open_connection(sock=sock, limit=_READ_BYTES)
+        return cls(reader, writer, codec)
+
+    def send(self, message: Outgoing) -> None:
+        """Queue a message; a peer that is gone is noticed by `receive`."""
+        if not self._writer.is_closing():
+            self._writer.write(self._codec.encode(message))
+
+    async def receive(self) -> Incoming | None:
+        """The next message; None when the peer is gone."""
+        try:
+            length = body_length(await self._reader.readexactly(_HEADER.size))
+            return self._codec.decode(await self._reader.readexactly(length))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return None
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class ThreadChannel(Generic[Incoming, Outgoing]):
+    """The engine's end: a blocking reader, and a writer thread so that sending never blocks."""
+
+    def __init__(self, sock: socket.socket, codec: Codec[Incoming, Outgoing]) -> None:
+        self._socket = sock
+        self._codec = codec
+        self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
+        self._writer = threading.Thread(target=self._write, name="shoal-writer", daemon=True)
+        self._writer.start()
+
+    def send(self, message: Outgoing) -> None:
+        """Queue a message; from any thread."""
+        self._outbox.put(self._codec.encode(message))
+
+    def receive(self) -> Iterator[Incoming]:
+        """Messages until the peer is gone."""
+        with self._socket.makefile("rb", buffering=_READ_BYTES) as stream:
+            while len(header := stream.read(_HEADER.size)) == _HEADER.size:
+                length = body_length(header)
+                body = stream.read(length)
+                if len(body) < length:
+                    return
+                yield self._codec.decode(body)
+
+    def close(self) -> None:
+        """Send what is queued, then close."""
+        self._outbox.put(None)
+        self._writer.join()
+        self._socket.close()
+
+    def _write(self) -> None:
+        while (frame := self._outbox.get()) is not None:
+            frames = [frame]
+            closing = False
+            try:
+                while len(frames) < 1024:
+                    following = self._outbox.get_nowait()
+                    if following is None:
+                        closing = True
+                        break
+                    frames.append(following)
+            except Empty:
+                pass
+            try:
+                self._socket.sendall(b"".join(frames))
+            except OSError:
+                # The reader sees the end of file and ends the process.
+                return
+            if closing:
+                return

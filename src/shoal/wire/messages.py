@@ -1,0 +1,64 @@
+"""Messages between a router and the engine process it started.
+
+    router → engine   Launch, then Submit | Cancel | Stop
+    engine → router   Loading*, then Ready | LaunchFailed, then News*
+
+Knows nothing of sockets.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from shoal.core.options import EngineOptions
+from shoal.core.request import GenerateRequest, Output
+from shoal.core.stats import EngineInfo, EngineStats
+
+
+class Launch(msgspec.Struct, tag=True, frozen=True):
+    """What to load."""
+
+    options: EngineOptions
+
+
+class Submit(msgspec.Struct, tag=True, frozen=True):
+    request: GenerateRequest
+
+
+class Cancel(msgspec.Struct, tag=True, frozen=True):
+    request_id: str
+
+
+class Stop(msgspec.Struct, tag=True, frozen=True):
+    """Leave at once; the router has drained what it wanted drained."""
+
+
+ToEngine = Launch | Submit | Cancel | Stop
+
+
+class Loading(msgspec.Struct, tag=True, frozen=True):
+    """How far loading is: `done` of `total` bytes of weights, or a line for people."""
+
+    line: str = ""
+    done_bytes: int = 0
+    total_bytes: int = 0
+
+
+class Ready(msgspec.Struct, tag=True, frozen=True):
+    info: EngineInfo
+
+
+class LaunchFailed(msgspec.Struct, tag=True, frozen=True):
+    """The model or the device could not be used; the message is for people."""
+
+    message: str
+
+
+class News(msgspec.Struct, tag=True, frozen=True):
+    """Outputs since the last one, and the engine's state; also sent when idle, as heartbeat."""
+
+    outputs: list[Output]
+    stats: EngineStats
+
+
+FromEngine = Loading | Ready | LaunchFailed | News

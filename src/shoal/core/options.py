@@ -23,6 +23,7 @@ class EngineOptions:
         max_model_len: None: what the checkpoint was made for, if the KV cache holds it.
         kv_cache_memory_bytes: None: a share of the device's free memory.
         num_threads: of the CPU; None: all of them.
+        device_share: how much of the device's free memory is this engine's.
     """
 
     model_path: str
@@ -38,6 +39,7 @@ class EngineOptions:
     enable_prefix_caching: bool = True
     max_steps_in_flight: int = 2
     num_threads: int | None = None
+    device_share: float = 1.0
 
     def __post_init__(self) -> None:
         for name in (

@@ -1,0 +1,113 @@
+"""An engine process: started by a router with one end of a socket pair, ends with it.
+
+    python -m shoal.cli.engine_process FD
+
+Knows nothing of HTTP or of other replicas.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+
+from shoal.assembly import LoadedEngine, load_engine
+from shoal.core.errors import ShoalError
+from shoal.core.request import Output
+from shoal.core.stats import EngineStats
+from shoal.engine.events import Cancel as CancelEvent
+from shoal.engine.events import Submit as SubmitEvent
+from shoal.wire.channel import Codec, ThreadChannel
+from shoal.wire.messages import (
+    Cancel,
+    FromEngine,
+    Launch,
+    LaunchFailed,
+    Loading,
+    News,
+    Ready,
+    Stop,
+    Submit,
+    ToEngine,
+)
+
+Channel = ThreadChannel[ToEngine, FromEngine]
+
+_PROGRESS_EVERY_S = 0.1
+
+
+def main() -> None:
+    """Serve the router at the other end until it is gone."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    codec: Codec[ToEngine, FromEngine] = Codec(ToEngine)
+    channel: Channel = ThreadChannel(socket.socket(fileno=int(sys.argv[1])), codec)
+    messages = channel.receive()
+    first = next(messages, None)
+    if not isinstance(first, Launch):
+        sys.exit("the first message of an engine process must be Launch")
+    loaded: Future[LoadedEngine] = Future()
+    threading.Thread(target=_listen, args=(messages, loaded), daemon=True).start()
+    engine = _load(channel, first)
+    channel.send(Ready(engine.info))
+    loaded.set_result(engine)
+    engine.loop.run()
+    channel.close()
+    # Device threads may be in the middle of a Step nobody waits for.
+    os._exit(0)
+
+
+def _load(channel: Channel, launch: Launch) -> LoadedEngine:
+    def report(outputs: list[Output], stats: EngineStats) -> None:
+        channel.send(News(outputs, stats))
+
+    try:
+        return load_engine(
+            launch.options,
+            report,
+            say=lambda line: channel.send(Loading(line=line)),
+            progress=_Progress(channel),
+        )
+    except ShoalError as error:
+        channel.send(LaunchFailed(str(error)))
+        channel.close()
+        sys.exit(1)
+
+
+class _Progress:
+    """Passes on how far loading is, not too often."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._last_s = 0.0
+
+    def __call__(self, done_bytes: int, total_bytes: int) -> None:
+        now = time.monotonic()
+        if now - self._last_s >= _PROGRESS_EVERY_S or done_bytes == total_bytes:
+            self._last_s = now
+            self._channel.send(Loading(done_bytes=done_bytes, total_bytes=total_bytes))
+
+
+def _listen(messages: Iterator[ToEngine], loaded: Future[LoadedEngine]) -> None:
+    """Post what the router says; its end is ours."""
+    for message in messages:
+        match message:
+            case Submit(request):
+                loaded.result().loop.post(SubmitEvent(request))
+            case Cancel(request_id):
+                loaded.result().loop.post(CancelEvent(request_id))
+            case Stop():
+                break
+            case Launch():
+                logging.getLogger(__name__).error("a second Launch is ignored")
+    if not loaded.done():
+        os._exit(0)
+    loaded.result().loop.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""The live driver of `RouterState`, on one asyncio loop.
+
+    async for output in router.generate(request): ...
+
+Knows nothing of HTTP; replicas are reached through their clients.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from shoal.core.clock import Clock
+from shoal.core.request import GenerateRequest, Output
+from shoal.core.stats import EngineInfo, EngineStats
+from shoal.router.events import (
+    Abandon,
+    Cancel,
+    CancelAt,
+    Deliver,
+    Drain,
+    Event,
+    ReplicaOutput,
+    Send,
+    Submit,
+    Tick,
+)
+from shoal.router.state import RouterState
+
+_TICK_S = 0.25
+
+
+class ReplicaClient(Protocol):
+    """How the router reaches a replica (`router/engine_client.py`, or a fake in tests)."""
+
+    name: str
+
+    @property
+    def stats(self) -> EngineStats: ...
+
+    def send(self, request: GenerateRequest) -> None: ...
+
+    def cancel(self, request_id: str) -> None: ...
+
+    async def run(self, router: Router) -> None:
+        """Keep the replica alive and tell the router its news, until cancelled."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class Router:
+    """Serves requests from the replicas behind `clients`. Use as an async context manager."""
+
+    def __init__(self, state: RouterState, clients: list[ReplicaClient], clock: Clock) -> None:
+        self._state = state
+        self._clients = {client.name: client for client in clients}
+        self._clock = clock
+        self._inboxes: dict[str, asyncio.Queue[Output]] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._tasks: list[asyncio.Task[None]] = []
+        self.last_token_s: float | None = None
+
+    async def __aenter__(self) -> Router:
+        runners = [client.run(self) for client in self._clients.values()]
+        self._tasks = [asyncio.create_task(task) for task in [*runners, self._tick()]]
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        self.tell(Abandon())
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(client.close() for client in self._clients.values()))
+
+    # --- for the server ---
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[Output]:
+        """Outputs of a request; the last one has `finish`. Leaving early cancels it."""
+        inbox: asyncio.Queue[Output] = asyncio.Queue()
+        if request.request_id in self._inboxes:
+            raise ValueError(f"request id {request.request_id!r} is in use")
+        self._inboxes[request.request_id] = inbox
+        self._idle.clear()
+        try:
+            self.tell(Submit(request))
+            while True:
+                output = await inbox.get()
+                yield output
+                if output.finish is not None:
+                    return
+        finally:
+            # Unknown to the state by now, unless we were left early.
+            del self._inboxes[request.request_id]
+            self.tell(Cancel(request.request_id))
+            if not self._inboxes:
+                self._idle.set()
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Admit nothing more and wait for what runs; False if time ran out first."""
+        self.tell(Drain())
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except TimeoutError:
+            self.tell(Abandon())
+            # Let the streams see their last event.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), 1.0)
+            return False
+        return True
+
+    @property
+    def num_in_flight(self) -> int:
+        return self._state.num_in_flight
+
+    @property
+    def info(self) -> EngineInfo | None:
+        """What a request may count on; None until a replica is ready."""
+        return self._state.info
+
+    @property
+    def ready(self) -> bool:
+        """Whether a replica is alive and requests are admitted."""
+        return self._state.info is not None and not self._state.draining
+
+    def stats(self) -> dict[str, EngineStats]:
+        """What each replica last said of itself."""
+        return {name: client.stats for name, client in self._clients.items()}
+
+    # --- for replica clients ---
+
+    def tell(self, event: Event) -> None:
+        """Handle an event and carry out what it asks for."""
+        if isinstance(event, ReplicaOutput) and event.output.token_ids:
+            self.last_token_s = self._clock.now()
+        for effect in self._state.handle(event, self._clock.now()):
+            match effect:
+                case Send(replica, request):
+                    self._clients[replica].send(request)
+                case CancelAt(replica, request_id):
+                    self._clients[replica].cancel(request_id)
+                case Deliver(output):
+                    inbox = self._inboxes.get(output.request_id)
+                    if inbox is not None:
+                        inbox.put_nowait(output)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            self.tell(Tick())

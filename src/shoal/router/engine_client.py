@@ -1,0 +1,173 @@
+"""A replica that is our own engine, in a process this router started.
+
+The process gets one end of a socket pair. Its death is our end of file; our death is its.
+A process that dies after it was ready is started again, under the next incarnation; one that
+could not load is not. Knows nothing of what a request means.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Sequence
+
+from shoal.core.errors import WireError
+from shoal.core.options import EngineOptions
+from shoal.core.request import GenerateRequest
+from shoal.core.stats import EngineStats
+from shoal.router.driver import Router
+from shoal.router.events import ReplicaLost, ReplicaOutput, ReplicaReady
+from shoal.wire.channel import AsyncChannel, Codec
+from shoal.wire.messages import (
+    Cancel,
+    FromEngine,
+    Launch,
+    LaunchFailed,
+    Loading,
+    News,
+    Ready,
+    Stop,
+    Submit,
+    ToEngine,
+)
+
+log = logging.getLogger(__name__)
+
+_STOP_GRACE_S = 3.0
+_RESTART_PAUSE_S = 1.0
+_MAX_RESTARTS_UNREADY = 3
+
+
+class EngineClient:
+    """One engine process and the channel to it.
+
+    Args:
+        name: of the replica.
+        command: argv of the engine process; the socket's descriptor is appended.
+        options: what it shall load.
+        on_loading: told how far loading is.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        options: EngineOptions,
+        on_loading: Callable[[Loading], None],
+    ) -> None:
+        self.name = name
+        self.stats = EngineStats()
+        self.failure: str | None = None
+        self._command = command
+        self._options = options
+        self._on_loading = on_loading
+        self._incarnation = 0
+        self._channel: AsyncChannel[FromEngine, ToEngine] | None = None
+        self._process, self._socket = self._start()
+
+    def send(self, request: GenerateRequest) -> None:
+        if self._channel is not None:
+            self._channel.send(Submit(request))
+
+    def cancel(self, request_id: str) -> None:
+        if self._channel is not None:
+            self._channel.send(Cancel(request_id))
+
+    async def run(self, router: Router) -> None:
+        """Follow the process and restart it when it dies, until it cannot load any more."""
+        num_unready = 0
+        while True:
+            was_ready = await self._follow(router)
+            reason = self.failure or await self._autopsy()
+            num_unready = 0 if was_ready else num_unready + 1
+            never_worked = self._incarnation == 0 and not was_ready
+            if self.failure is None and (never_worked or num_unready >= _MAX_RESTARTS_UNREADY):
+                self.failure = reason
+            final = self.failure is not None
+            router.tell(ReplicaLost(self.name, self._incarnation, reason, final=final))
+            if final:
+                log.error("replica %s: %s", self.name, reason)
+                return
+            log.error("replica %s: %s; starting it again", self.name, reason)
+            await asyncio.sleep(_RESTART_PAUSE_S)
+            self._incarnation += 1
+            self._process, self._socket = self._start()
+
+    async def close(self) -> None:
+        """Ask the process to leave, then make it."""
+        if self._channel is not None:
+            self._channel.send(Stop())
+            self._channel.close()
+        else:
+            self._socket.close()
+        await asyncio.to_thread(_end, self._process)
+
+    def kill(self) -> None:
+        """End the process at once."""
+        self._process.kill()
+
+    async def _follow(self, router: Router) -> bool:
+        """Pass on the process's news until it is gone; whether it ever was ready."""
+        codec: Codec[FromEngine, ToEngine] = Codec(FromEngine)
+        channel = self._channel = await AsyncChannel.open(self._socket, codec)
+        channel.send(Launch(self._options))
+        was_ready = False
+        try:
+            while (message := await channel.receive()) is not None:
+                match message:
+                    case Loading():
+                        self._on_loading(message)
+                    case Ready(info):
+                        was_ready = True
+                        router.tell(ReplicaReady(self.name, self._incarnation, info))
+                    case LaunchFailed(reason):
+                        self.failure = reason
+                    case News(outputs, stats):
+                        self.stats = stats
+                        for output in outputs:
+                            router.tell(ReplicaOutput(self.name, self._incarnation, output))
+        except WireError as error:
+            log.error("replica %s: %s", self.name, error)
+        finally:
+            self._channel = None
+            channel.close()
+        return was_ready
+
+    async def _autopsy(self) -> str:
+        """Make sure that the process is gone, and say how it went."""
+        code = await asyncio.to_thread(_end, self._process)
+        if code < 0:
+            name = signal.Signals(-code).name
+            hint = " (out of memory?)" if -code == signal.SIGKILL else ""
+            return f"the engine process was ended by {name}{hint}"
+        return f"the engine process ended by itself with status {code}"
+
+    def _start(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            threads = self._options.num_threads
+            env = dict(os.environ)
+            if threads is not None:
+                env["OMP_NUM_THREADS"] = str(threads)
+            process = subprocess.Popen(
+                [*self._command, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                # Ctrl-C is ours to handle: the engine leaves when we do.
+                start_new_session=True,
+                env=env,
+            )
+        ours.setblocking(False)
+        return process, ours
+
+
+def _end(process: subprocess.Popen[bytes]) -> int:
+    try:
+        return process.wait(_STOP_GRACE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()

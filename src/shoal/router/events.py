@@ -1,0 +1,90 @@
+"""What a router is told (events) and what it asks for (effects)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shoal.core.request import GenerateRequest, Output
+from shoal.core.stats import EngineInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """A new request."""
+
+    request: GenerateRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Nobody wants this request any more; unknown ids are ignored."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaReady:
+    """A replica can take requests; `incarnation` counts its restarts."""
+
+    replica: str
+    incarnation: int
+    info: EngineInfo
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaLost:
+    """A replica's process is gone; `final`: it will not come back."""
+
+    replica: str
+    incarnation: int
+    reason: str
+    final: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaOutput:
+    replica: str
+    incarnation: int
+    output: Output
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Admit nothing more; finish what runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Abandon:
+    """Drain time is over: end what still runs with an error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Look at deadlines."""
+
+
+Event = Submit | Cancel | ReplicaReady | ReplicaLost | ReplicaOutput | Drain | Abandon | Tick
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Hand a request to a replica."""
+
+    replica: str
+    request: GenerateRequest
+
+
+@dataclass(frozen=True, slots=True)
+class CancelAt:
+    replica: str
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """News for whoever made the request."""
+
+    output: Output
+
+
+Effect = Send | CancelAt | Deliver

@@ -1,0 +1,1 @@
+"""One device: takes Steps, gives tokens. Knows nothing of requests, queues or HTTP."""

@@ -1,0 +1,30 @@
+"""A Step's rows as the index tensors kernels want. Knows nothing of models or sampling."""
+
+from __future__ import annotations
+
+import torch
+
+from shoal.core.step import BLOCK_SIZE, Step
+from shoal.kernels.reference import RaggedBatch
+
+
+def make_batch(step: Step, device: torch.device) -> RaggedBatch:
+    """Positions, KV slots and block tables of a Step (see `RaggedBatch`)."""
+    lens = torch.tensor([row.num_tokens for row in step.rows])
+    starts = torch.tensor([row.start for row in step.rows])
+    longest = max(len(row.block_ids) for row in step.rows)
+    tables_RB = torch.tensor(
+        [row.block_ids + (0,) * (longest - len(row.block_ids)) for row in step.rows],
+        dtype=torch.int64,
+    )
+    row_T = torch.repeat_interleave(lens)
+    first_T = (lens.cumsum(0) - lens)[row_T]
+    positions_T = starts[row_T] + torch.arange(len(row_T)) - first_T
+    slots_T = tables_RB[row_T, positions_T // BLOCK_SIZE] * BLOCK_SIZE + positions_T % BLOCK_SIZE
+    return RaggedBatch(
+        positions_T=positions_T.to(device),
+        slots_T=slots_T.to(device),
+        query_lens=lens.tolist(),
+        context_lens=(starts + lens).tolist(),
+        block_tables_RB=tables_RB.to(device),
+    )

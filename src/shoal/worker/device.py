@@ -1,0 +1,147 @@
+"""Which device, which precision, how much memory: settled from what the machine has.
+
+Knows nothing of models beyond their KV bytes per token.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from shoal.core.errors import DeviceError
+from shoal.core.options import DType
+
+log = logging.getLogger(__name__)
+
+_DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_CPU_KV_SHARE = 0.25
+_CPU_KV_CAP_BYTES = 4 << 30
+_CUDA_KV_SHARE = 0.85
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceChoice:
+    """A device and the precision to run at; `label` is for people."""
+
+    device: torch.device
+    dtype: torch.dtype
+    label: str
+
+
+def choose_device(device: str, dtype: DType) -> DeviceChoice:
+    """Settle "auto", or check what was asked for.
+
+    Raises:
+        DeviceError: the device is absent or shoal does not support it.
+    """
+    chosen = _auto_device() if device == "auto" else _parse(device)
+    if chosen.type == "cuda":
+        label = torch.cuda.get_device_name(chosen)
+    else:
+        label = f"CPU, {torch.get_num_threads()} threads"
+    return DeviceChoice(chosen, _choose_dtype(chosen, dtype), label)
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Memory that could be allocated now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return min(int(psutil.virtual_memory().available), _cgroup_room_bytes())
+
+
+def kv_budget_bytes(device: torch.device, share: float) -> int:
+    """Memory for KV when the user names none; `share` of the device is this engine's.
+
+    CPU: a quarter of what is free, at most 4 GiB. CUDA: 85 % of what the weights left.
+    """
+    free = int(free_memory_bytes(device) * share)
+    if device.type == "cuda":
+        return int(free * _CUDA_KV_SHARE)
+    return min(int(free * _CPU_KV_SHARE), _CPU_KV_CAP_BYTES)
+
+
+def _auto_device() -> torch.device:
+    if torch.version.hip is not None:
+        log.warning("AMD GPUs are not supported yet: running on the CPU")
+    elif torch.cuda.is_available():
+        return torch.device("cuda", 0)
+    elif torch.backends.mps.is_available():
+        log.warning("Apple GPUs are not supported yet: running on the CPU")
+    return torch.device("cpu")
+
+
+def _parse(device: str) -> torch.device:
+    try:
+        parsed = torch.device(device)
+    except RuntimeError as error:
+        raise DeviceError(
+            f"device {device!r} is not a device; use auto, cpu, cuda or cuda:N"
+        ) from error
+    if parsed.type == "cpu":
+        return torch.device("cpu")
+    if parsed.type != "cuda":
+        raise DeviceError(
+            f"device {device!r} is not supported: shoal runs on NVIDIA GPUs (cuda) and CPUs; "
+            f"Apple (mps), Intel (xpu) and other devices are refused for now; use --device cpu"
+        )
+    if torch.version.hip is not None:
+        raise DeviceError(
+            "this PyTorch is built for AMD GPUs (ROCm), which shoal does not support yet; "
+            "use --device cpu"
+        )
+    if not torch.cuda.is_available():
+        raise DeviceError(
+            "device cuda was asked for, but PyTorch sees no NVIDIA GPU: the driver is missing, or "
+            "this is a CPU build of PyTorch; install the CUDA build, or use --device cpu"
+        )
+    index = parsed.index or 0
+    if index >= torch.cuda.device_count():
+        raise DeviceError(
+            f"device cuda:{index} was asked for; this machine has cuda:0 to "
+            f"cuda:{torch.cuda.device_count() - 1}"
+        )
+    return torch.device("cuda", index)
+
+
+def _choose_dtype(device: torch.device, dtype: DType) -> torch.dtype:
+    if dtype != "auto":
+        return _DTYPES[dtype]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    # Without these instructions bfloat16 is emulated and slower than float32.
+    return torch.bfloat16 if _cpu_has_bf16() else torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def _cgroup_room_bytes() -> int:
+    """Memory left under a container's limit; effectively unlimited without one."""
+    for limit_file, used_file in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        (
+            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        ),
+    ):
+        limit, used = _read_number(limit_file), _read_number(used_file)
+        if limit is not None and used is not None:
+            return max(limit - used, 0)
+    return 1 << 62
+
+
+def _read_number(path: str) -> int | None:
+    try:
+        return int(Path(path).read_text())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,144 @@
+"""From options to a worker that is ready: device, weights, KV, a first Step.
+
+Says what it does in lines a newcomer understands. Knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from shoal.core.errors import ConfigError
+from shoal.core.model_spec import ModelSpec
+from shoal.core.options import EngineOptions
+from shoal.core.request import SamplingParams
+from shoal.core.step import BLOCK_SIZE, SequenceStart, Step, StepRow
+from shoal.kernels import select
+from shoal.model.decoder import Decoder
+from shoal.model.weights import load_decoder
+from shoal.worker.device import DeviceChoice, choose_device, kv_budget_bytes
+from shoal.worker.kv_pool import KVPool, allocate, num_blocks_for
+from shoal.worker.runner import Worker
+
+Say = Callable[[str], None]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchedWorker:
+    """A worker, and what it turned out to be able to carry."""
+
+    worker: Worker
+    num_blocks: int
+    max_model_len: int
+    device: str
+    device_type: str
+    dtype: str
+
+
+def launch_worker(
+    options: EngineOptions, spec: ModelSpec, *, say: Say, progress: Progress
+) -> LaunchedWorker:
+    """Load a model and get it to run.
+
+    Raises:
+        DeviceError, ModelError, ConfigError: what the user can mend.
+    """
+    if options.num_threads is not None:
+        torch.set_num_threads(options.num_threads)
+    choice = choose_device(options.device, options.dtype)
+    dtype_name = str(choice.dtype).removeprefix("torch.")
+    say(f"precision  {dtype_name} on {choice.device} ({choice.label})")
+    started_s = time.perf_counter()
+    decoder = load_decoder(
+        Path(options.model_path),
+        spec,
+        device=choice.device,
+        dtype=choice.dtype,
+        kernels=select(options.kernels),
+        progress=progress,
+    )
+    say(_weights_line(decoder, time.perf_counter() - started_s))
+    kv = _allocate_kv(options, spec, choice)
+    max_model_len = _max_model_len(options, spec, kv.num_blocks)
+    say(_kv_line(spec, kv.num_blocks, choice, max_model_len, options.max_num_seqs))
+    worker = Worker(decoder, kv)
+    started_s = time.perf_counter()
+    _warm_up(worker)
+    say(f"warm-up    {time.perf_counter() - started_s:.1f} s")
+    return LaunchedWorker(
+        worker=worker,
+        num_blocks=kv.num_blocks,
+        max_model_len=max_model_len,
+        device=choice.label,
+        device_type=choice.device.type,
+        dtype=dtype_name,
+    )
+
+
+def _allocate_kv(options: EngineOptions, spec: ModelSpec, choice: DeviceChoice) -> KVPool:
+    budget = options.kv_cache_memory_bytes or kv_budget_bytes(choice.device, options.device_share)
+    num_blocks = num_blocks_for(spec, choice.dtype, budget)
+    # More than every sequence at full length would never be used, but for old prefixes.
+    longest = options.max_model_len or spec.max_positions
+    useful = options.max_num_seqs * (longest // BLOCK_SIZE + 1)
+    if options.kv_cache_memory_bytes is None:
+        num_blocks = min(num_blocks, 2 * useful)
+    return allocate(spec, num_blocks, choice.dtype, choice.device)
+
+
+def _max_model_len(options: EngineOptions, spec: ModelSpec, num_blocks: int) -> int:
+    room = num_blocks * BLOCK_SIZE
+    if options.max_model_len is None:
+        return min(spec.max_positions, room)
+    if options.max_model_len > spec.max_positions:
+        raise ConfigError(
+            f"--max-model-len is {options.max_model_len}; this model was made for "
+            f"{spec.max_positions} tokens at most"
+        )
+    if options.max_model_len > room:
+        raise ConfigError(
+            f"--max-model-len is {options.max_model_len}, but the KV cache holds {room} tokens; "
+            f"lower it, or raise --kv-cache-memory-bytes"
+        )
+    return options.max_model_len
+
+
+def _warm_up(worker: Worker) -> None:
+    """A prompt and a decode step, so that the first request does not pay for first touches."""
+    start = SequenceStart(
+        token_ids=(0, 0), prompt_len=2, sampling=SamplingParams(temperature=0.0), eos_token_ids=()
+    )
+    prompt = StepRow(
+        sequence_id=0, start=0, token_ids=(0, 0), block_ids=(0,), samples=True, start_state=start
+    )
+    decode = StepRow(sequence_id=0, start=2, token_ids=(0,), block_ids=(0,), samples=True)
+    for step_id, row in enumerate((prompt, decode)):
+        worker.launch(Step(step_id=step_id, rows=(row,))).wait()
+    worker.reset()
+
+
+def _weights_line(decoder: Decoder, seconds: float) -> str:
+    size = decoder.weight_bytes
+    return f"weights    {_size(size)}, loaded in {seconds:.1f} s"
+
+
+def _kv_line(
+    spec: ModelSpec, num_blocks: int, choice: DeviceChoice, max_model_len: int, max_num_seqs: int
+) -> str:
+    tokens = num_blocks * BLOCK_SIZE
+    size = spec.kv_bytes_per_token(choice.dtype.itemsize) * tokens
+    at_full_length = min(tokens // max_model_len, max_num_seqs)
+    return (
+        f"KV cache   {_size(size)} for {tokens:,} tokens: {at_full_length} requests of "
+        f"{max_model_len:,} tokens at once, or {max_num_seqs} of "
+        f"{min(tokens // max_num_seqs, max_model_len):,}"
+    )
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from shoal.core.clock import Clock
@@ -62,7 +62,7 @@ class Router:
         self._idle = asyncio.Event()
         self._idle.set()
         self._tasks: list[asyncio.Task[None]] = []
-        self.last_token_s: float | None = None
+        self._last_token_s: float | None = None
 
     async def __aenter__(self) -> Router:
         runners = [client.run(self) for client in self._clients.values()]
@@ -78,7 +78,7 @@ class Router:
 
     # --- for the server ---
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[Output]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
         """Outputs of a request; the last one has `finish`. Leaving early cancels it."""
         inbox: asyncio.Queue[Output] = asyncio.Queue()
         if request.request_id in self._inboxes:
@@ -122,6 +122,11 @@ class Router:
         return self._state.info
 
     @property
+    def last_token_s(self) -> float | None:
+        """When the last token came, on the router's clock."""
+        return self._last_token_s
+
+    @property
     def ready(self) -> bool:
         """Whether a replica is alive and requests are admitted."""
         return self._state.info is not None and not self._state.draining
@@ -135,7 +140,7 @@ class Router:
     def tell(self, event: Event) -> None:
         """Handle an event and carry out what it asks for."""
         if isinstance(event, ReplicaOutput) and event.output.token_ids:
-            self.last_token_s = self._clock.now()
+            self._last_token_s = self._clock.now()
         for effect in self._state.handle(event, self._clock.now()):
             match effect:
                 case Send(replica, request):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from shoal.core.step import BLOCK_SIZE, Step
-from shoal.kernels.reference import RaggedBatch
+from shoal.kernels import RaggedBatch
 
 
 def make_batch(step: Step, device: torch.device) -> RaggedBatch:

@@ -14,7 +14,7 @@ from torch import Tensor
 from shoal.core.errors import ConfigError, DeviceError
 from shoal.core.model_spec import ModelSpec
 from shoal.core.step import BLOCK_SIZE
-from shoal.model.decoder import KVCache
+from shoal.kernels import KVCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def allocate(spec: ModelSpec, num_blocks: int, dtype: torch.dtype, device: torch
     """Zeroed KV of every layer: [layer, k or v, block, slot, KV head, head size]."""
     shape = (spec.num_layers, 2, num_blocks, BLOCK_SIZE, spec.num_kv_heads, spec.head_dim)
     pool = _zeros(shape, dtype, device)
-    cache = KVCache([(pool[layer, 0], pool[layer, 1]) for layer in range(spec.num_layers)])
+    cache = KVCache(keys=tuple(pool[:, 0]), values=tuple(pool[:, 1]))
     return KVPool(cache, num_blocks, device)
 
 

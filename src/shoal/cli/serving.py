@@ -1,0 +1,266 @@
+"""What `shoal serve` runs: engine processes, a router and an HTTP server, until told to stop.
+
+The engines are started before anything else is imported here, so that their loading runs
+beside ours. This process holds no torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import ipaddress
+import logging
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+import uvloop
+
+from shoal.core.clock import MonotonicClock
+from shoal.core.errors import ConfigError
+from shoal.core.options import EngineOptions
+from shoal.router.driver import Router
+from shoal.router.engine_client import EngineClient
+from shoal.router.state import RouterConfig, RouterState
+from shoal.wire.messages import Loading
+
+log = logging.getLogger(__name__)
+
+_READY_POLL_S = 0.02
+_CONNECTIONS_GRACE_S = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeSettings:
+    """What `shoal serve` was told.
+
+    Attributes:
+        num_replicas: engines on this device (--data-parallel-size).
+        drain_timeout_s: after SIGTERM, how long running requests may take.
+    """
+
+    engine: EngineOptions
+    served_model_names: tuple[str, ...]
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    num_replicas: int = 1
+    drain_timeout_s: float = 30.0
+    request_timeout_s: float | None = None
+    chat_template: str | None = None
+
+
+def bind(host: str, port: int, api_keys: tuple[str, ...]) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        ConfigError: the port is taken, or the address is beyond loopback and there is no key.
+    """
+    if not api_keys and not _is_loopback(host):
+        raise ConfigError(
+            f"--host {host} can be reached from other machines, but no API key is set; "
+            f"set SHOAL_API_KEY (or --api-key), or use --host 127.0.0.1"
+        )
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, proto)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except socket.gaierror as error:
+        raise ConfigError(f"--host {host} is not an address of this machine: {error}") from error
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"port {port} on {host} is taken; stop what uses it, or choose another --port"
+            ) from error
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    sock.listen(2048)
+    return sock
+
+
+def start_engines(settings: ServeSettings) -> list[EngineClient]:
+    """Engine processes; they load by themselves."""
+    count = settings.num_replicas
+    options = settings.engine
+    if count > 1:
+        # Replicas on one device share its cores and memory.
+        threads = options.num_threads or max((os.cpu_count() or 1) // count, 1)
+        options = replace(options, num_threads=threads, device_share=1.0 / count)
+    command = [sys.executable, "-m", "shoal.cli.engine_process"]
+    names = [f"replica-{i}" for i in range(count)]
+    return [EngineClient(name, command, options, _Announcer(name, count)) for name in names]
+
+
+def run(settings: ServeSettings, sock: socket.socket, clients: list[EngineClient]) -> int:
+    """Serve until a signal; the exit status."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve(settings, sock, clients))
+
+
+async def _serve(settings: ServeSettings, sock: socket.socket, clients: list[EngineClient]) -> int:
+    clock, rng = MonotonicClock(), random.SystemRandom()
+    state = RouterState(
+        RouterConfig(
+            replicas=tuple(client.name for client in clients),
+            max_homeless=settings.engine.max_waiting,
+        ),
+        rng,
+    )
+    async with Router(state, list(clients), clock) as router:
+        server = _HttpServer(
+            uvicorn.Config(
+                _make_app(settings, router),
+                log_level="warning",
+                access_log=False,
+                timeout_graceful_shutdown=_CONNECTIONS_GRACE_S,
+                server_header=False,
+            )
+        )
+        stopping = _Stopping(settings, router, server, clients)
+        serving = asyncio.create_task(server.serve(sockets=[sock]))
+        launched = await _launched(router, clients, serving)
+        if launched:
+            _say_ready(settings, router, sock.getsockname()[1])
+        elif not stopping.begun:
+            for client in clients:
+                print(f"error: {client.failure}", file=sys.stderr)
+            server.should_exit = True
+        await serving
+        return 0 if launched or stopping.begun else 1
+
+
+def _make_app(settings: ServeSettings, router: Router) -> Any:
+    from shoal.observe import ServingMetrics
+    from shoal.server import ServerConfig, create_app
+    from shoal.text import load_tokenizer
+
+    tokenizer = load_tokenizer(Path(settings.engine.model_path))
+    config = ServerConfig(
+        served_model_names=settings.served_model_names,
+        api_keys=settings.api_keys,
+        request_timeout_s=settings.request_timeout_s,
+    )
+    return create_app(
+        config=config,
+        router=router,
+        tokenizer=tokenizer,
+        metrics=ServingMetrics(),
+        clock=MonotonicClock(),
+        rng=random.SystemRandom(),
+        wall_clock=time.time,
+    )
+
+
+async def _launched(
+    router: Router, clients: list[EngineClient], serving: asyncio.Task[None]
+) -> bool:
+    """Wait until a replica can serve; False if none ever will, or the server has stopped."""
+    while router.info is None:
+        if serving.done() or all(client.failure is not None for client in clients):
+            return False
+        await asyncio.sleep(_READY_POLL_S)
+    return True
+
+
+def _say_ready(settings: ServeSettings, router: Router, port: int) -> None:
+    info = router.info
+    assert info is not None
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    url = f"http://{host}:{port}"
+    print(
+        f"ready      {info.load_s:.1f} s; {settings.served_model_names[0]} at {url}/v1 "
+        f"(try: curl {url}/v1/models)",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn without its own signal handlers: stopping is ours to order."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Stopping:
+    """First signal: drain, then leave. Second: leave at once."""
+
+    def __init__(
+        self,
+        settings: ServeSettings,
+        router: Router,
+        server: uvicorn.Server,
+        clients: list[EngineClient],
+    ) -> None:
+        self._settings = settings
+        self._router = router
+        self._server = server
+        self._clients = clients
+        self._task: asyncio.Task[None] | None = None
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signum, self._on_signal, signum)
+
+    @property
+    def begun(self) -> bool:
+        return self._task is not None
+
+    def _on_signal(self, signum: signal.Signals) -> None:
+        if self._task is None:
+            self._task = asyncio.create_task(self._drain())
+            return
+        for client in self._clients:
+            client.kill()
+        os._exit(128 + signum)
+
+    async def _drain(self) -> None:
+        print(
+            f"stopping: no new requests; waiting up to {self._settings.drain_timeout_s:g} s for "
+            f"{self._router.num_in_flight} running (signal again to leave at once)",
+            file=sys.stderr,
+            flush=True,
+        )
+        await self._router.drain(self._settings.drain_timeout_s)
+        self._server.should_exit = True
+
+
+class _Announcer:
+    """Prints what an engine says while it loads."""
+
+    def __init__(self, name: str, count: int) -> None:
+        self._prefix = f"{name}: " if count > 1 else ""
+        self._bar_shown = False
+
+    def __call__(self, news: Loading) -> None:
+        if news.line:
+            self._clear_bar()
+            print(f"{self._prefix}{news.line}", file=sys.stderr, flush=True)
+        elif sys.stderr.isatty() and news.total_bytes:
+            share = news.done_bytes / news.total_bytes
+            bar = "█" * int(share * 30)
+            print(f"\rweights    {bar:<30} {share:4.0%}", end="", file=sys.stderr, flush=True)
+            self._bar_shown = True
+
+    def _clear_bar(self) -> None:
+        if self._bar_shown:
+            print("\r\033[K", end="", file=sys.stderr)
+            self._bar_shown = False
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,102 @@
+"""Real servers: `shoal serve` in its own process, on a port of its own, on the real small model."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+
+_READY = re.compile(r"^ready .* at (http://\S+)/v1")
+_START_LIMIT_S = 120
+
+
+@dataclass
+class ServerProcess:
+    """A `shoal serve` that said it is ready, and all it printed so far."""
+
+    process: subprocess.Popen[str]
+    lines: list[str] = field(default_factory=list)
+    url: str = ""
+    started_s: float = field(default_factory=time.monotonic)
+
+    def follow(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line.rstrip())
+
+    def wait_ready(self) -> None:
+        while not self.url:
+            for line in list(self.lines):
+                if match := _READY.match(line):
+                    self.url = match[1]
+            if (
+                self.process.poll() is not None
+                or time.monotonic() - self.started_s > _START_LIMIT_S
+            ):
+                raise AssertionError("the server did not become ready:\n" + "\n".join(self.lines))
+            time.sleep(0.01)
+
+    def stop(self) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(40)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+
+
+StartServer = Callable[..., ServerProcess]
+
+
+@pytest.fixture(scope="session")
+def start_server(smollm2_gguf: Path) -> Iterator[StartServer]:
+    """Starts servers on the small model with further flags; stops them all at the end."""
+    servers: list[ServerProcess] = []
+
+    def start(*flags: str, wait: bool = True) -> ServerProcess:
+        command = [sys.executable, "-m", "shoal", "serve", str(smollm2_gguf), "--port", "0"]
+        process = subprocess.Popen(
+            [*command, "--served-model-name", "smollm2-135m", *flags],
+            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            text=True,
+        )
+        server = ServerProcess(process)
+        servers.append(server)
+        threading.Thread(target=server.follow, daemon=True).start()
+        if wait:
+            server.wait_ready()
+        return server
+
+    yield start
+    for server in servers:
+        server.stop()
+        assert server.process.stderr is not None
+        server.process.stderr.close()
+
+
+@pytest.fixture(scope="session")
+def server(start_server: StartServer) -> ServerProcess:
+    """One server that most tests share."""
+    return start_server()
+
+
+@pytest.fixture(scope="session")
+def server_url(server: ServerProcess) -> str:
+    return server.url
+
+
+@pytest.fixture
+def client(server_url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server_url, timeout=120) as client:
+        yield client

@@ -117,6 +117,7 @@ class LLM:
         self._ids = itertools.count()
         self._rng = random.SystemRandom()
         self._clock = MonotonicClock()
+        self._stats = EngineStats()
         engine_options = EngineOptions(
             model_path=str(resolved.path),
             fingerprint=resolved.fingerprint,
@@ -143,6 +144,11 @@ class LLM:
     @property
     def tokenizer(self) -> Tokenizer:
         return self._tokenizer
+
+    @property
+    def stats(self) -> EngineStats:
+        """What the engine last said of itself."""
+        return self._stats
 
     @property
     def max_model_len(self) -> int:
@@ -238,9 +244,10 @@ class LLM:
         self._inboxes[request.request_id] = inbox
         self._engine.loop.post(Submit(request))
         text = TextStream(self._tokenizer, request.sampling, request.prompt_ids, request.output_ids)
-        return _Stream(request.request_id, index, inbox, text, self._cancel, self._clock)
+        return _Stream(request, index, inbox, text, self._cancel, self._clock)
 
-    def _report(self, outputs: list[Output], _stats: EngineStats) -> None:
+    def _report(self, outputs: list[Output], stats: EngineStats) -> None:
+        self._stats = stats
         for output in outputs:
             inbox = self._inboxes.get(output.request_id)
             if inbox is not None:
@@ -258,14 +265,14 @@ class _Stream:
 
     def __init__(
         self,
-        request_id: str,
+        request: GenerateRequest,
         index: int,
         inbox: SimpleQueue[Output],
         text: TextStream,
         cancel: Callable[[str], None],
         clock: Clock,
     ) -> None:
-        self._request_id = request_id
+        self._request = request
         self._index = index
         self._inbox = inbox
         self._text = text
@@ -290,7 +297,7 @@ class _Stream:
                 yield chunk
         finally:
             if not finished:
-                self._cancel(self._request_id)
+                self._cancel(self._request.request_id)
 
     def result(self) -> Choice:
         """Wait for the whole of it."""
@@ -314,19 +321,20 @@ class _Stream:
             raise output.error.to_exception()
         if not self._outputs:
             self._ttft_s = self._clock.now() - self._submitted_s
-        delta = self._text.push(output.token_ids)
-        used = delta.num_tokens
-        self._outputs.append(replace(output, logprobs=output.logprobs[:used]))
-        token_ids = output.token_ids[:used]
-        if delta.stop is not None:
-            self._stop_reason = delta.stop
-            if output.finish is None:
-                self._cancel(self._request_id)
-            return Chunk(delta.text, token_ids, "stop")
-        if output.finish is None:
-            return Chunk(delta.text, token_ids)
-        self._stop_reason = output.stop_token_id
-        return Chunk(delta.text + self._text.finish().text, token_ids, output.finish)
+        delta = self._text.push(output.token_ids, stop_token=output.finish == "stop")
+        self._outputs.append(replace(output, logprobs=output.logprobs[: delta.num_tokens]))
+        text, stop, finish = delta.text, delta.stop, output.finish
+        if finish is not None and stop is None:
+            last = self._text.finish()
+            text, stop = text + last.text, last.stop
+        if stop is not None:
+            self._stop_reason = stop
+            if finish is None:
+                self._cancel(self._request.request_id)
+            finish = "stop"
+        elif output.stop_token_id in self._request.sampling.stop_token_ids:
+            self._stop_reason = output.stop_token_id
+        return Chunk(text, output.token_ids[: delta.num_tokens], finish)
 
 
 def _as_list(prompts: Any) -> list[Any]:

@@ -86,7 +86,7 @@ def main() -> None:
     report = {
         "command": " ".join(["python", *sys.argv]),
         "commit": commit,
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "medians": medians,
         "start_minus_import_torch_s": medians["start_to_first_token_s"] - medians["import_torch_s"],

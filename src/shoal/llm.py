@@ -14,6 +14,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from queue import SimpleQueue
 from typing import Any
 
@@ -208,7 +209,7 @@ class LLM:
     def render(self, messages: Messages) -> tuple[int, ...]:
         """Token ids of a conversation, ready for the answer."""
         template = self._tokenizer.require_chat_template()
-        text = template.render(messages, add_generation_prompt=True)
+        text = template.render(messages, now=datetime.now().astimezone())
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
     # --- one request ---

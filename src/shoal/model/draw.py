@@ -1,0 +1,70 @@
+"""Draw tokens from logits by Gumbel-max, after temperature, min-p, top-k and top-p.
+
+argmax(logits + Gumbel noise) is distributed as softmax(logits) (Gumbel 1954; Maddison et
+al., arXiv 1411.0030). The noise of a token depends on no other token, so where few survive
+the cuts it is made for those alone: the result is the same to the bit.
+
+Knows nothing of masks, penalties or greedy rows. Shapes: R rows, V vocabulary, K survivors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from shoal.core.request import SamplingParams
+from shoal.model.logits import cutoff, to_device
+from shoal.model.philox import key_words, noise_at, noise_range
+
+# Noise for one token costs that of the four that share its counter; scattered, yet more.
+_SPARSE_SHARE = 8
+
+
+def draw(logits_RV: Tensor, sampling: Sequence[SamplingParams], positions: Sequence[int]) -> Tensor:
+    """Token ids, int64 [R]. Overwrites the logits, which must be finite or -inf.
+
+    Args:
+        sampling: every row's parameters, with temperature > 0 and a seed.
+        positions: absolute position of the token to draw.
+    """
+    device = logits_RV.device
+    logits_RV /= to_device([p.temperature for p in sampling], torch.float32, device)[:, None]
+    sparse = _cut_(logits_RV, sampling)
+    dense = sorted(set(range(len(sampling))) - set(sparse))
+
+    words = [word for p in sampling for word in key_words(p.seed or 0)]
+    keys_R2 = to_device(words, torch.int64, device).view(-1, 2)
+    positions_R = to_device(positions, torch.int64, device)
+    if dense:
+        rows = to_device(dense, torch.int64, device)
+        logits_RV[rows] += noise_range(keys_R2[rows], positions_R[rows], 0, logits_RV.shape[1])
+    if sparse:
+        rows = to_device(sparse, torch.int64, device)
+        row_K, token_ids_K = (logits_RV[rows] > -torch.inf).nonzero(as_tuple=True)
+        rows_K = rows[row_K]
+        noise_K = noise_at(keys_R2[rows_K], positions_R[rows_K], token_ids_K)
+        logits_RV[rows_K, token_ids_K] += noise_K
+    return logits_RV.argmax(dim=-1)
+
+
+def _cut_(logits_RV: Tensor, sampling: Sequence[SamplingParams]) -> list[int]:
+    """Forbid (-inf) what min-p, top-k and top-p drop; returns rows known to keep few."""
+    device, vocab_size = logits_RV.device, logits_RV.shape[1]
+    limited = [i for i, p in enumerate(sampling) if p.top_k or p.top_p < 1.0 or p.min_p]
+    if not limited:
+        return []
+    rows = to_device(limited, torch.int64, device)
+    logits_LV = logits_RV[rows]
+    params = [sampling[i] for i in limited]
+    cut_L1 = cutoff(
+        logits_LV, [p.top_k for p in params], [p.top_p for p in params], [p.min_p for p in params]
+    )
+    keep_LV = logits_LV >= cut_L1
+    logits_RV[rows] = logits_LV.masked_fill_(~keep_LV, -torch.inf)
+    if device.type != "cpu":
+        # Counting survivors would mean waiting for the device.
+        return []
+    counts = keep_LV.sum(dim=-1).tolist()
+    return [i for i, n in zip(limited, counts, strict=True) if n * _SPARSE_SHARE <= vocab_size]

@@ -51,7 +51,6 @@ class ServeSettings:
     engine: EngineOptions
     served_model_names: tuple[str, ...]
     host: str = "127.0.0.1"
-    port: int = 8000
     api_keys: tuple[str, ...] = ()
     num_replicas: int = 1
     drain_timeout_s: float = 30.0
@@ -141,15 +140,18 @@ async def _serve(settings: ServeSettings, sock: socket.socket, clients: list[Eng
 
 
 def _make_app(settings: ServeSettings, router: Router) -> Any:
+    from shoal.model.generation_config import read_default_sampling
     from shoal.observe import ServingMetrics
     from shoal.server import ServerConfig, create_app
     from shoal.text import load_tokenizer
 
-    tokenizer = load_tokenizer(Path(settings.engine.model_path))
+    path = Path(settings.engine.model_path)
+    tokenizer = load_tokenizer(path, chat_template=settings.chat_template)
     config = ServerConfig(
         served_model_names=settings.served_model_names,
         api_keys=settings.api_keys,
         request_timeout_s=settings.request_timeout_s,
+        default_sampling=read_default_sampling(path),
     )
     return create_app(
         config=config,

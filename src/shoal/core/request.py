@@ -124,8 +124,8 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
 
 
 def seed_of_choice(seed: int, index: int) -> int:
-    """The seed of the `index`-th of a prompt's `n` completions; the first has the seed itself."""
-    return (seed + index * 0x9E3779B97F4A7C15) % 2**64
+    """The seed of the `index`-th of a prompt's `n` completions: seed + index, as in vLLM."""
+    return (seed + index) % 2**64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from shoal.core.model_spec import ModelSpec
 from shoal.core.options import EngineOptions
 from shoal.core.request import SamplingParams
 from shoal.core.step import BLOCK_SIZE, SequenceStart, Step, StepRow
-from shoal.kernels import select
+from shoal.kernels import KernelSet, select
 from shoal.model.decoder import Decoder
 from shoal.model.weights import load_decoder
 from shoal.worker.device import DeviceChoice, choose_device, kv_budget_bytes
@@ -59,7 +59,7 @@ def launch_worker(
         spec,
         device=choice.device,
         dtype=choice.dtype,
-        kernels=select(options.kernels),
+        kernels=_kernels(options.kernels),
         progress=progress,
     )
     say(_weights_line(decoder, time.perf_counter() - started_s))
@@ -78,6 +78,13 @@ def launch_worker(
         device_type=choice.device.type,
         dtype=dtype_name,
     )
+
+
+def _kernels(name: str) -> KernelSet:
+    try:
+        return select(name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _allocate_kv(options: EngineOptions, spec: ModelSpec, choice: DeviceChoice) -> KVPool:

@@ -1,0 +1,1 @@
+"""The `shoal` command: one file a command, heavy imports inside the commands."""

@@ -1,0 +1,67 @@
+"""`shoal serve`: an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import contextlib
+
+import typer
+
+from shoal.cli import options
+
+
+def serve(
+    model: options.Model = options.DEFAULT_MODEL,
+    host: options.Host = "127.0.0.1",
+    port: options.Port = 8000,
+    api_key: options.ApiKey = None,
+    served_model_name: options.ServedModelName = None,
+    data_parallel_size: options.DataParallelSize = 1,
+    drain_timeout: options.DrainTimeout = 30.0,
+    request_timeout: options.RequestTimeout = None,
+    chat_template: options.ChatTemplate = None,
+    dtype: options.DType = "auto",
+    device: options.Device = "auto",
+    max_model_len: options.MaxModelLen = None,
+    max_num_seqs: options.MaxNumSeqs = 64,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = None,
+    max_waiting: options.MaxWaiting = 256,
+    kv_cache_memory_bytes: options.KvCacheMemoryBytes = None,
+    enable_prefix_caching: options.EnablePrefixCaching = True,
+    num_threads: options.NumThreads = None,
+    revision: options.Revision = None,
+    hf_token: options.HfToken = None,
+    config: options.Config = None,
+) -> None:
+    """Serve a model over the OpenAI API."""
+    del config
+    from shoal.cli.serving import ServeSettings, bind, run, start_engines
+    from shoal.cli.terminal import find_model
+    from shoal.core.options import EngineOptions
+
+    template = options.template_text(chat_template)
+    keys = tuple(api_key or ())
+    with contextlib.closing(bind(host, port, keys)) as sock:
+        found = find_model(model, revision, hf_token)
+        settings = ServeSettings(
+            engine=EngineOptions(
+                model_path=str(found.path),
+                fingerprint=found.fingerprint,
+                device=device,
+                dtype=dtype,
+                max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                max_waiting=max_waiting,
+                kv_cache_memory_bytes=kv_cache_memory_bytes,
+                enable_prefix_caching=enable_prefix_caching,
+                num_threads=num_threads,
+            ),
+            served_model_names=tuple(served_model_name or (found.name,)),
+            host=host,
+            api_keys=keys,
+            num_replicas=data_parallel_size,
+            drain_timeout_s=drain_timeout,
+            request_timeout_s=request_timeout,
+            chat_template=template,
+        )
+        raise typer.Exit(run(settings, sock, start_engines(settings)))

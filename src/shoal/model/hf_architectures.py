@@ -1,0 +1,61 @@
+"""What an architecture's name says beyond its config.json, one row per architecture.
+
+Facts of transformers' configuration classes; knows nothing of how they are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """What holds for every checkpoint of an architecture.
+
+    Attributes:
+        qkv_bias: q, k and v have a bias whatever attention_bias says, and o has none.
+        qk_norm: RMS norms over heads of q and k.
+        gemma: norms around both halves stored as w - 1, scaled embeddings, its own names of
+            some keys.
+        defaults: transformers' own: a key that equals them may be missing from config.json.
+    """
+
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    gemma: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+_QWEN_DEFAULTS = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+_GEMMA = Rules(
+    qk_norm=True,
+    gemma=True,
+    defaults={
+        "vocab_size": 262_208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 131_072,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 6,
+        "rope_theta": 1_000_000.0,
+        "rope_local_base_freq": 10_000.0,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+    },
+)
+ARCHITECTURES: Mapping[str, Rules] = {
+    "LlamaForCausalLM": Rules(),
+    "MistralForCausalLM": Rules(defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
+    "Qwen2ForCausalLM": Rules(qkv_bias=True, defaults=_QWEN_DEFAULTS),
+    "Qwen3ForCausalLM": Rules(qk_norm=True, defaults={**_QWEN_DEFAULTS, "head_dim": 128}),
+    "Gemma3ForCausalLM": _GEMMA,
+    "Gemma3ForConditionalGeneration": _GEMMA,
+}

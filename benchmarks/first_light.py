@@ -40,8 +40,12 @@ def ttft_s(url: str, prompt: list[int]) -> float:
     started_s = time.perf_counter()
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as response:
         response.raise_for_status()
-        next(line for line in response.iter_lines() if line.startswith("data: "))
-        return time.perf_counter() - started_s
+        lines = (line for line in response.iter_lines() if line.startswith("data: "))
+        next(lines)
+        first_s = time.perf_counter() - started_s
+        # To the end, so that nothing of this request is left when the next one comes.
+        assert "[DONE]" in list(lines)[-1]
+        return first_s
 
 
 def measure_server(model: str, rng: random.Random) -> dict[str, float]:

@@ -77,10 +77,10 @@ def is_offline() -> bool:
 
 def cached_repos() -> list[tuple[str, Path, int]]:
     """(id, folder, bytes on disk) of each model in Hugging Face's cache."""
-    from huggingface_hub import CacheNotFound, scan_cache_dir
+    from huggingface_hub import CacheNotFound, constants, scan_cache_dir
 
     try:
-        repos = scan_cache_dir().repos
+        repos = scan_cache_dir(constants.HF_HUB_CACHE).repos
     except CacheNotFound:
         return []
     return [

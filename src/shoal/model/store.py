@@ -81,7 +81,7 @@ def resolve(
         )
         return ResolvedModel(model, path, fingerprint(path))
     local = Path(model).expanduser()
-    if local.exists():
+    if model and local.exists():
         path = _local_weights(local)
         return ResolvedModel(_local_name(local), path, fingerprint(path))
     match = _HUB_ID.fullmatch(model)

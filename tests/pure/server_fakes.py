@@ -146,6 +146,19 @@ def make_app(
     )
 
 
+def ask(
+    router: FakeRouter, method: str, path: str, body: Any = None, **config: Any
+) -> httpx.Response:
+    """One request to a fresh app over `router`, without a socket."""
+
+    async def send() -> httpx.Response:
+        transport = httpx.ASGITransport(make_app(router, **config))
+        async with httpx.AsyncClient(transport=transport, base_url="http://tiny") as http:
+            return await http.request(method, path, json=body)
+
+    return asyncio.run(send())
+
+
 @contextlib.contextmanager
 def running(app: FastAPI) -> Iterator[str]:
     """The app behind uvicorn on a free port; yields its URL."""

@@ -1,0 +1,150 @@
+"""Prometheus metrics: what requests went through, and what every replica says of itself.
+
+Named like vLLM's with the prefix `shoal_`, less the label `model_name` (a server has one
+model); times in seconds, `shoal_kv_cache_usage_perc` in [0, 1] as there. Each
+`ServingMetrics` has its own registry. Knows nothing of HTTP, engines or text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from shoal.core.stats import EngineStats
+
+CONTENT_TYPE = "text/plain; version=1.0.0; charset=utf-8"
+
+_TTFT_S = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10, 20, 40, 80, 160)
+_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.4, 0.8, 2, 5, 20)
+_REQUEST_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 25, 50, 100, 200, 400, 800, 1600)
+_TOKENS = tuple(2**power for power in range(18))
+
+Reading = Callable[[EngineStats], float]
+_GAUGES: tuple[tuple[str, str, Reading], ...] = (
+    ("num_requests_running", "Sequences being computed", lambda s: s.num_running),
+    ("num_requests_waiting", "Sequences in the queue", lambda s: s.num_waiting),
+    ("kv_cache_usage_perc", "Share of KV blocks in use, 1 is full", lambda s: _kv_usage(s)),
+)
+_COUNTERS: tuple[tuple[str, str, Reading], ...] = (
+    ("prompt_tokens", "Prompt tokens, found cached or computed", lambda s: s.prompt_tokens),
+    ("prefix_cache_hits", "Prompt tokens whose KV was found cached", lambda s: s.cached_tokens),
+    ("generation_tokens", "Output tokens", lambda s: s.output_tokens),
+    ("num_preemptions", "Sequences preempted for want of KV", lambda s: s.preemptions),
+    ("engine_steps", "Steps run", lambda s: s.steps),
+    ("engine_busy_seconds", "Seconds the workers computed", lambda s: s.busy_s),
+)
+
+
+class ServingMetrics:
+    """Counters and histograms of requests, and a view on the replicas' statistics."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._http = Counter(
+            "shoal_http_requests",
+            "HTTP responses by endpoint and status (499: the client hung up first)",
+            ("endpoint", "status"),
+            registry=self._registry,
+        )
+        self._finished = Counter(
+            "shoal_requests_finished",
+            "Completions by reason: stop, length, cancelled, or an error's code",
+            ("finished_reason",),
+            registry=self._registry,
+        )
+        self.ttft_s = self._histogram(
+            "time_to_first_token_seconds", "Submission to first token", _TTFT_S
+        )
+        self.itl_s = self._histogram(
+            "inter_token_latency_seconds", "Gap between tokens as the server sees them", _TOKEN_S
+        )
+        self.tpot_s = self._histogram(
+            "request_time_per_output_token_seconds", "Mean gap between tokens", _TOKEN_S
+        )
+        self.e2e_s = self._histogram(
+            "e2e_request_latency_seconds", "Submission to last token", _REQUEST_S
+        )
+        self.prompt_tokens = self._histogram(
+            "request_prompt_tokens", "Prompt tokens of a completion", _TOKENS
+        )
+        self.output_tokens = self._histogram(
+            "request_generation_tokens", "Output tokens of a completion", _TOKENS
+        )
+
+    def watch_replicas(self, replica_stats: Callable[[], Mapping[str, EngineStats]]) -> None:
+        """From now on every scrape asks for the replicas' statistics, by replica name."""
+        self._registry.register(_ReplicaCollector(replica_stats))
+
+    def http_response(self, endpoint: str, status: int) -> None:
+        self._http.labels(endpoint, str(status)).inc()
+
+    def completion(self, num_prompt_tokens: int, now: float) -> CompletionTimer:
+        """A completion was submitted."""
+        self.prompt_tokens.observe(num_prompt_tokens)
+        return CompletionTimer(self, now)
+
+    def finished(self, reason: str) -> None:
+        self._finished.labels(reason).inc()
+
+    def render(self) -> bytes:
+        """The exposition, in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"shoal_{name}", text, buckets=buckets, registry=self._registry)
+
+
+class CompletionTimer:
+    """The life of one completion, from submission on; ends in exactly one `finished`."""
+
+    __slots__ = ("_first_s", "_last_s", "_metrics", "_num_tokens", "_start_s")
+
+    def __init__(self, metrics: ServingMetrics, now: float) -> None:
+        self._metrics = metrics
+        self._start_s = now
+        self._first_s = now
+        self._last_s = now
+        self._num_tokens = 0
+
+    def tokens(self, num_tokens: int, now: float) -> None:
+        """`num_tokens` arrived together."""
+        if self._num_tokens == 0:
+            self._first_s = now
+            self._metrics.ttft_s.observe(now - self._start_s)
+        else:
+            self._metrics.itl_s.observe((now - self._last_s) / num_tokens)
+        self._last_s = now
+        self._num_tokens += num_tokens
+
+    def finished(self, reason: str, now: float) -> None:
+        metrics = self._metrics
+        metrics.finished(reason)
+        metrics.output_tokens.observe(self._num_tokens)
+        if self._num_tokens > 1:
+            metrics.tpot_s.observe((self._last_s - self._first_s) / (self._num_tokens - 1))
+        if reason in ("stop", "length"):
+            metrics.e2e_s.observe(now - self._start_s)
+
+
+class _ReplicaCollector(Collector):
+    """Reads the replicas at scrape time: nothing to update between scrapes."""
+
+    def __init__(self, replica_stats: Callable[[], Mapping[str, EngineStats]]) -> None:
+        self._replica_stats = replica_stats
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._replica_stats()
+        kinds = ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS))
+        for family, readings in kinds:
+            for name, text, read in readings:
+                metric = family(f"shoal_{name}", text, labels=("replica",))
+                for replica, now in stats.items():
+                    metric.add_metric((replica,), read(now))
+                yield metric
+
+
+def _kv_usage(stats: EngineStats) -> float:
+    return stats.num_blocks_used / stats.num_blocks if stats.num_blocks else 0.0

@@ -1,0 +1,20 @@
+"""The HTTP edge: OpenAI's wire types, streaming, auth, limits.
+
+    app.py           puts the pieces together: `create_app`
+    config.py        what an app is told (ServerConfig) and holds (ServerContext)
+    openai_types.py  request bodies (pydantic); fields.py names what is not supported
+    chat.py, completions.py, tokenize.py, models.py, health.py   the endpoints
+    prompts.py       text or messages → token ids
+    sampling.py      body → SamplingParams → GenerateRequests
+    generation.py    GenerateRequests → updates of text
+    respond.py       updates → a response; sse.py: event streams, clients that hang up or stall
+    responses.py, logprobs.py   the JSON that goes out
+    middleware.py, auth.py, limits.py, errors.py   around every request
+
+Knows nothing of torch, KV, replicas or how a token is made: a `Router` gives tokens.
+"""
+
+from shoal.server.app import create_app
+from shoal.server.config import Router, ServerConfig
+
+__all__ = ["Router", "ServerConfig", "create_app"]

@@ -1,0 +1,58 @@
+"""API keys: who may come in, and whose prefix cache is whose.
+
+Knows nothing of endpoints but the few that stand open.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from shoal.core.request import ErrorInfo
+from shoal.server.errors import error_response
+
+OPEN_PATHS = frozenset({"/health", "/ready", "/version"})
+"""Load balancers ask these, and hold no key."""
+
+_DENIED = ErrorInfo(
+    status=401,
+    code="invalid_api_key",
+    message="No valid API key was sent; send one as the header «Authorization: Bearer KEY».",
+)
+
+
+class BearerAuth:
+    """Lets in who holds one of `api_keys`; sets `state.tenant` to a salt of its own.
+
+    With a single key everyone is one tenant and shares one prefix cache.
+    """
+
+    def __init__(self, app: ASGIApp, *, api_keys: tuple[str, ...]) -> None:
+        self._app = app
+        self._keys = tuple(key.encode() for key in api_keys)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._keys and scope["path"] not in OPEN_PATHS:
+            key = self._matching_key(Headers(scope=scope).get("authorization", ""))
+            if key is None:
+                headers = {"WWW-Authenticate": "Bearer"}
+                await error_response(_DENIED, headers)(scope, receive, send)
+                return
+            if len(self._keys) > 1:
+                tenant = hashlib.sha256(key).hexdigest()[:32]
+                scope.setdefault("state", {})["tenant"] = tenant
+        await self._app(scope, receive, send)
+
+    def _matching_key(self, header: str) -> bytes | None:
+        scheme, _, given = header.partition(" ")
+        if scheme.lower() != "bearer":
+            return None
+        found = None
+        # All keys are compared, whichever matches: the time says nothing.
+        for key in self._keys:
+            if hmac.compare_digest(key, given.strip().encode("utf-8", "surrogateescape")):
+                found = key
+        return found

@@ -1,0 +1,93 @@
+"""What one HTTP app is told, and what it holds: two apps can live side by side."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from shoal.core.clock import Clock
+from shoal.core.errors import ConfigError
+from shoal.core.request import MAX_COMPLETIONS, GenerateRequest, Output
+from shoal.core.stats import EngineInfo, EngineStats
+from shoal.observe import ServingMetrics
+from shoal.text import Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Limits and names of one app.
+
+    Attributes:
+        served_model_names: the first is what responses say; all are accepted.
+        api_keys: any of them opens the door; none: it stands open.
+        max_body_bytes: a longer request body is refused with 413.
+        max_choices: prompts x n of one request at most.
+        request_timeout_s: from submission to the last token; None: no limit.
+        stall_timeout_s: a client that takes nothing for this long is dropped.
+        default_sampling: sampling fields the model's generation_config asks for.
+        ready_window_s: a token this recent proves that the server can generate.
+        probe_timeout_s, probe_ttl_s: of the one-token probe behind /ready.
+    """
+
+    served_model_names: tuple[str, ...]
+    api_keys: tuple[str, ...] = ()
+    max_body_bytes: int = 8 * 2**20
+    max_choices: int = MAX_COMPLETIONS
+    request_timeout_s: float | None = None
+    stall_timeout_s: float = 60.0
+    default_sampling: Mapping[str, float] = field(default_factory=dict)
+    ready_window_s: float = 10.0
+    probe_timeout_s: float = 5.0
+    probe_ttl_s: float = 3.0
+
+    def __post_init__(self) -> None:
+        if not self.served_model_names:
+            raise ConfigError("served_model_names is empty; give at least one name")
+        if not all(self.api_keys):
+            raise ConfigError("api_keys holds an empty key, which would let anyone in; remove it")
+
+
+class Router(Protocol):
+    """What the server asks of `router/`: own engines now, any upstream later."""
+
+    @property
+    def info(self) -> EngineInfo | None:
+        """What a replica can carry; None until one is ready."""
+        ...
+
+    @property
+    def ready(self) -> bool:
+        """A replica is alive and requests are admitted (False while draining)."""
+        ...
+
+    @property
+    def last_token_s(self) -> float | None:
+        """When the last token came, on the app's clock."""
+        ...
+
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
+        """Outputs, the last of which has `finish`; closing it early cancels the request."""
+        ...
+
+    def stats(self) -> Mapping[str, EngineStats]:
+        """By replica name."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerContext:
+    """What the endpoints of one app share.
+
+    Attributes:
+        wall_clock: seconds since 1970, for `created`.
+    """
+
+    config: ServerConfig
+    router: Router
+    tokenizer: Tokenizer
+    metrics: ServingMetrics
+    clock: Clock
+    rng: random.Random
+    wall_clock: Callable[[], float]

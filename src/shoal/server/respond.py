@@ -1,0 +1,185 @@
+"""From `GenerateRequest`s to an HTTP response, streamed or whole, whatever its shape.
+
+Knows nothing of chat or completions: a `Shape` says how their JSON looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+from fastapi import Request
+from msgspec import UNSET, UnsetType
+from starlette.responses import Response
+
+from shoal.core.errors import InvalidRequestError, NotFoundError, UnavailableError
+from shoal.core.request import GenerateRequest
+from shoal.core.stats import EngineInfo
+from shoal.server.config import ServerContext
+from shoal.server.generation import Update, Usage, updates
+from shoal.server.openai_types import GenerationFields
+from shoal.server.responses import PromptTokensDetails, UsageBody
+from shoal.server.sse import BodyResponse, EventStream
+
+UsageField = UsageBody | None | UnsetType
+
+
+class Shape(Protocol):
+    """How one endpoint's JSON looks; made anew for every request."""
+
+    def chunk(self, update: Update, usage: UsageField) -> msgspec.Struct:
+        """One event of a stream."""
+        ...
+
+    def usage_chunk(self, usage: UsageBody) -> msgspec.Struct:
+        """The event that ends a stream with include_usage."""
+        ...
+
+    def body(self, completions: Sequence[Update], usage: UsageBody) -> msgspec.Struct:
+        """The whole response; each completion is one update, finished."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What one HTTP request asks the router for.
+
+    Attributes:
+        num_per_prompt: n; the requests stand prompt by prompt.
+        label: the X-Request-Id, for the log.
+    """
+
+    requests: tuple[GenerateRequest, ...]
+    num_per_prompt: int
+    label: str
+
+
+def respond(body: GenerationFields, job: Job, shape: Shape, context: ServerContext) -> Response:
+    """The response to a request; generation begins when the server sends it."""
+    if not body.stream:
+        return BodyResponse(lambda: _whole(job, shape, context))
+    return EventStream(
+        _events(body, job, shape, context),
+        request_id=job.label,
+        stall_timeout_s=context.config.stall_timeout_s,
+    )
+
+
+def check_common(body: GenerationFields, context: ServerContext, num_prompts: int) -> EngineInfo:
+    """What can be refused before the prompt is looked at; the engine's limits otherwise."""
+    check_model(body.model, context)
+    num_choices = num_prompts * (1 if body.n is None else body.n)
+    if num_choices > context.config.max_choices:
+        raise InvalidRequestError(
+            f"{num_prompts} prompts x n={body.n or 1} are {num_choices} completions; at most "
+            f"{context.config.max_choices} can be asked for at once",
+            code="too_many_completions",
+            param="n" if num_prompts == 1 else "prompt",
+        )
+    if body.output_token_ids is not None and num_choices != 1:
+        raise InvalidRequestError(
+            "output_token_ids continues a single completion; send one prompt and n=1",
+            code="invalid_value",
+            param="output_token_ids",
+        )
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequestError(
+            "stream_options is only for stream=true", code="invalid_value", param="stream_options"
+        )
+    if body.stream and body.prompt_logprobs is not None:
+        raise InvalidRequestError(
+            "prompt_logprobs is only for stream=false",
+            code="invalid_value",
+            param="prompt_logprobs",
+        )
+    info = context.router.info
+    if info is None:
+        raise UnavailableError(
+            "No replica of the model is ready; try again soon",
+            code="no_replica",
+            retry_after_s=_NO_REPLICA_RETRY_S,
+        )
+    return info
+
+
+def check_model(model: str | None, context: ServerContext) -> None:
+    """Raises NotFoundError unless it is served under this name (or none was asked for)."""
+    names = context.config.served_model_names
+    if model is not None and model not in names:
+        raise NotFoundError(
+            f"The model {model!r} does not exist; this server has {', '.join(names)}",
+            code="model_not_found",
+            param="model",
+        )
+
+
+def request_label(request: Request) -> str:
+    return str(request.state.request_id)
+
+
+def tenant(request: Request) -> str:
+    return str(getattr(request.state, "tenant", ""))
+
+
+async def _whole(job: Job, shape: Shape, context: ServerContext) -> bytes:
+    usage = Usage(job.requests, job.num_per_prompt)
+    parts: list[list[Update]] = [[] for _ in job.requests]
+    async with aclosing(updates(job.requests, context)) as news:
+        async for update in news:
+            usage.add(update)
+            parts[update.index].append(update)
+    return msgspec.json.encode(shape.body([_joined(part) for part in parts], _body(usage)))
+
+
+async def _events(
+    body: GenerationFields, job: Job, shape: Shape, context: ServerContext
+) -> AsyncGenerator[bytes, None]:
+    usage = Usage(job.requests, job.num_per_prompt)
+    options = body.stream_options
+    include_usage = options is not None and options.include_usage
+    continuous = include_usage and options is not None and options.continuous_usage_stats
+    begun: set[int] = set()
+    async with aclosing(updates(job.requests, context)) as news:
+        async for update in news:
+            usage.add(update)
+            says_nothing = not (
+                update.text or update.finish or update.logprobs or body.return_token_ids
+            )
+            # The first chunk goes out whatever it says: it is the client's first token.
+            if says_nothing and not continuous and update.index in begun:
+                continue
+            begun.add(update.index)
+            field: UsageField = _body(usage) if continuous else None if include_usage else UNSET
+            yield msgspec.json.encode(shape.chunk(update, field))
+    if include_usage:
+        yield msgspec.json.encode(shape.usage_chunk(_body(usage)))
+
+
+def _joined(parts: Sequence[Update]) -> Update:
+    """A completion's updates as one."""
+    last = parts[-1]
+    return Update(
+        index=last.index,
+        text="".join(part.text for part in parts),
+        token_ids=tuple(token for part in parts for token in part.token_ids),
+        offsets=tuple(offset for part in parts for offset in part.offsets),
+        logprobs=tuple(entry for part in parts for entry in part.logprobs),
+        prompt_logprobs=tuple(entry for part in parts for entry in part.prompt_logprobs),
+        finish=last.finish,
+        stop_reason=last.stop_reason,
+    )
+
+
+def _body(usage: Usage) -> UsageBody:
+    return UsageBody(
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        total_tokens=usage.prompt_tokens + usage.completion_tokens,
+        prompt_tokens_details=PromptTokensDetails(usage.cached_tokens),
+    )
+
+
+_NO_REPLICA_RETRY_S = 5.0

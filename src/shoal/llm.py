@@ -31,6 +31,7 @@ from shoal.core.request import (
 )
 from shoal.core.stats import EngineStats
 from shoal.engine.events import Cancel, Submit
+from shoal.model.generation_config import read_default_sampling
 from shoal.model.store import resolve
 from shoal.text.text_stream import TextStream
 from shoal.text.tokenizer import Tokenizer, load_tokenizer
@@ -113,6 +114,10 @@ class LLM:
         **options: Any,
     ) -> None:
         resolved = resolve(model, revision=revision, token=token, progress=progress)
+        # What the model's makers recommend, and an end that comes in reasonable time.
+        self._default_params = SamplingParams(
+            **{"max_tokens": 256, **read_default_sampling(resolved.path)}
+        )
         self._tokenizer = load_tokenizer(resolved.path, chat_template=chat_template)
         self._inboxes: dict[str, SimpleQueue[Output]] = {}
         self._ids = itertools.count()
@@ -169,12 +174,13 @@ class LLM:
         """Complete prompts (texts or token ids), all at once.
 
         Args:
-            params: one for all, or one for each prompt.
+            params: one for all, or one for each prompt; by default the sampling that the
+                checkpoint's generation_config.json recommends, and 256 tokens.
             output_ids: for each prompt, output tokens already produced elsewhere: generation
                 goes on exactly after them (same seed, penalties, limits and grammar state).
         """
         prompt_ids = [self._encode(prompt) for prompt in _as_list(prompts)]
-        each = _one_each(params, len(prompt_ids))
+        each = _one_each(params or self._default_params, len(prompt_ids))
         committed = output_ids or [()] * len(prompt_ids)
         started = [
             self._start(ids, sampling, tuple(done))
@@ -203,7 +209,7 @@ class LLM:
     ) -> Iterator[Chunk]:
         """Chunks of one completion as they come; leaving early cancels it."""
         ids = self.render(messages) if messages is not None else self._encode(prompt or "")
-        (stream,) = self._start(tuple(ids), replace(params or SamplingParams(), n=1), ())
+        (stream,) = self._start(tuple(ids), replace(params or self._default_params, n=1), ())
         return stream.chunks()
 
     def render(self, messages: Messages) -> tuple[int, ...]:
@@ -346,10 +352,10 @@ def _as_list(prompts: Any) -> list[Any]:
 
 
 def _one_each(
-    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+    params: SamplingParams | Sequence[SamplingParams], count: int
 ) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
+    if isinstance(params, SamplingParams):
+        return [params] * count
     if len(params) != count:
         raise InvalidRequestError(
             f"{len(params)} sampling parameters for {count} prompts; give one, or one for each"

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from shoal.core.errors import ModelError
 
 _FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
-def read_default_sampling(path: Path) -> dict[str, float]:
+def read_default_sampling(path: Path) -> dict[str, Any]:
     """Sampling fields by name; none for a .gguf file, or a folder that has no such file.
 
     Raises:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from shoal.core.errors import InvalidRequestError
-from shoal.core.request import GenerateRequest, Grammar, SamplingParams
+from shoal.core.request import GenerateRequest, Grammar, SamplingParams, seed_of_choice
 from shoal.server.openai_types import GenerationFields, ResponseFormat
 from shoal.text.grammar import MAX_SCHEMA_BYTES
 
@@ -126,7 +126,7 @@ def check_token_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
 
 
 def _single(params: SamplingParams, choice: int) -> SamplingParams:
-    seed = None if params.seed is None else (params.seed + choice) % 2**64
+    seed = None if params.seed is None else seed_of_choice(params.seed, choice)
     return dataclasses.replace(params, n=1, seed=seed)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 import torch
 
 from shoal.core.errors import ConfigError, DeviceError
 from shoal.core.model_spec import LayerSpec, ModelSpec, RopeSpec
-from shoal.worker.device import choose_device, kv_budget_bytes
+from shoal.worker.device import choose_device, free_memory_bytes, kv_budget_bytes
 from shoal.worker.kv_pool import allocate, num_blocks_for
 
 SPEC = ModelSpec(
@@ -75,6 +76,19 @@ def test_kv_is_sized_in_whole_blocks_and_starts_as_zeros() -> None:
     assert not pool.cache.values[2].any()
 
 
-def test_a_share_of_the_device_is_a_share_of_its_memory() -> None:
-    whole, half = kv_budget_bytes(CPU, 1.0), kv_budget_bytes(CPU, 0.5)
-    assert 0 < half <= whole
+def test_populating_takes_pages_and_leaves_contents() -> None:
+    pool = allocate(SPEC, 3000, torch.float32, CPU)
+    pool.cache.keys[1][7] = 3.0
+    before = psutil.Process().memory_info().rss
+    pool.populate()
+    assert pool.memory is not None
+    assert psutil.Process().memory_info().rss - before > len(pool.memory) * 0.8
+    assert (pool.cache.keys[1][7] == 3.0).all()
+    assert not pool.cache.values[1].any()
+
+
+def test_kv_holds_two_long_requests_but_never_all_memory() -> None:
+    free = free_memory_bytes(CPU)
+    assert kv_budget_bytes(CPU, 1.0, 1000) == min(1 << 30, free // 4)
+    assert kv_budget_bytes(CPU, 1.0, 1 << 60) == pytest.approx(free / 4, rel=0.1)
+    assert kv_budget_bytes(CPU, 0.5, 1 << 60) == pytest.approx(free / 8, rel=0.1)

@@ -23,7 +23,8 @@ _DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
 }
 _CPU_KV_SHARE = 0.25
-_CPU_KV_CAP_BYTES = 4 << 30
+_CPU_KV_BYTES = 1 << 30
+_CPU_KV_FULL_LENGTH = 2
 _CUDA_KV_SHARE = 0.85
 
 
@@ -57,15 +58,21 @@ def free_memory_bytes(device: torch.device) -> int:
     return min(int(psutil.virtual_memory().available), _cgroup_room_bytes())
 
 
-def kv_budget_bytes(device: torch.device, share: float) -> int:
-    """Memory for KV when the user names none; `share` of the device is this engine's.
+def kv_budget_bytes(device: torch.device, share: float, full_length_bytes: int) -> int:
+    """Memory for KV when the user names none.
 
-    CPU: a quarter of what is free, at most 4 GiB. CUDA: 85 % of what the weights left.
+    CUDA: 85 % of what the weights left. CPU: 1 GiB, or what two requests of full length need
+    if that is more, but a quarter of what is free at most.
+
+    Args:
+        share: of the device that is this engine's.
+        full_length_bytes: KV of one request of full length.
     """
     free = int(free_memory_bytes(device) * share)
     if device.type == "cuda":
         return int(free * _CUDA_KV_SHARE)
-    return min(int(free * _CPU_KV_SHARE), _CPU_KV_CAP_BYTES)
+    wanted = max(_CPU_KV_BYTES, _CPU_KV_FULL_LENGTH * full_length_bytes)
+    return min(int(free * _CPU_KV_SHARE), wanted)
 
 
 def _auto_device() -> torch.device:

@@ -5,6 +5,7 @@ Says what it does in lines a newcomer understands. Knows nothing of requests.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,6 +70,7 @@ def launch_worker(
     worker = Worker(decoder, kv)
     started_s = time.perf_counter()
     _warm_up(worker)
+    threading.Thread(target=kv.populate, name="shoal-populate", daemon=True).start()
     say(f"warm-up    {time.perf_counter() - started_s:.1f} s")
     return LaunchedWorker(
         worker=worker,
@@ -88,13 +90,16 @@ def _kernels(name: str) -> KernelSet:
 
 
 def _allocate_kv(options: EngineOptions, spec: ModelSpec, choice: DeviceChoice) -> KVPool:
-    budget = options.kv_cache_memory_bytes or kv_budget_bytes(choice.device, options.device_share)
-    num_blocks = num_blocks_for(spec, choice.dtype, budget)
-    # More than every sequence at full length would never be used, but for old prefixes.
     longest = options.max_model_len or spec.max_positions
-    useful = options.max_num_seqs * (longest // BLOCK_SIZE + 1)
+    token_bytes = spec.kv_bytes_per_token(choice.dtype.itemsize)
+    budget = options.kv_cache_memory_bytes or kv_budget_bytes(
+        choice.device, options.device_share, longest * token_bytes
+    )
+    num_blocks = num_blocks_for(spec, choice.dtype, budget)
     if options.kv_cache_memory_bytes is None:
-        num_blocks = min(num_blocks, 2 * useful)
+        # More than twice what every sequence at full length takes would hardly be used.
+        useful = 2 * options.max_num_seqs * (longest // BLOCK_SIZE + 1)
+        num_blocks = min(num_blocks, useful)
     return allocate(spec, num_blocks, choice.dtype, choice.device)
 
 

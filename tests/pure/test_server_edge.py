@@ -210,7 +210,6 @@ def test_metrics_tell_what_happened() -> None:
     }
     assert samples["shoal_requests_finished_total", "stop"] == 2
     assert samples["shoal_requests_finished_total", "length"] == 1
-    print({k: v for k, v in samples.items() if "http" in k[0]})
     assert samples["shoal_http_requests_total", "/v1/completions", "200"] == 2
     assert samples["shoal_http_requests_total", "/v1/completions", "400"] == 1
     assert samples["shoal_http_requests_total", "other", "404"] == 1

@@ -79,10 +79,11 @@ def test_a_client_that_hangs_up_cancels_its_requests(stream: bool, n: int) -> No
         sock.close()
         wait_until(lambda: router.num_running == 0, limit_s=2)
         assert len(router.left) == n
+        status = 200 if stream else 499
+        count = f'shoal_http_requests_total{{endpoint="/v1/completions",status="{status}"}} 1.0'
+        wait_until(lambda: count in httpx.get(f"{url}/metrics").text)
         text = httpx.get(f"{url}/metrics").text
     assert f'shoal_requests_finished_total{{finished_reason="cancelled"}} {n}.0' in text
-    status = 200 if stream else 499
-    assert f'shoal_http_requests_total{{endpoint="/v1/completions",status="{status}"}} 1.0' in text
 
 
 def test_a_client_that_stops_reading_is_dropped(caplog: pytest.LogCaptureFixture) -> None:

@@ -44,6 +44,6 @@ class BodyLimit:
 
     def _message(self) -> str:
         return (
-            f"The request body is longer than {self._max_bytes} bytes; send a shorter one, "
-            f"or start the server with a higher --max-body-bytes."
+            f"The request body is longer than {self._max_bytes} bytes, the most this server "
+            f"takes; send a shorter one."
         )

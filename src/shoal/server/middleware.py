@@ -37,26 +37,30 @@ class Envelope:
             return
         request_id = self._request_id(Headers(scope=scope).get("x-request-id", ""))
         scope.setdefault("state", {})["request_id"] = request_id
-        status = CLIENT_CLOSED_REQUEST
+        begun = False
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
+            nonlocal begun
             if message["type"] == "http.response.start":
-                status = message["status"]
+                begun = True
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                self._count(scope, message["status"])
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_id)
+            if not begun:
+                self._count(scope, CLIENT_CLOSED_REQUEST)
         except Exception:
             _log.exception("request %s failed: %s %s", request_id, scope["method"], scope["path"])
-            if status != CLIENT_CLOSED_REQUEST:
-                raise  # the response has begun: all that is left is to cut the connection
+            if begun:
+                raise  # all that is left is to cut the connection
             await error_response(INTERNAL_ERROR)(scope, receive, send_with_id)
-        finally:
-            # The route's template, not the path: anyone can make up paths.
-            endpoint = getattr(scope.get("route"), "path", "other")
-            self._metrics.http_response(endpoint, status)
+
+    def _count(self, scope: Scope, status: int) -> None:
+        # The route's template, not the path: anyone can make up paths.
+        endpoint = getattr(scope.get("route"), "path", "other")
+        self._metrics.http_response(endpoint, status)
 
     def _request_id(self, given: str) -> str:
         return given if _REQUEST_ID.fullmatch(given) else f"{self._rng.getrandbits(128):032x}"

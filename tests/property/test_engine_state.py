@@ -22,6 +22,7 @@ from shoal.engine.events import (
     Event,
     GrammarFailed,
     GrammarReady,
+    GrammarStarted,
     RunStep,
     Submit,
     Tick,
@@ -97,11 +98,11 @@ class Bench:
 
 
 def make_request(request_id: str, prompt: list[int], **fields: object) -> GenerateRequest:
-    max_tokens = fields.pop("max_tokens", 8)
+    max_tokens, seed = fields.pop("max_tokens", 8), fields.pop("seed", None)
     return GenerateRequest(
         request_id=request_id,
         prompt_ids=tuple(prompt),
-        sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0),  # type: ignore[arg-type]
+        sampling=SamplingParams(max_tokens=max_tokens, seed=seed),  # type: ignore[arg-type]
         **fields,  # type: ignore[arg-type]
     )
 
@@ -145,11 +146,15 @@ def test_outputs_depend_on_prompts_alone(
     requests: dict[str, GenerateRequest] = {}
     cancelled: set[str] = set()
     for i in range(60):
-        prompt = rng.choice(prefixes) + [
-            rng.randrange(1, VOCAB) for _ in range(rng.randrange(1, 40))
-        ]
+        # Some prompts are the same, and differ by their seeds alone.
+        own = [rng.randrange(1, VOCAB) for _ in range(rng.choice([0, 0, 5, 30]))]
+        prompt = rng.choice(prefixes) + own or [1]
         request = make_request(
-            f"r{i}", prompt, max_tokens=rng.randrange(1, 60), priority=rng.randrange(3)
+            f"r{i}",
+            prompt,
+            max_tokens=rng.randrange(1, 60),
+            priority=rng.randrange(3),
+            seed=rng.randrange(3),
         )
         requests[request.request_id] = request
         bench.submit(request)
@@ -165,7 +170,8 @@ def test_outputs_depend_on_prompts_alone(
 
     assert set(bench.finished) == set(requests), "each request ends exactly once"
     for request_id, request in requests.items():
-        want = expected_output(request.prompt_ids, request.sampling.max_tokens or 0, VOCAB)
+        sampling = request.sampling
+        want = expected_output(request.prompt_ids, sampling.max_tokens or 0, VOCAB, sampling.seed)
         got = bench.outputs[request_id]
         if bench.finished[request_id].finish == "cancelled":
             assert request_id in cancelled
@@ -291,6 +297,48 @@ def test_wrong_requests_are_refused(prompt: list[int], code: str) -> None:
     assert (error.status, error.code) == (400, code)
 
 
+def test_one_poisonous_request_takes_no_other_with_it() -> None:
+    bench = Bench(make_config(max_num_batched_tokens=100))
+    prompts = {f"r{i}": [i + 1] * 20 for i in range(6)}
+    for request_id, prompt in prompts.items():
+        bench.submit(make_request(request_id, prompt, max_tokens=30))
+    for _ in range(10_000):
+        if not bench.steps:
+            break
+        poison = any(row.token_ids[:1] == (4,) for row in bench.steps[0].rows if row.start < 16)
+        bench.fail_step() if poison else bench.step()
+    error = bench.finished["r3"].error
+    assert error is not None
+    assert error.status == 500
+    for request_id in prompts.keys() - {"r3"}:
+        assert bench.outputs[request_id] == expected_output(prompts[request_id], 30, VOCAB)
+
+
+def test_waiting_for_a_compiler_is_not_held_against_a_grammar() -> None:
+    bench = Bench(make_config(grammar_timeout_s=5.0))
+    bench.submit(grammar_request("g"))
+    bench.now = 60.0
+    bench.tell(GrammarStarted("g"))
+    bench.now = 64.0
+    bench.tell(GrammarReady("g", OnlyEven()))
+    bench.run_out()
+    assert bench.finished["g"].finish == "stop"
+
+
+def test_an_idle_night_does_not_make_retry_after_a_day() -> None:
+    bench = Bench(make_config(max_num_seqs=1, max_waiting=1))
+    for hour in range(3):
+        bench.now = hour * 36_000.0
+        bench.submit(make_request(f"r{hour}", [5] * 5, max_tokens=2))
+        bench.run_out()
+    for i in range(3):
+        bench.submit(make_request(f"late{i}", [5] * 5))
+    refused = bench.finished["late2"].error
+    assert refused is not None
+    assert 0 < (refused.retry_after_s or 0) <= 10
+    bench.run_out()
+
+
 def test_a_step_that_always_fails_ends_its_requests() -> None:
     bench = Bench(make_config(max_step_failures=2))
     bench.submit(make_request("r", [5] * 10))
@@ -324,10 +372,6 @@ class OnlyEven:
     def advance(self, token_id: int) -> bool:
         self.taken += 1
         return token_id % 2 == 0
-
-    @property
-    def finished(self) -> bool:
-        return self.taken >= 4
 
 
 def grammar_request(request_id: str, **fields: object) -> GenerateRequest:
@@ -376,6 +420,7 @@ def test_a_grammar_that_fails_or_never_compiles_ends_its_request() -> None:
     bench = Bench(make_config(grammar_timeout_s=5.0))
     bench.submit(grammar_request("bad"))
     bench.submit(grammar_request("slow"))
+    bench.tell(GrammarStarted("slow"))
     refusal = ErrorInfo.of(InvalidRequestError("no such type", code="invalid_json_schema"))
     bench.tell(GrammarFailed("bad", refusal))
     assert bench.finished["bad"].error == refusal

@@ -163,3 +163,20 @@ def test_costly_schemas_are_served_or_refused_in_time(
     except InvalidRequestError as error:
         assert error.code == "invalid_json_schema"
     assert time.monotonic() - started < 5.0
+
+
+def test_many_joined_patterns_are_refused_before_they_cost_anything(
+    compiler: GrammarCompiler,
+) -> None:
+    schema = {"allOf": [{"type": "string", "pattern": f".*{i}.*"} for i in range(24)]}
+    with pytest.raises(InvalidRequestError, match="allOf"):
+        compiler.compile(Grammar(kind="json_schema", schema=json.dumps(schema)))
+
+
+def test_a_schema_that_came_before_starts_afresh(compiler: GrammarCompiler) -> None:
+    grammar = Grammar(kind="json_schema", schema='{"type": "boolean"}')
+    first, second = compiler.compile(grammar), compiler.compile(grammar)
+    before = second.mask()
+    allowed = next(i for i in range(len(before) * 8) if before[i // 8] >> i % 8 & 1)
+    assert first.advance(allowed)
+    assert second.mask() == before == compiler.compile(grammar).mask()

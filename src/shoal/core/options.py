@@ -7,6 +7,8 @@ from typing import Literal
 
 from shoal.core.errors import ConfigError
 
+MAX_STEPS_IN_FLIGHT = 16
+
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -54,3 +56,8 @@ class EngineOptions:
             if value is not None and value < 1:
                 flag = "--" + name.replace("_", "-")
                 raise ConfigError(f"{flag} is {value}; it must be at least 1")
+        if self.max_steps_in_flight > MAX_STEPS_IN_FLIGHT:
+            raise ConfigError(
+                f"max_steps_in_flight is {self.max_steps_in_flight}; at most "
+                f"{MAX_STEPS_IN_FLIGHT} are useful"
+            )

@@ -27,6 +27,13 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
+class GrammarStarted:
+    """Its compilation has begun; from now on its time limit runs."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class GrammarReady:
     request_id: str
     matcher: GrammarMatcher
@@ -43,7 +50,16 @@ class Tick:
     """All that was there has been handled: look at deadlines, hand out Steps."""
 
 
-Event = Submit | Cancel | GrammarReady | GrammarFailed | StepResult | StepFailure | Tick
+Event = (
+    Submit
+    | Cancel
+    | GrammarStarted
+    | GrammarReady
+    | GrammarFailed
+    | StepResult
+    | StepFailure
+    | Tick
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +78,7 @@ class Emit:
 
 @dataclass(frozen=True, slots=True)
 class CompileGrammar:
-    """Compile off the loop, then send GrammarReady or GrammarFailed.
+    """Compile off the loop; send GrammarStarted, then GrammarReady or GrammarFailed.
 
     The matcher must already have consumed `prefix_ids`.
     """

@@ -16,6 +16,7 @@ from shoal.core.clock import Clock
 from shoal.core.errors import RequestError
 from shoal.core.request import ErrorInfo, Grammar, Output
 from shoal.core.stats import EngineStats
+from shoal.core.step import StepFailure, StepResult
 from shoal.engine.events import (
     CompileGrammar,
     Effect,
@@ -23,6 +24,7 @@ from shoal.engine.events import (
     Event,
     GrammarFailed,
     GrammarReady,
+    GrammarStarted,
     RunStep,
     Tick,
 )
@@ -36,6 +38,7 @@ Compile = Callable[[Grammar, tuple[int, ...]], GrammarMatcher]
 Report = Callable[[list[Output], EngineStats], None]
 
 HEARTBEAT_S = 1.0
+MAX_FAILURES_IN_A_ROW = 20
 
 
 class EngineLoop:
@@ -67,6 +70,7 @@ class EngineLoop:
         self._report = report
         self._clock = clock
         self._events: SimpleQueue[Event | None] = SimpleQueue()
+        self._failures_in_a_row = 0
 
     def post(self, event: Event) -> None:
         """Tell the engine something; from any thread."""
@@ -77,10 +81,10 @@ class EngineLoop:
         self._events.put(None)
 
     def run(self) -> None:
-        """Handle events until `stop`."""
+        """Handle events until `stop`, or until the device fails at everything."""
         while True:
             events, stopping = self._wait()
-            if stopping:
+            if stopping or self._device_is_lost(events):
                 return
             now = self._clock.now()
             effects: list[Effect] = []
@@ -104,6 +108,18 @@ class EngineLoop:
             return events, False
         return events, True
 
+    def _device_is_lost(self, events: list[Event]) -> bool:
+        """After some device errors nothing works again but a new process."""
+        for event in events:
+            if isinstance(event, StepFailure):
+                self._failures_in_a_row += 1
+            elif isinstance(event, StepResult):
+                self._failures_in_a_row = 0
+        if self._failures_in_a_row < MAX_FAILURES_IN_A_ROW:
+            return False
+        log.critical("%d Steps in a row failed: giving up", self._failures_in_a_row)
+        return True
+
     def _carry_out(self, effects: list[Effect]) -> None:
         outputs: list[Output] = []
         for effect in effects:
@@ -117,6 +133,7 @@ class EngineLoop:
         self._report(outputs, self._state.stats())
 
     def _compile(self, wanted: CompileGrammar) -> None:
+        self.post(GrammarStarted(wanted.request_id))
         try:
             matcher = self._compile_grammar(wanted.grammar, wanted.prefix_ids)
         except RequestError as error:

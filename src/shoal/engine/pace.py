@@ -4,6 +4,7 @@ from __future__ import annotations
 
 _WEIGHT = 0.1
 _UNKNOWN_S = 1.0
+_LONGEST_S = 10.0
 
 
 class CompletionPace:
@@ -15,7 +16,8 @@ class CompletionPace:
 
     def note_completion(self, now: float) -> None:
         if self._last is not None:
-            interval_s = now - self._last
+            # Idle time says nothing of how fast requests complete.
+            interval_s = min(now - self._last, _LONGEST_S)
             old_s = interval_s if self._interval_s is None else self._interval_s
             self._interval_s = old_s + _WEIGHT * (interval_s - old_s)
         self._last = now

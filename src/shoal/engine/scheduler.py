@@ -48,8 +48,13 @@ class Scheduler:
 
     def fill(self, step_id: int) -> Rows:
         """The rows of the next Step; none if there is nothing to do."""
+        suspect = next((s for s in [*self.running, *self.waiting] if s.num_failures), None)
+        if suspect is not None:
+            rows = self._fill_alone(suspect, step_id)
+            if rows or suspect.in_flight:
+                return rows
         self._displace()
-        rows: Rows = []
+        rows = []
         budget = self._config.max_num_batched_tokens
         ready = [sequence for sequence in self.running if sequence.can_schedule]
         for sequence in sorted(ready, key=lambda s: (s.num_to_compute > 1, s.rank)):
@@ -58,11 +63,20 @@ class Scheduler:
             # An earlier turn of this loop may have preempted it.
             if sequence.status is Status.RUNNING and self._grow(sequence, rows):
                 budget -= self._put(sequence, budget, rows, step_id)
-        while self.waiting and budget > 0 and self._admit(self.waiting[0]):
-            sequence = self.waiting.pop(0)
-            sequence.status = Status.RUNNING
-            insort(self.running, sequence, key=lambda running: running.rank)
+        while self.waiting and budget > 0:
+            sequence = self.waiting[0]
+            if not self._admit(sequence):
+                break
             budget -= self._put(sequence, budget, rows, step_id)
+        return rows
+
+    def _fill_alone(self, suspect: Sequence, step_id: int) -> Rows:
+        """A Step of the one sequence that was in a failed Step: only the guilty fail again."""
+        rows: Rows = []
+        if suspect.status is Status.WAITING:
+            self._admit(suspect)
+        if suspect.status is Status.RUNNING and suspect.can_schedule and self._grow(suspect, rows):
+            self._put(suspect, self._config.max_num_batched_tokens, rows, step_id)
         return rows
 
     def note_returned(self, sequence: Sequence) -> None:
@@ -123,14 +137,17 @@ class Scheduler:
     # --- admission ---
 
     def _displace(self) -> None:
-        """Make room for a waiting request that is more urgent than a running one."""
-        while self.waiting and self.running and not self._has_place(self.waiting[0]):
-            urgent, victim = self.waiting[0], self.running[-1]
-            if victim.request.priority <= urgent.request.priority:
-                return
-            if self._has_place(urgent, self._num_returning()):
-                return
-            self._preempt(victim)
+        """Make room for a waiting request that is more urgent than running ones."""
+        if not self.waiting or self._has_place(self.waiting[0]):
+            return
+        urgent = self.waiting[0]
+        victims = [s for s in self.running if s.request.priority > urgent.request.priority]
+        returning = self._num_returning()
+        gained = sum(len(victim.block_ids) for victim in victims)
+        if not self._has_place(urgent, returning + gained, leaving=len(victims)):
+            return  # not even without all of them
+        while victims and not self._has_place(urgent, self._num_returning()):
+            self._preempt(victims.pop())
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence a place and the blocks of all its known tokens."""
@@ -144,14 +161,18 @@ class Scheduler:
         sequence.num_scheduled = len(cached) * BLOCK_SIZE
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = min(sequence.num_scheduled, sequence.prompt_len)
+        self.waiting.remove(sequence)
+        sequence.status = Status.RUNNING
+        insort(self.running, sequence, key=lambda running: running.rank)
         return True
 
-    def _has_place(self, sequence: Sequence, returning: int = 0) -> bool:
-        if len(self.running) >= self._config.max_num_seqs:
+    def _has_place(self, sequence: Sequence, returning: int = 0, leaving: int = 0) -> bool:
+        """Whether it could run, once `returning` blocks are back and `leaving` sequences gone."""
+        num_running = len(self.running) - leaving
+        if num_running >= self._config.max_num_seqs:
             return False
         # Room for one more block each, or the newcomer would be preempted at once.
-        reserve = len(self.running)
-        return self._blocks_lacking(sequence) + reserve <= self.pool.num_free + returning
+        return self._blocks_lacking(sequence) + num_running <= self.pool.num_free + returning
 
     def _blocks_lacking(self, sequence: Sequence) -> int:
         """Free blocks that admitting it would use up."""
@@ -161,8 +182,10 @@ class Scheduler:
     def _cached_blocks(self, sequence: Sequence) -> list[int]:
         if not self._config.prefix_caching or sequence.wants_prompt_logprobs:
             return []
-        # The last token is always computed: its logits are wanted.
-        return self.pool.find(sequence.names((sequence.total_len - 1) // BLOCK_SIZE))
+        # The last token is always computed, as its logits are wanted; tokens still in flight
+        # (it may have been preempted) have no names yet.
+        num_known = min(sequence.total_len - 1, len(sequence.token_ids))
+        return self.pool.find(sequence.names(num_known // BLOCK_SIZE))
 
     # --- giving blocks back ---
 

@@ -28,11 +28,6 @@ class GrammarMatcher(Protocol):
         """Take one token; False if the grammar does not allow it."""
         ...
 
-    @property
-    def finished(self) -> bool:
-        """Whether nothing but EOS may follow."""
-        ...
-
 
 class Status(Enum):
     NEW = auto()  # just arrived, or its grammar is being compiled
@@ -49,7 +44,6 @@ class Sequence:
         request: GenerateRequest,
         *,
         sequence_id: int,
-        arrival: int,
         now: float,
         max_len: int,
         eos_token_ids: tuple[int, ...],
@@ -57,7 +51,7 @@ class Sequence:
     ) -> None:
         self.request = request
         self.sequence_id = sequence_id
-        self.rank = (request.priority, arrival)
+        self.rank = (request.priority, sequence_id)
         self.deadline = None if request.timeout_s is None else now + request.timeout_s
         self.prompt_len = len(request.prompt_ids)
         self.max_len = max_len
@@ -154,6 +148,7 @@ class Sequence:
         """Names of its first `num_blocks` blocks; all their tokens are known."""
         for i in range(len(self._names) - 1, num_blocks):
             tokens = self.token_ids[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE]
+            assert len(tokens) == BLOCK_SIZE, "only a full block of known tokens has a name"
             self._names.append(block_name(self._names[-1], tokens))
         return self._names[1 : num_blocks + 1]
 

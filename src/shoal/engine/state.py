@@ -32,6 +32,7 @@ from shoal.engine.events import (
     Event,
     GrammarFailed,
     GrammarReady,
+    GrammarStarted,
     RunStep,
     Submit,
     Tick,
@@ -54,6 +55,8 @@ class EngineState:
         self._config = config
         self._scheduler = Scheduler(config)
         self._sequences: dict[str, Sequence] = {}
+        # Those that time alone may end: looked at with every Tick, so not all of them.
+        self._timed: dict[str, Sequence] = {}
         self._in_flight: deque[_InFlight] = deque()
         self._released: list[int] = []
         self._incarnation = 0
@@ -75,7 +78,7 @@ class EngineState:
 
     def next_deadline(self) -> float | None:
         """When a Tick is due even if nothing happens."""
-        deadlines = (sequence.next_deadline for sequence in self._sequences.values())
+        deadlines = (sequence.next_deadline for sequence in self._timed.values())
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def stats(self) -> EngineStats:
@@ -110,6 +113,8 @@ class EngineState:
                 return self._submit(request, now)
             case Cancel(request_id):
                 return self._end_by_id(request_id, "cancelled", now)
+            case GrammarStarted(request_id):
+                return self._grammar_started(request_id, now)
             case GrammarReady(request_id, matcher):
                 return self._grammar_ready(request_id, matcher, now)
             case GrammarFailed(request_id, error):
@@ -128,14 +133,22 @@ class EngineState:
             return [_refusal(request.request_id, error)]
         sequence = self._new_sequence(request, now)
         self._sequences[request.request_id] = sequence
+        if sequence.deadline is not None:
+            self._timed[request.request_id] = sequence
         self._counters["prompt"] += sequence.prompt_len
         if (reason := _already_over(sequence)) is not None:
             return self._end(sequence, reason, now)
         if request.sampling.grammar is None:
             self._scheduler.add(sequence)
             return []
-        sequence.matcher_deadline = now + self._config.grammar_timeout_s
+        self._timed[request.request_id] = sequence
         return [CompileGrammar(request.request_id, request.sampling.grammar, request.output_ids)]
+
+    def _grammar_started(self, request_id: str, now: float) -> list[Effect]:
+        """Only now does its time run: others may have been compiled before it."""
+        if (sequence := self._sequences.get(request_id)) is not None:
+            sequence.matcher_deadline = now + self._config.grammar_timeout_s
+        return []
 
     def _grammar_ready(self, request_id: str, matcher: GrammarMatcher, now: float) -> list[Effect]:
         sequence = self._sequences.get(request_id)
@@ -144,8 +157,8 @@ class EngineState:
         sequence.matcher = matcher
         try:
             sequence.follow_grammar()
-        except RequestError as error:
-            return self._end(sequence, "error", now, ErrorInfo.of(error))
+        except Exception as error:  # noqa: BLE001 - a library's failure ends one request only
+            return self._end(sequence, "error", now, _grammar_failure(error))
         self._scheduler.add(sequence)
         return []
 
@@ -189,7 +202,7 @@ class EngineState:
 
     def _expire(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
-        for sequence in list(self._sequences.values()):
+        for sequence in list(self._timed.values()):
             if sequence.deadline is not None and now >= sequence.deadline:
                 error: RequestError = RequestTimeoutError(
                     f"the request ran past its limit of {sequence.request.timeout_s:g} s with "
@@ -270,7 +283,6 @@ class EngineState:
         return Sequence(
             request,
             sequence_id=self._num_submitted,
-            arrival=self._num_submitted,
             now=now,
             max_len=min(len(request.prompt_ids) + max_tokens, config.max_model_len),
             eos_token_ids=config.eos_token_ids,
@@ -284,6 +296,7 @@ class EngineState:
             sequence.add_prompt_logprobs(row, result.prompt_logprobs)
         if not row.samples:
             return []
+        sequence.num_failures = 0
         assert result.token_id is not None
         sequence.num_pending -= 1
         sequence.token_ids.append(result.token_id)
@@ -305,8 +318,8 @@ class EngineState:
             return "length", None
         try:
             return (None if sequence.follow_grammar(token_id) else "stop"), None
-        except RequestError as error:
-            return "error", ErrorInfo.of(error)
+        except Exception as error:  # noqa: BLE001 - a library's failure ends one request only
+            return "error", _grammar_failure(error)
 
     def _news(
         self,
@@ -346,6 +359,7 @@ class EngineState:
 
     def _retire(self, sequence: Sequence, now: float) -> None:
         del self._sequences[sequence.request.request_id]
+        self._timed.pop(sequence.request.request_id, None)
         self._scheduler.remove(sequence)
         self._pace.note_completion(now)
         self._note_gone(sequence)
@@ -360,6 +374,12 @@ def _already_over(sequence: Sequence) -> FinishReason | None:
     if sequence.num_output and sequence.stops_at(sequence.token_ids[-1]):
         return "stop"
     return "length" if len(sequence.token_ids) >= sequence.max_len else None
+
+
+def _grammar_failure(error: Exception) -> ErrorInfo:
+    if isinstance(error, RequestError):
+        return ErrorInfo.of(error)
+    return ErrorInfo.of(RequestError(f"following the schema failed: {error}"))
 
 
 def _refusal(request_id: str, error: RequestError) -> Effect:

@@ -11,12 +11,15 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Protocol
 
 from shoal.core.step import Step, StepFailure, StepResult
 
 log = logging.getLogger(__name__)
+
+# How often an asynchronous device is looked at while nothing new is there to launch.
+_POLL_S = 0.0005
 
 Deliver = Callable[[StepResult | StepFailure], None]
 
@@ -72,9 +75,16 @@ class InprocExecutor:
         self._thread.join()
 
     def _run(self) -> None:
-        while (item := self._steps.get()) is not None:
-            self._launch(*item)
-            while self._launched and (self._launched[0].pending.done or self._steps.empty()):
+        while True:
+            try:
+                item = self._steps.get(timeout=_POLL_S if self._launched else None)
+            except Empty:
+                pass
+            else:
+                if item is None:
+                    return
+                self._launch(*item)
+            while self._launched and self._launched[0].pending.done:
                 self._collect()
 
     def _launch(self, step: Step, deliver: Deliver) -> None:

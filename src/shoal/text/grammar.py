@@ -8,6 +8,8 @@ some milliseconds; both release the GIL. Knows nothing of requests, queues or lo
 from __future__ import annotations
 
 import json
+import threading
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,6 +21,11 @@ MAX_SCHEMA_DEPTH = 64
 MAX_SCHEMA_NAMES = 1000
 """Property names in a schema: compiling is quadratic in them (2000: 0.7 s, 10 000: 25 s)."""
 
+MAX_SCHEMA_ALL_OF = 8
+"""Branches of all `allOf` together: intersecting patterns is exponential in them, and no fuel
+counts it (16: 3 s, 24: more than half a minute)."""
+
+_MAX_CACHED = 64
 
 # Small models fill the room that free whitespace leaves them with newlines, for ever: one
 # optional space after a comma or colon is what they are used to.
@@ -42,6 +49,8 @@ class GrammarCompiler:
 
         self._llguidance = llguidance
         self._eos_token_ids = frozenset(eos_token_ids)
+        self._compiled: OrderedDict[str, Any] = OrderedDict()
+        self._lock = threading.Lock()
         self._tokenizer = llguidance.LLTokenizer(
             tokenizer_json,
             n_vocab=vocab_size,
@@ -67,21 +76,33 @@ class GrammarCompiler:
             InvalidRequestError: the schema is invalid, unsupported or too large, or
                 `prefix_ids` do not match it.
         """
-        llguidance = self._llguidance
         schema = grammar.schema if grammar.kind == "json_schema" else '{"type": "object"}'
-        _check_bounds(schema)
-        try:
-            compact = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=_WHITESPACE)
-        except ValueError as error:
-            raise _invalid(f"the schema cannot be used: {error}") from error
-        matcher = llguidance.LLMatcher(self._tokenizer, compact, log_level=0, limits=self._limits)
-        if matcher.is_error():
-            raise _invalid(f"the schema cannot be used: {_first_line(matcher.get_error())}")
-        compiled = GrammarMatcher(matcher, self._eos_token_ids)
+        compiled = GrammarMatcher(self._fresh_matcher(schema), self._eos_token_ids)
         for token_id in prefix_ids:
             if not compiled.advance(token_id):
                 raise _invalid("the output so far does not match the schema")
         return compiled
+
+    def _fresh_matcher(self, schema: str) -> Any:
+        """A matcher at the beginning of its grammar: a copy where the schema came before."""
+        with self._lock:
+            if schema in self._compiled:
+                self._compiled.move_to_end(schema)
+                return self._compiled[schema].deep_copy()
+        _check_bounds(schema)
+        matchers = self._llguidance.LLMatcher
+        try:
+            compact = matchers.grammar_from_json_schema(schema, overrides=_WHITESPACE)
+        except ValueError as error:
+            raise _invalid(f"the schema cannot be used: {error}") from error
+        matcher = matchers(self._tokenizer, compact, log_level=0, limits=self._limits)
+        if matcher.is_error():
+            raise _invalid(f"the schema cannot be used: {_first_line(matcher.get_error())}")
+        with self._lock:
+            self._compiled[schema] = matcher
+            while len(self._compiled) > _MAX_CACHED:
+                self._compiled.popitem(last=False)
+            return matcher.deep_copy()
 
 
 class GrammarMatcher:
@@ -134,16 +155,22 @@ def _check_bounds(schema: str) -> None:
         root = json.loads(schema)
     except (ValueError, RecursionError) as error:
         raise _invalid(f"the schema is not JSON: {error or 'nested too deeply'}") from error
-    num_names = 0
+    num_names = num_all_of = 0
     level: list[Any] = [root]
     for _ in range(MAX_SCHEMA_DEPTH):
         num_names += sum(map(_num_names, level))
+        num_all_of += sum(map(_num_all_of, level))
         level = [child for node in level for child in _children(node)]
     if level:
         raise _invalid(f"the schema is nested deeper than {MAX_SCHEMA_DEPTH} levels")
     if num_names > MAX_SCHEMA_NAMES:
         raise _invalid(
             f"the schema names {num_names} properties; at most {MAX_SCHEMA_NAMES} are allowed"
+        )
+    if num_all_of > MAX_SCHEMA_ALL_OF:
+        raise _invalid(
+            f"the schema joins {num_all_of} schemas with allOf; at most {MAX_SCHEMA_ALL_OF} are "
+            f"allowed"
         )
 
 
@@ -161,6 +188,11 @@ def _num_names(node: Any) -> int:
         for key in ("properties", "patternProperties", "required")
         if isinstance(node.get(key), dict | list)
     )
+
+
+def _num_all_of(node: Any) -> int:
+    all_of = node.get("allOf") if isinstance(node, dict) else None
+    return len(all_of) if isinstance(all_of, list) else 0
 
 
 def _first_line(error: str) -> str:

@@ -8,6 +8,13 @@ from shoal.core.step import BLOCK_SIZE, Step
 from shoal.kernels import RaggedBatch
 
 
+def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor on the device, without waiting for what the device has queued."""
+    if device.type == "cuda":
+        return host.pin_memory().to(device, non_blocking=True)
+    return host
+
+
 def make_batch(step: Step, device: torch.device) -> RaggedBatch:
     """Positions, KV slots and block tables of a Step (see `RaggedBatch`)."""
     lens = torch.tensor([row.num_tokens for row in step.rows])
@@ -22,9 +29,9 @@ def make_batch(step: Step, device: torch.device) -> RaggedBatch:
     positions_T = starts[row_T] + torch.arange(len(row_T)) - first_T
     slots_T = tables_RB[row_T, positions_T // BLOCK_SIZE] * BLOCK_SIZE + positions_T % BLOCK_SIZE
     return RaggedBatch(
-        positions_T=positions_T.to(device),
-        slots_T=slots_T.to(device),
+        positions_T=to_device(positions_T, device),
+        slots_T=to_device(slots_T, device),
         query_lens=lens.tolist(),
         context_lens=(starts + lens).tolist(),
-        block_tables_RB=tables_RB.to(device),
+        block_tables_RB=to_device(tables_RB, device),
     )

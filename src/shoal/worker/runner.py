@@ -20,7 +20,7 @@ from shoal.core.step import RowResult, Step, StepResult, StepRow
 from shoal.model.decoder import Decoder
 from shoal.model.logprobs import prompt_logprobs
 from shoal.model.sampling import SampledBatch, SequenceSampler, sample
-from shoal.worker.batch import make_batch
+from shoal.worker.batch import make_batch, to_device
 from shoal.worker.kv_pool import KVPool
 
 # Steps whose sampled tokens may still be named; far more than are ever in flight.
@@ -122,10 +122,10 @@ class Worker:
                 index = self._sampled[ref.step_id].index_of_row[ref.row]
                 places.setdefault(ref.step_id, []).append((len(token_ids), index))
                 token_ids.append(0)
-        token_ids_T = torch.tensor(token_ids, dtype=torch.int64).to(self._kv.device)
+        token_ids_T = to_device(torch.tensor(token_ids), self._kv.device)
         for step_id, pairs in places.items():
             there, here = (
-                torch.tensor(side).to(self._kv.device) for side in zip(*pairs, strict=True)
+                to_device(torch.tensor(side), self._kv.device) for side in zip(*pairs, strict=True)
             )
             token_ids_T[there] = self._sampled[step_id].token_ids_S[here]
         return token_ids_T
@@ -135,7 +135,7 @@ class Worker:
         if not rows:
             return None
         ends = torch.tensor([row.num_tokens for row in step.rows]).cumsum(0) - 1
-        last_S = ends[[i for i, _ in rows]].to(self._kv.device)
+        last_S = to_device(ends[[i for i, _ in rows]], self._kv.device)
         sampled = sample(
             self._decoder.logits(hidden_TD[last_S]),
             [self._sequences[row.sequence_id].sampler for _, row in rows],

@@ -10,87 +10,43 @@ The engine runs in a thread of this process; detokenising happens in the caller'
 from __future__ import annotations
 
 import itertools
+import logging
+import operator
 import random
+import reprlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, SupportsIndex
 
-from shoal.assembly import Progress, Say, load_engine
-from shoal.core.clock import Clock, MonotonicClock
-from shoal.core.errors import InvalidRequestError
+from shoal.assembly import LoadedEngine, Progress, Say, load_engine
+from shoal.core.clock import MonotonicClock
+from shoal.core.errors import InvalidRequestError, UnavailableError
 from shoal.core.options import EngineOptions
 from shoal.core.request import (
+    ErrorInfo,
     GenerateRequest,
     Output,
     SamplingParams,
-    TokenLogprobs,
     seed_of_choice,
 )
 from shoal.core.stats import EngineStats
 from shoal.engine.events import Cancel, Submit
+from shoal.engine.loop import EngineLoop
 from shoal.model.generation_config import read_default_sampling
 from shoal.model.store import resolve
+from shoal.text.completion import Choice, Chunk, Completion, CompletionStream
 from shoal.text.text_stream import TextStream
 from shoal.text.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = ["LLM", "Choice", "Chunk", "Completion"]
 
 Messages = Sequence[Mapping[str, Any]]
 
 _NO_LIMIT = 1 << 31
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A piece of one streamed completion; the last has `finish_reason`."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """One of a prompt's `n` completions.
-
-    Attributes:
-        token_ids: all output tokens, a stop token among them.
-        finish_reason: "stop" or "length".
-        stop_reason: the stop string or token id that ended it; None for EOS or length.
-        ttft_s, latency_s: from submission to the first and to the last token.
-    """
-
-    index: int
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str
-    stop_reason: str | int | None
-    logprobs: tuple[TokenLogprobs, ...]
-    prompt_logprobs: tuple[TokenLogprobs, ...]
-    num_cached_tokens: int
-    ttft_s: float
-    latency_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
-    """What a prompt gave; the attributes of the first choice are at hand."""
-
-    prompt_ids: tuple[int, ...]
-    choices: tuple[Choice, ...]
-
-    @property
-    def text(self) -> str:
-        return self.choices[0].text
-
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        return self.choices[0].token_ids
-
-    @property
-    def finish_reason(self) -> str:
-        return self.choices[0].finish_reason
+_log = logging.getLogger(__name__)
 
 
 class LLM:
@@ -115,9 +71,10 @@ class LLM:
     ) -> None:
         resolved = resolve(model, revision=revision, token=token, progress=progress)
         # What the model's makers recommend, and an end that comes in reasonable time.
-        self._default_params = SamplingParams(
-            **{"max_tokens": 256, **read_default_sampling(resolved.path)}
-        )
+        recommended = read_default_sampling(resolved.path)
+        # Files say 50.0 or -1 (off) as well.
+        recommended["top_k"] = max(int(recommended.get("top_k", 0)), 0)
+        self._default_params = SamplingParams(max_tokens=256, **recommended)
         self._tokenizer = load_tokenizer(resolved.path, chat_template=chat_template)
         self._inboxes: dict[str, SimpleQueue[Output]] = {}
         self._ids = itertools.count()
@@ -129,9 +86,13 @@ class LLM:
             fingerprint=resolved.fingerprint,
             **{"max_waiting": _NO_LIMIT, **options},
         )
-        self._engine = load_engine(engine_options, self._report, say=say, progress=progress)
+        engine = load_engine(engine_options, self._report, say=say, progress=progress)
+        self._info = engine.info
+        self._lock = threading.Lock()
+        self._engine: LoadedEngine | None = engine
+        self._closed: ErrorInfo | None = None
         self._thread = threading.Thread(
-            target=self._engine.loop.run, name="shoal-engine", daemon=True
+            target=self._run, args=(engine.loop,), name="shoal-engine", daemon=True
         )
         self._thread.start()
 
@@ -142,10 +103,14 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """Stop the engine and free the device."""
-        self._engine.loop.stop()
+        """Stop the engine and free the device; what still runs ends in UnavailableError."""
+        with self._lock:
+            engine, self._engine = self._engine, None
+        if engine is None:
+            return
+        engine.loop.stop()
         self._thread.join()
-        self._engine.executor.close()
+        engine.executor.close()
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -158,7 +123,7 @@ class LLM:
 
     @property
     def max_model_len(self) -> int:
-        return self._engine.info.max_model_len
+        return self._info.max_model_len
 
     @property
     def has_chat_template(self) -> bool:
@@ -181,15 +146,20 @@ class LLM:
         """
         prompt_ids = [self._encode(prompt) for prompt in _as_list(prompts)]
         each = _one_each(params or self._default_params, len(prompt_ids))
-        committed = output_ids or [()] * len(prompt_ids)
-        started = [
-            self._start(ids, sampling, tuple(done))
-            for ids, sampling, done in zip(prompt_ids, each, committed, strict=True)
-        ]
-        return [
-            Completion(prompt_ids=ids, choices=tuple(stream.result() for stream in streams))
-            for ids, streams in zip(prompt_ids, started, strict=True)
-        ]
+        committed = _one_each_prompt(output_ids, len(prompt_ids))
+        started: list[list[CompletionStream]] = []
+        try:
+            for ids, sampling, done in zip(prompt_ids, each, committed, strict=True):
+                started.append(self._start(ids, sampling, done))
+            return [
+                Completion(prompt_ids=ids, choices=tuple(stream.result() for stream in streams))
+                for ids, streams in zip(prompt_ids, started, strict=True)
+            ]
+        except BaseException:
+            # One was refused, or the caller was interrupted: nobody will read the others.
+            for stream in itertools.chain.from_iterable(started):
+                stream.cancel()
+            raise
 
     def chat(
         self,
@@ -223,11 +193,11 @@ class LLM:
     def _encode(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         if isinstance(prompt, str):
             return tuple(self._tokenizer.encode(prompt))
-        return tuple(prompt)
+        return _token_ids(prompt, "prompt")
 
     def _start(
         self, prompt_ids: tuple[int, ...], params: SamplingParams, output_ids: tuple[int, ...]
-    ) -> list[_Stream]:
+    ) -> list[CompletionStream]:
         if output_ids and params.n > 1:
             raise InvalidRequestError(
                 f"output_ids continue one completion, but n is {params.n}; use n=1", param="n"
@@ -246,12 +216,33 @@ class LLM:
             for index in range(params.n)
         ]
 
-    def _submit(self, request: GenerateRequest, index: int) -> _Stream:
+    def _submit(self, request: GenerateRequest, index: int) -> CompletionStream:
         inbox: SimpleQueue[Output] = SimpleQueue()
-        self._inboxes[request.request_id] = inbox
-        self._engine.loop.post(Submit(request))
         text = TextStream(self._tokenizer, request.sampling, request.prompt_ids, request.output_ids)
-        return _Stream(request, index, inbox, text, self._cancel, self._clock)
+        with self._lock:
+            # Under the lock, so that an inbox is either refused here or emptied by `_run`.
+            if self._closed is not None:
+                raise self._closed.to_exception()
+            if self._engine is None:
+                raise _CLOSED.to_exception()
+            self._inboxes[request.request_id] = inbox
+            self._engine.loop.post(Submit(request))
+        return CompletionStream(request, index, inbox, text, self._cancel, self._clock)
+
+    def _run(self, loop: EngineLoop) -> None:
+        """The engine's thread: however it ends, everyone who waits for it hears of it."""
+        end = _CLOSED
+        try:
+            loop.run()
+        except BaseException as error:  # noqa: BLE001 -- logged, and raised in every caller
+            _log.exception("the engine's thread died")
+            end = _died(error)
+        finally:
+            with self._lock:
+                self._closed = end
+                waiting, self._inboxes = self._inboxes, {}
+            for request_id, inbox in waiting.items():
+                inbox.put(Output(request_id=request_id, finish="error", error=end))
 
     def _report(self, outputs: list[Output], stats: EngineStats) -> None:
         self._stats = stats
@@ -263,92 +254,65 @@ class LLM:
                 self._inboxes.pop(output.request_id, None)
 
     def _cancel(self, request_id: str) -> None:
-        self._inboxes.pop(request_id, None)
-        self._engine.loop.post(Cancel(request_id))
+        with self._lock:
+            if self._inboxes.pop(request_id, None) is not None and self._engine is not None:
+                self._engine.loop.post(Cancel(request_id))
 
 
-class _Stream:
-    """One sequence on its way: engine outputs in, text out."""
+_CLOSED = ErrorInfo(
+    status=UnavailableError.status,
+    code="closed",
+    message="This LLM was closed; make a new one",
+)
 
-    def __init__(
-        self,
-        request: GenerateRequest,
-        index: int,
-        inbox: SimpleQueue[Output],
-        text: TextStream,
-        cancel: Callable[[str], None],
-        clock: Clock,
-    ) -> None:
-        self._request = request
-        self._index = index
-        self._inbox = inbox
-        self._text = text
-        self._cancel = cancel
-        self._clock = clock
-        self._submitted_s = clock.now()
-        self._ttft_s = 0.0
-        self._outputs: list[Output] = []
-        self._stop_reason: str | int | None = None
 
-    def chunks(self) -> Iterator[Chunk]:
-        """Chunks until the end; leaving early cancels the request.
-
-        Raises:
-            RequestError: the request was refused or failed.
-        """
-        finished = False
-        try:
-            while not finished:
-                chunk = self._take(self._inbox.get())
-                finished = chunk.finish_reason is not None
-                yield chunk
-        finally:
-            if not finished:
-                self._cancel(self._request.request_id)
-
-    def result(self) -> Choice:
-        """Wait for the whole of it."""
-        chunks = list(self.chunks())
-        first = self._outputs[0]
-        return Choice(
-            index=self._index,
-            text="".join(chunk.text for chunk in chunks),
-            token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
-            finish_reason=chunks[-1].finish_reason or "",
-            stop_reason=self._stop_reason,
-            logprobs=tuple(entry for output in self._outputs for entry in output.logprobs),
-            prompt_logprobs=first.prompt_logprobs,
-            num_cached_tokens=first.num_cached_tokens or 0,
-            ttft_s=self._ttft_s,
-            latency_s=self._clock.now() - self._submitted_s,
-        )
-
-    def _take(self, output: Output) -> Chunk:
-        if output.error is not None:
-            raise output.error.to_exception()
-        if not self._outputs:
-            self._ttft_s = self._clock.now() - self._submitted_s
-        delta = self._text.push(output.token_ids, stop_token=output.finish == "stop")
-        self._outputs.append(replace(output, logprobs=output.logprobs[: delta.num_tokens]))
-        text, stop, finish = delta.text, delta.stop, output.finish
-        if finish is not None and stop is None:
-            last = self._text.finish()
-            text, stop = text + last.text, last.stop
-        if stop is not None:
-            self._stop_reason = stop
-            if finish is None:
-                self._cancel(self._request.request_id)
-            finish = "stop"
-        elif output.stop_token_id in self._request.sampling.stop_token_ids:
-            self._stop_reason = output.stop_token_id
-        return Chunk(text, output.token_ids[: delta.num_tokens], finish)
+def _died(error: BaseException) -> ErrorInfo:
+    return ErrorInfo(
+        status=UnavailableError.status,
+        code="engine_died",
+        message=f"The engine died of {type(error).__name__}: {error}; make a new LLM",
+    )
 
 
 def _as_list(prompts: Any) -> list[Any]:
     """One prompt (a text, or token ids) or several."""
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
+    if isinstance(prompts, str):
         return [prompts]
-    return list(prompts)
+    if not isinstance(prompts, Iterable):
+        raise _wrong_type("prompts", prompts)
+    prompts = list(prompts)
+    return [prompts] if prompts and isinstance(prompts[0], SupportsIndex) else prompts
+
+
+def _token_ids(given: Any, name: str) -> tuple[int, ...]:
+    """Token ids as ints, whatever library's ints they were."""
+    try:
+        return tuple(map(operator.index, given))
+    except TypeError as error:
+        raise _wrong_type(name, given) from error
+
+
+def _wrong_type(name: str, given: Any) -> InvalidRequestError:
+    shown = reprlib.repr(given)
+    return InvalidRequestError(
+        f"{name} holds {shown}; give a text or a list of token ids (ints)",
+        code="invalid_value",
+        param="prompt",
+    )
+
+
+def _one_each_prompt(
+    output_ids: Sequence[Sequence[int]] | None, count: int
+) -> list[tuple[int, ...]]:
+    if output_ids is None:
+        return [()] * count
+    if len(output_ids) != count:
+        raise InvalidRequestError(
+            f"{len(output_ids)} lists of output_ids for {count} prompts; give one for each",
+            code="invalid_value",
+            param="output_ids",
+        )
+    return [_token_ids(done, "output_ids") for done in output_ids]
 
 
 def _one_each(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import Any
 
 import pytest
 from server_fakes import EOS, MAX_MODEL_LEN, FakeRouter, ask, client
+
+from shoal.server.logprobs import with_prompt
 
 
 def complete(router: FakeRouter, path: str = "/v1/completions", **body: Any) -> dict[str, Any]:
@@ -255,3 +258,24 @@ def test_models() -> None:
     assert alias["max_model_len"] == MAX_MODEL_LEN
     assert missing.status_code == 404
     assert missing.json()["error"]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_big_bodies_are_encoded_off_the_event_loop(
+    stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+    monkeypatch.setattr(
+        "shoal.server.completions.with_prompt",
+        lambda *args: threads.append(threading.current_thread()) or with_prompt(*args),
+    )
+    prompt = list(range(10, 110))
+    response = ask(
+        FakeRouter(),
+        "POST",
+        "/v1/completions",
+        {"prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": 1, "stream": stream},
+    )
+    assert response.status_code == 200
+    assert threads != []
+    assert threading.main_thread() not in threads

@@ -113,6 +113,13 @@ COMPLETION: list[tuple[dict[str, Any], str, str]] = [
     ({"output_token_ids": [999]}, "invalid_token_id", "output_token_ids"),
     ({"prompt_logprobs": 1, "stream": True}, "invalid_value", "prompt_logprobs"),
     ({"priority": 2**31}, "invalid_value", "priority"),
+    # 450 tokens x 128 x 20 are more than a million entries.
+    (
+        {"prompt": [1] * 450, "n": 128, "prompt_logprobs": 19},
+        "too_many_logprobs",
+        "prompt_logprobs",
+    ),
+    ({"prompt": [[1] * 450] * 128, "echo": True, "logprobs": 19}, "too_many_logprobs", "logprobs"),
 ]
 
 CASES = [("/v1/chat/completions", {"messages": HELLO}, *case) for case in CHAT] + [

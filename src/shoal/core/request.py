@@ -7,8 +7,9 @@ stop strings ride along in `SamplingParams` for `text/`, the engine never looks 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from shoal.core.errors import (
     InvalidRequestError,
@@ -32,6 +33,9 @@ class Grammar:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How to choose tokens, and when to stop. Names and meanings follow vLLM and OpenAI.
+
+    For whoever writes them by hand, `stop` may be a single str, `logit_bias` a dict, and any
+    iterable will do for a tuple; tuples are what they become.
 
     Attributes:
         n: how many completions; whoever makes the request expands it, the engine sees 1.
@@ -76,6 +80,13 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
+        for name, kinds in _KINDS.items():
+            value = getattr(self, name)
+            # A bool is an int to Python, but nobody means n=True.
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                raise _wrong_type(name, value, kinds)
+        for name, item_kinds in _ITEM_KINDS.items():
+            object.__setattr__(self, name, _as_tuple(name, getattr(self, name), item_kinds))
         for name, low, high in _RANGES:
             value = getattr(self, name)
             # `not (low <= value <= high)` also refuses NaN.
@@ -101,6 +112,69 @@ class SamplingParams:
             raise InvalidRequestError(
                 "stop holds an empty string; remove it", code="invalid_value", param="stop"
             )
+
+
+_INT = (int,)
+_FLOAT = (int, float)
+_BOOL = (bool,)
+_OPTIONAL_INT = (int, type(None))
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "n": _INT,
+    "temperature": _FLOAT,
+    "top_k": _INT,
+    "top_p": _FLOAT,
+    "min_p": _FLOAT,
+    "presence_penalty": _FLOAT,
+    "frequency_penalty": _FLOAT,
+    "repetition_penalty": _FLOAT,
+    "seed": _OPTIONAL_INT,
+    "max_tokens": _OPTIONAL_INT,
+    "min_tokens": _INT,
+    "ignore_eos": _BOOL,
+    "logprobs": _OPTIONAL_INT,
+    "prompt_logprobs": _OPTIONAL_INT,
+    "grammar": (Grammar, type(None)),
+    "include_stop_str_in_output": _BOOL,
+    "skip_special_tokens": _BOOL,
+}
+
+# Of a pair, the kinds of both halves.
+_ITEM_KINDS: dict[str, tuple[type, ...]] = {
+    "stop": (str,),
+    "stop_token_ids": (int,),
+    "logit_bias": (int, float),
+}
+
+
+def _as_tuple(name: str, given: Any, kinds: tuple[type, ...]) -> tuple[Any, ...]:
+    if isinstance(given, str):
+        given = (given,)
+    elif isinstance(given, Mapping):
+        given = given.items()
+    if not isinstance(given, Iterable):
+        raise _wrong_type(name, given, kinds)
+    return tuple(_item(name, item, kinds) for item in given)
+
+
+def _item(name: str, given: Any, kinds: tuple[type, ...]) -> Any:
+    if name != "logit_bias":
+        if not isinstance(given, kinds):
+            raise _wrong_type(name, given, kinds)
+        return given
+    match given:
+        case (int() as token_id, (int() | float()) as bias):
+            return (token_id, bias)
+    raise _wrong_type(name, given, kinds)
+
+
+def _wrong_type(name: str, value: object, kinds: tuple[type, ...]) -> InvalidRequestError:
+    needed = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+    return InvalidRequestError(
+        f"{name} holds {str(value)[:64]!r} of type {type(value).__name__}; it must be {needed}",
+        code="invalid_value",
+        param=name,
+    )
 
 
 MAX_COMPLETIONS = 128

@@ -118,7 +118,7 @@ class Router:
 
     @property
     def info(self) -> EngineInfo | None:
-        """What a request may count on; None until a replica is ready."""
+        """What a request may count on; None until a replica has been ready."""
         return self._state.info
 
     @property
@@ -129,7 +129,7 @@ class Router:
     @property
     def ready(self) -> bool:
         """Whether a replica is alive and requests are admitted."""
-        return self._state.info is not None and not self._state.draining
+        return self._state.any_alive and not self._state.draining
 
     def stats(self) -> dict[str, EngineStats]:
         """What each replica last said of itself."""

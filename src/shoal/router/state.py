@@ -87,6 +87,7 @@ class RouterState:
         self._entries: dict[str, _Entry] = {}
         self._homeless: dict[str, None] = {}
         self._draining = False
+        self._last_info: EngineInfo | None = None
 
     # --- seen from outside ---
 
@@ -100,9 +101,15 @@ class RouterState:
 
     @property
     def info(self) -> EngineInfo | None:
-        """What any request may count on: the least of the live replicas; None if none live."""
+        """What any request may count on: the least of the live replicas, or what was last known
+        while none is (requests then wait for its restart); None until one has been ready."""
         alive = [replica.info for replica in self._replicas.values() if replica.info is not None]
-        return min(alive, key=lambda info: info.max_model_len, default=None)
+        return min(alive, key=lambda info: info.max_model_len, default=self._last_info)
+
+    @property
+    def any_alive(self) -> bool:
+        """Whether a request would be served now."""
+        return any(replica.alive for replica in self._replicas.values())
 
     def outstanding(self) -> dict[str, int]:
         """Requests at each replica."""
@@ -170,6 +177,7 @@ class RouterState:
     def _ready(self, event: ReplicaReady, now: float) -> list[Effect]:
         replica = self._replicas[event.replica]
         replica.incarnation, replica.info = event.incarnation, event.info
+        self._last_info = event.info
         effects: list[Effect] = []
         for request_id in list(self._homeless):
             del self._homeless[request_id]
@@ -248,7 +256,7 @@ class RouterState:
             )
         if self._hopeless:
             return _no_replica("every replica has failed for good")
-        if self.info is None and len(self._homeless) >= self._config.max_homeless:
+        if not self.any_alive and len(self._homeless) >= self._config.max_homeless:
             return QueueFullError(
                 f"no replica is ready yet and {len(self._homeless)} requests already wait",
                 code="queue_full",

@@ -5,6 +5,7 @@ Knows nothing of chat or completions: a `Shape` says how their JSON looks.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -131,7 +132,12 @@ async def _whole(job: Job, shape: Shape, context: ServerContext) -> bytes:
         async for update in news:
             usage.add(update)
             parts[update.index].append(update)
-    return msgspec.json.encode(shape.body([_joined(part) for part in parts], _body(usage)))
+
+    def encode() -> bytes:
+        return msgspec.json.encode(shape.body([_joined(part) for part in parts], _body(usage)))
+
+    num_logprobs = sum(len(u.prompt_logprobs) + len(u.logprobs) for part in parts for u in part)
+    return await asyncio.to_thread(encode) if num_logprobs > _MANY_LOGPROBS else encode()
 
 
 async def _events(
@@ -153,9 +159,16 @@ async def _events(
                 continue
             begun.add(update.index)
             field: UsageField = _body(usage) if continuous else None if include_usage else UNSET
-            yield msgspec.json.encode(shape.chunk(update, field))
+            if update.prompt_logprobs:
+                yield await asyncio.to_thread(_encoded_chunk, shape, update, field)
+            else:
+                yield _encoded_chunk(shape, update, field)
     if include_usage:
         yield msgspec.json.encode(shape.usage_chunk(_body(usage)))
+
+
+def _encoded_chunk(shape: Shape, update: Update, usage: UsageField) -> bytes:
+    return msgspec.json.encode(shape.chunk(update, usage))
 
 
 def _joined(parts: Sequence[Update]) -> Update:
@@ -183,3 +196,5 @@ def _body(usage: Usage) -> UsageBody:
 
 
 _NO_REPLICA_RETRY_S = 5.0
+_MANY_LOGPROBS = 64
+"""Encoding more positions than this would hold the event loop for more than a few milliseconds."""

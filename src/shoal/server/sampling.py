@@ -14,6 +14,10 @@ from shoal.core.request import GenerateRequest, Grammar, SamplingParams, seed_of
 from shoal.server.openai_types import GenerationFields, ResponseFormat
 from shoal.text.grammar import MAX_SCHEMA_BYTES
 
+MAX_PROMPT_LOGPROBS = 1_000_000
+"""Prompt tokens x completions x candidates of one HTTP request: about half a GiB while it is
+answered."""
+
 _WITH_MODEL_DEFAULT = (
     "temperature",
     "top_p",
@@ -76,6 +80,7 @@ def generate_requests(
 
     With a seed, the i-th completion of a prompt samples with seed + i, as in vLLM.
     """
+    _check_prompt_logprobs(body, prompts, params)
     salt = f"{tenant}/{body.cache_salt or ''}" if tenant or body.cache_salt else ""
     return tuple(
         GenerateRequest(
@@ -89,6 +94,25 @@ def generate_requests(
         )
         for i in range(len(prompts) * params.n)
     )
+
+
+def _check_prompt_logprobs(
+    body: GenerationFields, prompts: Sequence[tuple[int, ...]], params: SamplingParams
+) -> None:
+    """They are held and sent as a whole, unlike output, which comes token by token."""
+    if params.prompt_logprobs is None:
+        return
+    num_entries = sum(map(len, prompts)) * params.n * (params.prompt_logprobs + 1)
+    if num_entries > MAX_PROMPT_LOGPROBS:
+        raise InvalidRequestError(
+            f"Log-probabilities of {sum(map(len, prompts))} prompt tokens x n={params.n} x "
+            f"{params.prompt_logprobs + 1} each are {num_entries} entries; at most "
+            f"{MAX_PROMPT_LOGPROBS} can be asked for at once. Lower n or the number of logprobs, "
+            f"or send the prompts one by one.",
+            code="too_many_logprobs",
+            # With echo, it is `logprobs` that asks for the prompt's.
+            param="logprobs" if body.prompt_logprobs is None else "prompt_logprobs",
+        )
 
 
 def output_budget(

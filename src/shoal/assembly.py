@@ -23,7 +23,6 @@ from shoal.engine.sequence import GrammarMatcher
 from shoal.engine.state import EngineState
 from shoal.executor.inproc import InprocExecutor
 from shoal.model.spec import read_spec
-from shoal.text.tokenizer import load_tokenizer
 
 Say = Callable[[str], None]
 Progress = Callable[[int, int], None]
@@ -104,6 +103,7 @@ class _LazyGrammars:
         with self._lock:
             if self._compile is None:
                 from shoal.text.grammar import GrammarCompiler
+                from shoal.text.tokenizer import load_tokenizer
 
                 compiler = GrammarCompiler(
                     load_tokenizer(self._path).json, self._spec.vocab_size, self._spec.eos_token_ids

@@ -148,6 +148,16 @@ def test_a_killed_server_leaves_no_engine_behind(start_server: StartServer) -> N
     server = start_server()
     engines = engines_of(server)
     assert len(engines) == 1
+
+    def read() -> None:
+        with contextlib.suppress(httpx.HTTPError):  # the connection is cut, as it must be
+            stream_tokens(server.url, {**BODY, "max_tokens": 2000, "n": 8}, [], [])
+
+    threading.Thread(target=read, daemon=True).start()
+    wait_until(lambda: _gauge(server, "shoal_num_requests_running") > 0)
+    # News that nobody reads any more must not keep the engine from leaving.
+    server.process.send_signal(signal.SIGSTOP)
+    time.sleep(1.0)
     server.process.kill()
     server.process.wait(10)
     wait_until(lambda: not any(engine.is_running() for engine in engines), 10)
@@ -186,6 +196,22 @@ def test_the_only_engine_is_started_again(start_server: StartServer) -> None:
     wait_until(lambda: len(tokens) > 10)
     engines_of(server)[0].kill()
     stream.join(120)
+    assert done == ["length"]
+    assert tokens == want
+
+
+def test_a_frozen_engine_is_replaced(start_server: StartServer) -> None:
+    server = start_server("--dtype", "float32")
+    body = {**BODY, "max_tokens": 30, "temperature": 0.8, "seed": 7}
+    want: list[int] = []
+    stream_tokens(server.url, body, want, [])
+    tokens: list[int] = []
+    done: list[Any] = []
+    stream = threading.Thread(target=stream_tokens, args=(server.url, body, tokens, done))
+    stream.start()
+    wait_until(lambda: len(tokens) > 3)
+    engines_of(server)[0].suspend()
+    stream.join(60)
     assert done == ["length"]
     assert tokens == want
 

@@ -54,6 +54,7 @@ class Fleet:
         self.sent: dict[str, list[Send]] = {}
         self.delivered: dict[str, list[int]] = {}
         self.finished: dict[str, Output] = {}
+        self.last: Output | None = None
 
     def tell(self, event: Event) -> None:
         for effect in self.state.handle(event, self.now):
@@ -69,6 +70,7 @@ class Fleet:
                     self.running.pop((replica, request_id), None)
                 case Deliver(output):
                     assert output.request_id not in self.finished
+                    self.last = output
                     self.delivered.setdefault(output.request_id, []).extend(output.token_ids)
                     if output.finish is not None:
                         self.finished[output.request_id] = output
@@ -244,3 +246,19 @@ def test_events_about_nobody_are_harmless(event: Event) -> None:
     fleet = Fleet("a")
     fleet.tell(event)
     assert not fleet.finished
+
+
+def test_a_successor_does_not_say_again_what_came_with_the_first_token() -> None:
+    fleet = Fleet("a")
+    fleet.up("a")
+    sampling = SamplingParams(max_tokens=8, prompt_logprobs=2)
+    fleet.tell(Submit(GenerateRequest(request_id="q", prompt_ids=(1, 2, 3), sampling=sampling)))
+    fleet.produce(("a", "q"))
+    fleet.down("a")
+    fleet.up("a")
+    first, second = (send.request for send in fleet.sent["q"])
+    assert first.sampling.prompt_logprobs == 2
+    assert second.sampling.prompt_logprobs is None
+    fleet.tell(ReplicaOutput("a", 1, Output(request_id="q", token_ids=(5,), num_cached_tokens=16)))
+    assert fleet.last is not None
+    assert fleet.last.num_cached_tokens is None

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 
 from shoal.assembly import LoadedEngine, load_engine
-from shoal.core.errors import ShoalError
-from shoal.core.request import Output
+from shoal.core.errors import RequestError, ShoalError, WireError
+from shoal.core.request import ErrorInfo, Output
 from shoal.core.stats import EngineStats
 from shoal.engine.events import Cancel as CancelEvent
 from shoal.engine.events import Submit as SubmitEvent
@@ -31,10 +31,11 @@ from shoal.wire.messages import (
     Loading,
     News,
     Ready,
-    Stop,
     Submit,
     ToEngine,
 )
+
+log = logging.getLogger(__name__)
 
 Channel = ThreadChannel[ToEngine, FromEngine]
 
@@ -63,7 +64,11 @@ def main() -> None:
 
 def _load(channel: Channel, launch: Launch) -> LoadedEngine:
     def report(outputs: list[Output], stats: EngineStats) -> None:
-        channel.send(News(outputs, stats))
+        try:
+            channel.send(News(outputs, stats))
+        except WireError:
+            for output in outputs:
+                _send_alone(channel, output, stats)
 
     try:
         return load_engine(
@@ -76,6 +81,16 @@ def _load(channel: Channel, launch: Launch) -> LoadedEngine:
         channel.send(LaunchFailed(str(error)))
         channel.close()
         sys.exit(1)
+
+
+def _send_alone(channel: Channel, output: Output, stats: EngineStats) -> None:
+    """One output of news that were too large together; if it alone is, its request fails."""
+    try:
+        channel.send(News([output], stats))
+    except WireError as error:
+        failure = ErrorInfo.of(RequestError(f"the result is too large: {error}"))
+        output = Output(request_id=output.request_id, finish="error", error=failure)
+        channel.send(News([output], stats))
 
 
 class _Progress:
@@ -93,20 +108,22 @@ class _Progress:
 
 
 def _listen(messages: Iterator[ToEngine], loaded: Future[LoadedEngine]) -> None:
-    """Post what the router says; its end is ours."""
-    for message in messages:
-        match message:
-            case Submit(request):
-                loaded.result().loop.post(SubmitEvent(request))
-            case Cancel(request_id):
-                loaded.result().loop.post(CancelEvent(request_id))
-            case Stop():
-                break
-            case Launch():
-                logging.getLogger(__name__).error("a second Launch is ignored")
-    if not loaded.done():
-        os._exit(0)
-    loaded.result().loop.stop()
+    """Post what the router says; its end, however it comes, is ours."""
+    try:
+        for message in messages:
+            match message:
+                case Submit(request):
+                    loaded.result().loop.post(SubmitEvent(request))
+                case Cancel(request_id):
+                    loaded.result().loop.post(CancelEvent(request_id))
+                case Launch():
+                    log.error("a second Launch is ignored")
+    except (OSError, ShoalError):
+        log.exception("the router cannot be understood any more")
+    finally:
+        if not loaded.done():
+            os._exit(0)
+        loaded.result().loop.stop()
 
 
 if __name__ == "__main__":

@@ -117,6 +117,7 @@ async def _serve(settings: ServeSettings, sock: socket.socket, clients: list[Eng
         rng,
     )
     async with Router(state, list(clients), clock) as router:
+        stopping = _Stopping(settings, router, clients)
         server = _HttpServer(
             uvicorn.Config(
                 _make_app(settings, router),
@@ -126,7 +127,7 @@ async def _serve(settings: ServeSettings, sock: socket.socket, clients: list[Eng
                 server_header=False,
             )
         )
-        stopping = _Stopping(settings, router, server, clients)
+        stopping.server = server
         serving = asyncio.create_task(server.serve(sockets=[sock]))
         launched = await _launched(router, clients, serving)
         if launched:
@@ -203,12 +204,11 @@ class _Stopping:
         self,
         settings: ServeSettings,
         router: Router,
-        server: uvicorn.Server,
         clients: list[EngineClient],
     ) -> None:
+        self.server: uvicorn.Server | None = None
         self._settings = settings
         self._router = router
-        self._server = server
         self._clients = clients
         self._task: asyncio.Task[None] | None = None
         loop = asyncio.get_running_loop()
@@ -235,7 +235,8 @@ class _Stopping:
             flush=True,
         )
         await self._router.drain(self._settings.drain_timeout_s)
-        self._server.should_exit = True
+        if self.server is not None:
+            self.server.should_exit = True
 
 
 class _Announcer:

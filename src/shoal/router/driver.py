@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import sys
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
@@ -22,6 +24,7 @@ from shoal.router.events import (
     Deliver,
     Drain,
     Event,
+    ReplicaLost,
     ReplicaOutput,
     Send,
     Submit,
@@ -29,7 +32,10 @@ from shoal.router.events import (
 )
 from shoal.router.state import RouterState
 
+log = logging.getLogger(__name__)
+
 _TICK_S = 0.25
+_ANY_INCARNATION = sys.maxsize
 
 
 class ReplicaClient(Protocol):
@@ -65,7 +71,7 @@ class Router:
         self._last_token_s: float | None = None
 
     async def __aenter__(self) -> Router:
-        runners = [client.run(self) for client in self._clients.values()]
+        runners = [self._run_client(client) for client in self._clients.values()]
         self._tasks = [asyncio.create_task(task) for task in [*runners, self._tick()]]
         return self
 
@@ -151,6 +157,14 @@ class Router:
                     inbox = self._inboxes.get(output.request_id)
                     if inbox is not None:
                         inbox.put_nowait(output)
+
+    async def _run_client(self, client: ReplicaClient) -> None:
+        try:
+            await client.run(self)
+        except Exception:
+            log.exception("%s is given up", client.name)
+            reason = "its client failed; see the log"
+            self.tell(ReplicaLost(client.name, _ANY_INCARNATION, reason, final=True))
 
     async def _tick(self) -> None:
         while True:

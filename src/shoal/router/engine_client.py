@@ -30,7 +30,6 @@ from shoal.wire.messages import (
     Loading,
     News,
     Ready,
-    Stop,
     Submit,
     ToEngine,
 )
@@ -38,6 +37,9 @@ from shoal.wire.messages import (
 log = logging.getLogger(__name__)
 
 _STOP_GRACE_S = 3.0
+_HEARTBEAT_LIMIT_S = 10.0
+_STEP_LIMIT_S = 120.0
+_KEPT_FROM_ENGINES = ("SHOAL_API_KEY", "HF_TOKEN")
 _RESTART_PAUSE_S = 1.0
 _MAX_RESTARTS_UNREADY = 3
 
@@ -82,6 +84,8 @@ class EngineClient:
         num_unready = 0
         while True:
             was_ready = await self._follow(router)
+            # At once, so that others take over while we look what happened.
+            router.tell(ReplicaLost(self.name, self._incarnation, "the engine process is gone"))
             reason = self.failure or await self._autopsy()
             num_unready = 0 if was_ready else num_unready + 1
             never_worked = self._incarnation == 0 and not was_ready
@@ -90,20 +94,23 @@ class EngineClient:
             final = self.failure is not None
             router.tell(ReplicaLost(self.name, self._incarnation, reason, final=final))
             if final:
-                log.error("replica %s: %s", self.name, reason)
+                log.error("%s: %s", self.name, reason)
                 return
-            log.error("replica %s: %s; starting it again", self.name, reason)
+            log.error("%s: %s; starting it again", self.name, reason)
             await asyncio.sleep(_RESTART_PAUSE_S)
             self._incarnation += 1
-            self._process, self._socket = self._start()
+            try:
+                self._process, self._socket = self._start()
+            except OSError as error:
+                self.failure = f"the engine process could not be started again: {error}"
+                router.tell(ReplicaLost(self.name, self._incarnation, self.failure, final=True))
+                return
 
     async def close(self) -> None:
-        """Ask the process to leave, then make it."""
+        """Let the process see our end, then make it leave."""
         if self._channel is not None:
-            self._channel.send(Stop())
             self._channel.close()
-        else:
-            self._socket.close()
+        self._socket.close()
         await asyncio.to_thread(_end, self._process)
 
     def kill(self) -> None:
@@ -116,8 +123,9 @@ class EngineClient:
         channel = self._channel = await AsyncChannel.open(self._socket, codec)
         channel.send(Launch(self._options))
         was_ready = False
+        progress = _Progress(asyncio.get_running_loop().time())
         try:
-            while (message := await channel.receive()) is not None:
+            while (message := await self._next(channel, was_ready)) is not None:
                 match message:
                     case Loading():
                         self._on_loading(message)
@@ -128,14 +136,29 @@ class EngineClient:
                         self.failure = reason
                     case News(outputs, stats):
                         self.stats = stats
+                        if progress.is_stuck(stats, asyncio.get_running_loop().time()):
+                            log.error("%s: a Step hangs; ending its process", self.name)
+                            self._process.kill()
                         for output in outputs:
                             router.tell(ReplicaOutput(self.name, self._incarnation, output))
         except WireError as error:
-            log.error("replica %s: %s", self.name, error)
+            log.error("%s: %s", self.name, error)
         finally:
             self._channel = None
             channel.close()
         return was_ready
+
+    async def _next(
+        self, channel: AsyncChannel[FromEngine, ToEngine], was_ready: bool
+    ) -> FromEngine | None:
+        """The next message. A ready engine that says nothing at all is frozen: it is ended."""
+        try:
+            async with asyncio.timeout(_HEARTBEAT_LIMIT_S if was_ready else None):
+                return await channel.receive()
+        except TimeoutError:
+            log.error("%s: no heartbeat for %g s", self.name, _HEARTBEAT_LIMIT_S)
+            self._process.kill()
+            return None
 
     async def _autopsy(self) -> str:
         """Make sure that the process is gone, and say how it went."""
@@ -150,7 +173,9 @@ class EngineClient:
         ours, theirs = socket.socketpair()
         with theirs:
             threads = self._options.num_threads
-            env = dict(os.environ)
+            env = {
+                name: value for name, value in os.environ.items() if name not in _KEPT_FROM_ENGINES
+            }
             if threads is not None:
                 env["OMP_NUM_THREADS"] = str(threads)
             process = subprocess.Popen(
@@ -163,6 +188,19 @@ class EngineClient:
             )
         ours.setblocking(False)
         return process, ours
+
+
+class _Progress:
+    """Whether Steps come back: liveness is progress, not a pulse."""
+
+    def __init__(self, now: float) -> None:
+        self._num_steps = -1
+        self._since = now
+
+    def is_stuck(self, stats: EngineStats, now: float) -> bool:
+        if stats.steps != self._num_steps or stats.num_running == 0:
+            self._num_steps, self._since = stats.steps, now
+        return now - self._since > _STEP_LIMIT_S
 
 
 def _end(process: subprocess.Popen[bytes]) -> int:

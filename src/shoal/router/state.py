@@ -72,6 +72,11 @@ class _Entry:
     homeless_since: float = 0.0
     num_attempts: int = 0
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether tokens of it have been delivered."""
+        return len(self.output_ids) > len(self.request.output_ids)
+
 
 class RouterState:
     """All that a router knows of its replicas and requests.
@@ -114,12 +119,6 @@ class RouterState:
     def outstanding(self) -> dict[str, int]:
         """Requests at each replica."""
         return {name: len(replica.outstanding) for name, replica in self._replicas.items()}
-
-    def next_deadline(self) -> float | None:
-        """When a Tick is due even if nothing happens."""
-        due = [entry.deadline for entry in self._entries.values() if entry.deadline is not None]
-        due += [self._homeless_deadline(self._entries[request_id]) for request_id in self._homeless]
-        return min(due, default=None)
 
     def check_integrity(self) -> None:
         """Raises AssertionError if the books don't balance; for tests."""
@@ -217,10 +216,14 @@ class RouterState:
         stale = event.incarnation != replica.incarnation
         if entry is None or stale or entry.replica != event.replica:
             return []
-        entry.output_ids += event.output.token_ids
-        if event.output.finish is not None:
+        output = event.output
+        if entry.has_begun:
+            # Said already, by a replica that was lost since or in an earlier output.
+            output = dataclasses.replace(output, num_cached_tokens=None)
+        entry.output_ids += output.token_ids
+        if output.finish is not None:
             self._forget(request_id)
-        return [Deliver(event.output)]
+        return [Deliver(output)]
 
     def _abandon(self) -> list[Effect]:
         error = UnavailableError("the server is shutting down", code="shutting_down")
@@ -282,8 +285,13 @@ class RouterState:
         replica = min(alive, key=lambda replica: len(replica.outstanding))
         replica.outstanding[request_id] = None
         entry.replica = replica.name
+        sampling = entry.request.sampling
+        if entry.has_begun:
+            # They came with the first token.
+            sampling = dataclasses.replace(sampling, prompt_logprobs=None)
         request = dataclasses.replace(
             entry.request,
+            sampling=sampling,
             output_ids=tuple(entry.output_ids),
             timeout_s=None if entry.deadline is None else max(entry.deadline - now, 0.001),
         )

@@ -168,12 +168,12 @@ class ChatMessage(WireModel):
     unsupported = UNSUPPORTED_MESSAGE
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Content | None = None
+    content: Content
     name: Label | None = None
 
     def as_template_input(self) -> dict[str, str]:
         """As chat templates expect it: text only, developer spoken by the system."""
-        content = self.content or ""
+        content = self.content
         if isinstance(content, list):
             # vLLM joins the parts of a message with newlines.
             content = "\n".join(part.text for part in content)

@@ -12,6 +12,7 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator
+from io import IOBase
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
@@ -110,12 +111,20 @@ class ThreadChannel(Generic[Incoming, Outgoing]):
     def receive(self) -> Iterator[Incoming]:
         """Messages until the peer is gone."""
         with self._socket.makefile("rb", buffering=_READ_BYTES) as stream:
-            while len(header := stream.read(_HEADER.size)) == _HEADER.size:
-                length = body_length(header)
-                body = stream.read(length)
-                if len(body) < length:
-                    return
+            while (body := self._read_frame(stream)) is not None:
                 yield self._codec.decode(body)
+
+    def _read_frame(self, stream: IOBase) -> bytes | None:
+        try:
+            header: bytes = stream.read(_HEADER.size)
+            if len(header) < _HEADER.size:
+                return None
+            length = body_length(header)
+            body: bytes = stream.read(length)
+        except ConnectionError:
+            # A peer that dies with our messages unread resets the connection.
+            return None
+        return body if len(body) == length else None
 
     def close(self) -> None:
         """Send what is queued, then close."""

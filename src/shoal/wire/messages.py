@@ -1,6 +1,6 @@
 """Messages between a router and the engine process it started.
 
-    router → engine   Launch, then Submit | Cancel | Stop
+    router → engine   Launch, then Submit | Cancel; leaving is closing
     engine → router   Loading*, then Ready | LaunchFailed, then News*
 
 Knows nothing of sockets.
@@ -29,11 +29,7 @@ class Cancel(msgspec.Struct, tag=True, frozen=True):
     request_id: str
 
 
-class Stop(msgspec.Struct, tag=True, frozen=True):
-    """Leave at once; the router has drained what it wanted drained."""
-
-
-ToEngine = Launch | Submit | Cancel | Stop
+ToEngine = Launch | Submit | Cancel
 
 
 class Loading(msgspec.Struct, tag=True, frozen=True):

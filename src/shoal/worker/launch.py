@@ -110,7 +110,7 @@ def _max_model_len(options: EngineOptions, spec: ModelSpec, num_blocks: int) -> 
     if options.max_model_len > spec.max_positions:
         raise ConfigError(
             f"--max-model-len is {options.max_model_len}; this model was made for "
-            f"{spec.max_positions} tokens at most"
+            f"{spec.max_positions} tokens at most; lower it, or leave it out"
         )
     if options.max_model_len > room:
         raise ConfigError(
@@ -145,11 +145,14 @@ def _kv_line(
     tokens = num_blocks * BLOCK_SIZE
     size = spec.kv_bytes_per_token(choice.dtype.itemsize) * tokens
     at_full_length = min(tokens // max_model_len, max_num_seqs)
-    return (
+    line = (
         f"KV cache   {_size(size)} for {tokens:,} tokens: {at_full_length} requests of "
-        f"{max_model_len:,} tokens at once, or {max_num_seqs} of "
-        f"{min(tokens // max_num_seqs, max_model_len):,}"
+        f"{max_model_len:,} tokens at once"
     )
+    if at_full_length == max_num_seqs:
+        return line
+    most = min(max_num_seqs, num_blocks)
+    return f"{line}, or {most} of {num_blocks // most * BLOCK_SIZE:,}"
 
 
 def _size(num_bytes: int) -> str:

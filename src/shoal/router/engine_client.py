@@ -38,8 +38,9 @@ log = logging.getLogger(__name__)
 
 _STOP_GRACE_S = 3.0
 _HEARTBEAT_LIMIT_S = 10.0
+_HEARTBEAT_GRACE_S = 1.0
 _STEP_LIMIT_S = 120.0
-_KEPT_FROM_ENGINES = ("SHOAL_API_KEY", "HF_TOKEN")
+_SECRETS = ("SHOAL_API_KEY", "HF_TOKEN")
 _RESTART_PAUSE_S = 1.0
 _MAX_RESTARTS_UNREADY = 3
 
@@ -121,7 +122,6 @@ class EngineClient:
         """Pass on the process's news until it is gone; whether it ever was ready."""
         codec: Codec[FromEngine, ToEngine] = Codec(FromEngine)
         channel = self._channel = await AsyncChannel.open(self._socket, codec)
-        channel.send(Launch(self._options))
         was_ready = False
         progress = _Progress(asyncio.get_running_loop().time())
         try:
@@ -152,13 +152,17 @@ class EngineClient:
         self, channel: AsyncChannel[FromEngine, ToEngine], was_ready: bool
     ) -> FromEngine | None:
         """The next message. A ready engine that says nothing at all is frozen: it is ended."""
+        message = asyncio.ensure_future(channel.receive())
         try:
-            async with asyncio.timeout(_HEARTBEAT_LIMIT_S if was_ready else None):
-                return await channel.receive()
-        except TimeoutError:
-            log.error("%s: no heartbeat for %g s", self.name, _HEARTBEAT_LIMIT_S)
-            self._process.kill()
-            return None
+            await asyncio.wait({message}, timeout=_HEARTBEAT_LIMIT_S if was_ready else None)
+            # If it was this process that slept, what came meanwhile is read in the second wait.
+            done, _ = await asyncio.wait({message}, timeout=_HEARTBEAT_GRACE_S)
+            if not done:
+                log.error("%s: no heartbeat for %g s", self.name, _HEARTBEAT_LIMIT_S)
+                self._process.kill()
+            return await message
+        finally:
+            message.cancel()
 
     async def _autopsy(self) -> str:
         """Make sure that the process is gone, and say how it went."""
@@ -173,9 +177,7 @@ class EngineClient:
         ours, theirs = socket.socketpair()
         with theirs:
             threads = self._options.num_threads
-            env = {
-                name: value for name, value in os.environ.items() if name not in _KEPT_FROM_ENGINES
-            }
+            env = {name: value for name, value in os.environ.items() if name not in _SECRETS}
             if threads is not None:
                 env["OMP_NUM_THREADS"] = str(threads)
             process = subprocess.Popen(
@@ -186,6 +188,9 @@ class EngineClient:
                 start_new_session=True,
                 env=env,
             )
+        # Now, not when the event loop comes to it: the engine loads while we still import.
+        launch: Codec[FromEngine, ToEngine] = Codec(FromEngine)
+        ours.sendall(launch.encode(Launch(self._options)))
         ours.setblocking(False)
         return process, ours
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shoal.core.clock import MonotonicClock
+from shoal.core.errors import ConfigError
 from shoal.core.model_spec import ModelSpec
 from shoal.core.options import EngineOptions
 from shoal.core.request import Grammar
@@ -51,6 +52,7 @@ def load_engine(
     started_s = time.perf_counter()
     path = Path(options.model_path)
     spec = read_spec(path)
+    _check_limits(options, spec)
     say(f"model      {path.name} ({spec.architecture}, {spec.num_layers} layers)")
     from shoal.worker.launch import launch_worker  # the one import that loads torch
 
@@ -88,6 +90,21 @@ def load_engine(
         load_s=time.perf_counter() - started_s,
     )
     return LoadedEngine(loop, executor, info)
+
+
+def _check_limits(options: EngineOptions, spec: ModelSpec) -> None:
+    """What can be refused before seconds go into torch and the weights."""
+    if (options.max_model_len or 0) > spec.max_positions:
+        raise ConfigError(
+            f"--max-model-len is {options.max_model_len}; this model was made for "
+            f"{spec.max_positions} tokens at most; lower it, or leave it out"
+        )
+    if (options.max_num_batched_tokens or options.max_num_seqs) < options.max_num_seqs:
+        raise ConfigError(
+            f"--max-num-batched-tokens is {options.max_num_batched_tokens}, below --max-num-seqs "
+            f"({options.max_num_seqs}), so a Step could not hold a token of every sequence; "
+            f"raise the one or lower the other"
+        )
 
 
 class _LazyGrammars:

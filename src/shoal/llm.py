@@ -9,6 +9,7 @@ The engine runs in a thread of this process; detokenising happens in the caller'
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import logging
 import operator
@@ -69,6 +70,8 @@ class LLM:
         progress: Progress = lambda done, total: None,
         **options: Any,
     ) -> None:
+        # First of all, so that a wrong one does not wait for a download to be told.
+        engine_options = EngineOptions(model_path=model, **{"max_waiting": _NO_LIMIT, **options})
         resolved = resolve(model, revision=revision, token=token, progress=progress)
         # What the model's makers recommend, and an end that comes in reasonable time.
         recommended = read_default_sampling(resolved.path)
@@ -81,12 +84,14 @@ class LLM:
         self._rng = random.SystemRandom()
         self._clock = MonotonicClock()
         self._stats = EngineStats()
-        engine_options = EngineOptions(
-            model_path=str(resolved.path),
-            fingerprint=resolved.fingerprint,
-            **{"max_waiting": _NO_LIMIT, **options},
+        engine = load_engine(
+            replace(
+                engine_options, model_path=str(resolved.path), fingerprint=resolved.fingerprint
+            ),
+            self._report,
+            say=say,
+            progress=progress,
         )
-        engine = load_engine(engine_options, self._report, say=say, progress=progress)
         self._info = engine.info
         self._lock = threading.Lock()
         self._engine: LoadedEngine | None = engine
@@ -95,6 +100,8 @@ class LLM:
             target=self._run, args=(engine.loop,), name="shoal-engine", daemon=True
         )
         self._thread.start()
+        # A Step that runs when the interpreter goes would take the process down with SIGABRT.
+        atexit.register(self.close)
 
     def __enter__(self) -> LLM:
         return self
@@ -108,6 +115,7 @@ class LLM:
             engine, self._engine = self._engine, None
         if engine is None:
             return
+        atexit.unregister(self.close)
         engine.loop.stop()
         self._thread.join()
         engine.executor.close()

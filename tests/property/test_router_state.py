@@ -19,7 +19,7 @@ from shoal.router.events import (
     Drain,
     Event,
     ReplicaLost,
-    ReplicaOutput,
+    ReplicaOutputs,
     ReplicaReady,
     Send,
     Submit,
@@ -106,7 +106,7 @@ class Fleet:
         if finish:
             del self.running[key]
         output = Output(request_id=request_id, token_ids=(want[done],), finish=finish)
-        self.tell(ReplicaOutput(replica, self.incarnations[replica], output))
+        self.tell(ReplicaOutputs(replica, self.incarnations[replica], [output]))
 
     def run_out(self) -> None:
         while self.running:
@@ -211,7 +211,7 @@ def test_news_of_an_older_incarnation_is_ignored() -> None:
     fleet.submit("q", [1, 2, 3])
     fleet.down("a")
     fleet.up("a")
-    fleet.tell(ReplicaOutput("a", 0, Output(request_id="q", token_ids=(7,), finish="length")))
+    fleet.tell(ReplicaOutputs("a", 0, [Output(request_id="q", token_ids=(7,), finish="length")]))
     assert "q" not in fleet.finished
     fleet.run_out()
     assert fleet.delivered["q"] == expected_output([1, 2, 3], 8, VOCAB)
@@ -259,6 +259,8 @@ def test_a_successor_does_not_say_again_what_came_with_the_first_token() -> None
     first, second = (send.request for send in fleet.sent["q"])
     assert first.sampling.prompt_logprobs == 2
     assert second.sampling.prompt_logprobs is None
-    fleet.tell(ReplicaOutput("a", 1, Output(request_id="q", token_ids=(5,), num_cached_tokens=16)))
+    fleet.tell(
+        ReplicaOutputs("a", 1, [Output(request_id="q", token_ids=(5,), num_cached_tokens=16)])
+    )
     assert fleet.last is not None
     assert fleet.last.num_cached_tokens is None

@@ -134,6 +134,62 @@ def test_echo_and_logprobs_line_up_with_the_text() -> None:
         assert choice["text"][offset:].startswith(token)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_alone_scores_a_prompt(stream: bool) -> None:
+    """As evaluation harnesses ask: max_tokens=0 gives the prompt and nothing after it."""
+    body = {"prompt": ["hello", "he"], "echo": True, "logprobs": 1, "max_tokens": 0}
+    if stream:
+        *chunks, last = events(FakeRouter(), **body, stream_options={"include_usage": True})
+        choices, usage = [choice for chunk in chunks for choice in chunk["choices"]], last["usage"]
+    else:
+        answer = complete(FakeRouter(), **body)
+        choices, usage = answer["choices"], answer["usage"]
+    choices.sort(key=lambda choice: choice["index"])
+    assert [choice["text"] for choice in choices] == ["hello", "he"]
+    assert [choice["finish_reason"] for choice in choices] == ["length", "length"]
+    assert choices[0]["logprobs"]["tokens"] == ["hel", "l", "o"]
+    assert choices[0]["logprobs"]["token_logprobs"] == [None, -1.5, -1.5]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (4, 0)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("include_usage", [False, True])
+def test_chunks_differ_in_their_text_alone(path: str, include_usage: bool) -> None:
+    """They are put together from parts; what JSON must escape is in the text here."""
+    text = '"quoted" \\ back\n\tslash \x00\x1f é€😀 \u2028 </s>'
+    router = FakeRouter(answer=tuple(text.encode()))
+    body: dict[str, Any] = {"max_tokens": 100, "n": 2}
+    body |= (
+        {"prompt": "a"}
+        if path == "/v1/completions"
+        else {"messages": [{"role": "user", "content": "a"}]}
+    )
+    stream = events(router, path, **body, stream_options={"include_usage": include_usage})
+    chunks = [event for event in stream if event["choices"]]
+    for index in range(2):
+        mine = [chunk for chunk in chunks if chunk["choices"][0]["index"] == index]
+        middle = [_without_text(chunk) for chunk in mine[1:-1]]
+        assert len(middle) > 20
+        assert all(chunk == middle[0] for chunk in middle)
+        assert middle[0].keys() == mine[0].keys()
+        assert middle[0]["choices"][0].keys() <= mine[-1]["choices"][0].keys()
+        assert "".join(_text(chunk) for chunk in mine) == text
+
+
+def _text(chunk: dict[str, Any]) -> str:
+    (choice,) = chunk["choices"]
+    text: str = choice["delta"].get("content", "") if "delta" in choice else choice["text"]
+    return text
+
+
+def _without_text(chunk: dict[str, Any]) -> dict[str, Any]:
+    (choice,) = chunk["choices"]
+    name = "delta" if "delta" in choice else "text"
+    if name == "delta":
+        assert choice["delta"].keys() == {"content"}
+    return {**chunk, "choices": [{**choice, name: None}]}
+
+
 def test_without_echo_offsets_begin_at_the_output() -> None:
     [choice] = complete(FakeRouter(), prompt="hello", logprobs=0, max_tokens=2)["choices"]
     assert choice["logprobs"] == {

@@ -60,7 +60,17 @@ CHAT: list[tuple[dict[str, Any], str, str]] = [
     ({"top_logprobs": 2}, "invalid_value", "top_logprobs"),
     ({"top_logprobs": 21, "logprobs": True}, "invalid_value", "top_logprobs"),
     ({"max_tokens": 1, "max_completion_tokens": 1}, "invalid_value", "max_tokens"),
-    ({"max_tokens": MAX_MODEL_LEN}, "context_length_exceeded", "messages"),
+    ({"max_tokens": MAX_MODEL_LEN}, "context_length_exceeded", "max_tokens"),
+    (
+        {"max_completion_tokens": MAX_MODEL_LEN},
+        "context_length_exceeded",
+        "max_completion_tokens",
+    ),
+    (
+        {"messages": [{"role": "user", "content": "x" * 2 * MAX_MODEL_LEN}]},
+        "context_length_exceeded",
+        "messages",
+    ),
     ({"response_format": {"type": "xml"}}, "invalid_value", "response_format.type"),
     ({"response_format": {"type": "json_schema"}}, "missing_field", "response_format.json_schema"),
     (
@@ -94,7 +104,7 @@ COMPLETION: list[tuple[dict[str, Any], str, str]] = [
     ({"best_of": 2}, "unsupported_parameter", "best_of"),
     ({"suffix": "x"}, "unsupported_parameter", "suffix"),
     ({"max_tokens": 0}, "invalid_value", "max_tokens"),
-    ({"max_tokens": 10**9}, "context_length_exceeded", "prompt"),
+    ({"max_tokens": 10**9}, "context_length_exceeded", "max_tokens"),
     ({"temperature": -1}, "invalid_value", "temperature"),
     ({"top_p": 0}, "invalid_value", "top_p"),
     ({"top_k": -2}, "invalid_value", "top_k"),

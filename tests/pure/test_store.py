@@ -264,10 +264,14 @@ def test_a_member_with_another_hash_is_refused(
 
 
 @pytest.mark.parametrize("damage", [GGUF[:-1], b"\0" * len(GGUF), b""])
-def test_a_damaged_cached_file_is_fetched_anew(damage: bytes, entry: CatalogueEntry) -> None:
+def test_a_damaged_cached_file_is_fetched_anew(
+    damage: bytes, entry: CatalogueEntry, caplog: pytest.LogCaptureFixture
+) -> None:
     store.resolve("tiny")
+    assert "is damaged" not in caplog.text
     entry.path.write_bytes(damage)
     assert store.resolve("tiny").path.read_bytes() == GGUF
+    assert caplog.text.count("is damaged") == 1, "it is said, and said once"
 
 
 def test_verify_finds_a_single_flipped_bit(entry: CatalogueEntry) -> None:

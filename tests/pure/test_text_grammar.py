@@ -130,6 +130,20 @@ def test_schemas_that_cannot_be_used_are_refused(compiler: GrammarCompiler, sche
     assert (caught.value.code, caught.value.param) == ("invalid_json_schema", "response_format")
 
 
+def test_what_is_wrong_with_a_pattern_is_said_in_one_line(compiler: GrammarCompiler) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        compiler.compile(_schema_grammar({"type": "string", "pattern": "(abc" + "d" * 500}))
+    message = str(caught.value)
+    assert "unclosed group" in message
+    assert "(abcd" in message
+    assert len(message) < 250
+    assert "\n" not in message
+
+
+def _schema_grammar(schema: dict[str, Any]) -> Grammar:
+    return Grammar(kind="json_schema", schema=json.dumps(schema))
+
+
 COSTLY = {
     "names": {"properties": {f"p{i}": {} for i in range(1000)}},
     "enum": {"enum": [f"value {i}" for i in range(4000)]},

@@ -6,6 +6,8 @@ Each call that could hang runs in a thread with a limit, so that a hang is a fai
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +19,7 @@ import psutil
 import pytest
 
 from shoal import LLM, SamplingParams
-from shoal.core.errors import InvalidRequestError, UnavailableError
+from shoal.core.errors import ConfigError, InvalidRequestError, UnavailableError
 from shoal.engine.state import EngineState
 
 pytestmark = pytest.mark.slow
@@ -45,6 +47,42 @@ def within_limit(call: Callable[[], T]) -> T:
 
 def open_llm(path: Path) -> LLM:
     return LLM(str(path), num_threads=1, max_model_len=2048, kv_cache_memory_bytes=200 << 20)
+
+
+LIMITS = [
+    ({"max_model_len": 10**6}, "--max-model-len is 1000000"),
+    ({"max_num_batched_tokens": 8}, "--max-num-batched-tokens is 8"),
+]
+
+
+@pytest.mark.parametrize(("options", "words"), LIMITS)
+def test_wrong_limits_are_told_before_anything_is_loaded(
+    options: dict[str, int], words: str, smollm2_gguf: Path
+) -> None:
+    said: list[str] = []
+    with pytest.raises(ConfigError, match=words):
+        LLM(str(smollm2_gguf), say=said.append, **options)
+    assert said == []
+
+
+def test_an_option_out_of_range_is_told_before_the_model_is_looked_for() -> None:
+    with pytest.raises(ConfigError, match="--num-threads"):
+        LLM("no/such-model", num_threads=0)
+
+
+LEFT_RUNNING = """
+import sys
+from shoal import LLM, SamplingParams
+
+llm = LLM(sys.argv[1], num_threads=1, max_model_len=2048, kv_cache_memory_bytes=200 << 20)
+print(next(llm.stream("Once", SamplingParams(max_tokens=1000, ignore_eos=True))).token_ids)
+"""
+
+
+def test_a_script_may_end_with_a_model_at_work(smollm2_gguf: Path) -> None:
+    command = [sys.executable, "-c", LEFT_RUNNING, str(smollm2_gguf)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,11 @@ if TYPE_CHECKING:
 def generate(
     model: options.Model,
     prompts: Annotated[
-        list[str], typer.Argument(metavar="PROMPT...", help="Texts; - reads one from stdin.")
-    ],
+        list[str] | None,
+        typer.Argument(
+            metavar="PROMPT...", help="Texts; - reads one from stdin, as does giving none."
+        ),
+    ] = None,
     max_tokens: options.MaxTokens = 256,
     temperature: options.Temperature = 0.7,
     top_p: options.TopP = 1.0,
@@ -44,6 +47,9 @@ def generate(
         bool, typer.Option("--json", help="Text, token ids and timings as JSON.")
     ] = False,
     dtype: options.DType = "auto",
+    quantize: options.Quantize = "auto",
+    kv_cache_dtype: options.KVCacheDType = "auto",
+    kernels: options.Kernels = "auto",
     device: options.Device = "auto",
     max_model_len: options.MaxModelLen = None,
     num_threads: options.NumThreads = None,
@@ -64,13 +70,16 @@ def generate(
         seed=seed,
         stop=tuple(stop or ()),
     )
-    texts = _with_stdin(prompts)
+    texts = _with_stdin(prompts or _piped())
     started_s = time.monotonic()
     llm = open_model(
         model,
         revision,
         hf_token,
         dtype=dtype,
+        quantize=quantize,
+        kv_cache_dtype=kv_cache_dtype,
+        kernels=kernels,
         device=device,
         max_model_len=max_model_len,
         num_threads=num_threads,
@@ -89,6 +98,13 @@ def generate(
         return
     for text, completion in zip(texts, completions, strict=True):
         print(f"> {text}\n{_shown(completion.text)}\n")
+
+
+def _piped() -> list[str]:
+    """The one prompt that comes through a pipe."""
+    if sys.stdin.isatty():
+        raise typer.BadParameter("give one, or pipe it in", param_hint="PROMPT...")
+    return ["-"]
 
 
 def _with_stdin(prompts: list[str]) -> list[str]:

@@ -21,6 +21,9 @@ import typer
 
 from shoal.core.errors import ConfigError
 from shoal.core.options import DType as DTypeName
+from shoal.core.options import Kernels as KernelsName
+from shoal.core.options import KVCacheDType as KVCacheDTypeName
+from shoal.core.options import Quantization as QuantizationName
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -159,6 +162,16 @@ HfToken = Annotated[
 ]
 
 DType = Annotated[DTypeName, _option("--dtype", "Precision of weights and KV.", _ENGINE)]
+Quantize = Annotated[
+    QuantizationName,
+    _option("--quantize", "Precision of the large weights; auto: as the model has them.", _ENGINE),
+]
+KVCacheDType = Annotated[
+    KVCacheDTypeName, _option("--kv-cache-dtype", "Precision of the KV cache.", _ENGINE)
+]
+Kernels = Annotated[
+    KernelsName, _option("--kernels", "auto: the fastest this machine has.", _ENGINE)
+]
 Device = Annotated[str, _option("--device", "auto, cpu, cuda or cuda:N.", _ENGINE)]
 MaxModelLen = Annotated[
     int | None, _option("--max-model-len", "Prompt and output tokens at most.", _ENGINE, min=1)

@@ -31,6 +31,8 @@ def byte_bar(label: str) -> Iterator[Callable[[int, int], None]]:
 
     def show(done: int, total: int) -> None:
         nonlocal bar
+        if not sys.stderr.isatty():
+            return  # nor import what would draw it
         if bar is None:
             bar = _start_bar()
             bar.add_task(label, total=total)
@@ -77,7 +79,6 @@ def _start_bar() -> Progress:
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
-        disable=not sys.stderr.isatty(),
     )
     bar.start()
     return bar

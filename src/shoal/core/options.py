@@ -10,6 +10,9 @@ from shoal.core.errors import ConfigError
 MAX_STEPS_IN_FLIGHT = 16
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["auto", "none", "int8", "int4", "fp8"]
+KVCacheDType = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"]
+Kernels = Literal["auto", "reference", "cpu", "cuda"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,8 +23,11 @@ class EngineOptions:
         model_path: a folder with safetensors, or a .gguf file.
         fingerprint: content identity of the checkpoint, for block names.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        dtype: of weights, activations and KV.
-        kernels: the kernel set.
+        dtype: of weights, activations and KV; naming one also undoes a checkpoint's quantisation.
+        quantize: precision of the large weights. "auto": as the checkpoint has them if `dtype` is
+            "auto" too; "none": in `dtype`.
+        kv_cache_dtype: "auto": as `dtype`.
+        kernels: "auto": the fastest this machine has.
         max_model_len: None: what the checkpoint was made for, if the KV cache holds it.
         kv_cache_memory_bytes: None: a share of the device's free memory.
         num_threads: of the CPU; None: all of them.
@@ -32,7 +38,9 @@ class EngineOptions:
     fingerprint: str = ""
     device: str = "auto"
     dtype: DType = "auto"
-    kernels: str = "reference"
+    quantize: Quantization = "auto"
+    kv_cache_dtype: KVCacheDType = "auto"
+    kernels: Kernels = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None

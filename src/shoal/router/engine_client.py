@@ -20,7 +20,8 @@ from shoal.core.options import EngineOptions
 from shoal.core.request import GenerateRequest
 from shoal.core.stats import EngineStats
 from shoal.router.driver import Router
-from shoal.router.events import ReplicaLost, ReplicaOutput, ReplicaReady
+from shoal.router.events import ReplicaLost, ReplicaOutputs, ReplicaReady
+from shoal.router.watchdog import Watchdog, WatchdogLimits
 from shoal.wire.channel import AsyncChannel, Codec
 from shoal.wire.messages import (
     Cancel,
@@ -37,9 +38,7 @@ from shoal.wire.messages import (
 log = logging.getLogger(__name__)
 
 _STOP_GRACE_S = 3.0
-_HEARTBEAT_LIMIT_S = 10.0
-_HEARTBEAT_GRACE_S = 1.0
-_STEP_LIMIT_S = 120.0
+_WATCH_EVERY_S = 0.5
 _SECRETS = ("SHOAL_API_KEY", "HF_TOKEN")
 _RESTART_PAUSE_S = 1.0
 _MAX_RESTARTS_UNREADY = 3
@@ -53,6 +52,7 @@ class EngineClient:
         command: argv of the engine process; the socket's descriptor is appended.
         options: what it shall load.
         on_loading: told how far loading is.
+        limits: how long it may be quiet once it is ready; then it is ended, and started again.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class EngineClient:
         command: Sequence[str],
         options: EngineOptions,
         on_loading: Callable[[Loading], None],
+        limits: WatchdogLimits | None = None,
     ) -> None:
         self.name = name
         self.stats = EngineStats()
@@ -68,6 +69,8 @@ class EngineClient:
         self._command = command
         self._options = options
         self._on_loading = on_loading
+        self._limits = limits or WatchdogLimits()
+        self._complaint: str | None = None
         self._incarnation = 0
         self._channel: AsyncChannel[FromEngine, ToEngine] | None = None
         self._process, self._socket = self._start()
@@ -122,51 +125,52 @@ class EngineClient:
         """Pass on the process's news until it is gone; whether it ever was ready."""
         codec: Codec[FromEngine, ToEngine] = Codec(FromEngine)
         channel = self._channel = await AsyncChannel.open(self._socket, codec)
-        was_ready = False
-        progress = _Progress(asyncio.get_running_loop().time())
+        time_s = asyncio.get_running_loop().time
+        watchdog = Watchdog(self._limits, time_s())
+        watching: asyncio.Task[None] | None = None
         try:
-            while (message := await self._next(channel, was_ready)) is not None:
+            while (message := await channel.receive()) is not None:
                 match message:
+                    case News(outputs, stats):
+                        self.stats = stats
+                        watchdog.heard(stats, time_s())
+                        if outputs:
+                            router.tell(ReplicaOutputs(self.name, self._incarnation, outputs))
                     case Loading():
                         self._on_loading(message)
                     case Ready(info):
-                        was_ready = True
+                        watchdog = Watchdog(self._limits, time_s())
+                        watching = asyncio.create_task(self._watch(watchdog))
                         router.tell(ReplicaReady(self.name, self._incarnation, info))
                     case LaunchFailed(reason):
                         self.failure = reason
-                    case News(outputs, stats):
-                        self.stats = stats
-                        if progress.is_stuck(stats, asyncio.get_running_loop().time()):
-                            log.error("%s: a Step hangs; ending its process", self.name)
-                            self._process.kill()
-                        for output in outputs:
-                            router.tell(ReplicaOutput(self.name, self._incarnation, output))
         except WireError as error:
             log.error("%s: %s", self.name, error)
         finally:
+            if watching is not None:
+                watching.cancel()
             self._channel = None
             channel.close()
-        return was_ready
+        return watching is not None
 
-    async def _next(
-        self, channel: AsyncChannel[FromEngine, ToEngine], was_ready: bool
-    ) -> FromEngine | None:
-        """The next message. A ready engine that says nothing at all is frozen: it is ended."""
-        message = asyncio.ensure_future(channel.receive())
-        try:
-            await asyncio.wait({message}, timeout=_HEARTBEAT_LIMIT_S if was_ready else None)
-            # If it was this process that slept, what came meanwhile is read in the second wait.
-            done, _ = await asyncio.wait({message}, timeout=_HEARTBEAT_GRACE_S)
-            if not done:
-                log.error("%s: no heartbeat for %g s", self.name, _HEARTBEAT_LIMIT_S)
-                self._process.kill()
-            return await message
-        finally:
-            message.cancel()
+    async def _watch(self, watchdog: Watchdog) -> None:
+        """End the process when it has been quiet for too long."""
+        loop = asyncio.get_running_loop()
+        self._complaint = None
+        while self._complaint is None:
+            await asyncio.sleep(_WATCH_EVERY_S)
+            if watchdog.complaint(loop.time()) is not None:
+                # If it was this process that slept, what came meanwhile is read first.
+                await asyncio.sleep(self._limits.grace_s)
+                self._complaint = watchdog.complaint(loop.time())
+        self._process.kill()
 
     async def _autopsy(self) -> str:
         """Make sure that the process is gone, and say how it went."""
         code = await asyncio.to_thread(_end, self._process)
+        complaint, self._complaint = self._complaint, None
+        if complaint is not None:
+            return f"{complaint} and was ended"
         if code < 0:
             name = signal.Signals(-code).name
             hint = " (out of memory?)" if -code == signal.SIGKILL else ""
@@ -193,19 +197,6 @@ class EngineClient:
         ours.sendall(launch.encode(Launch(self._options)))
         ours.setblocking(False)
         return process, ours
-
-
-class _Progress:
-    """Whether Steps come back: liveness is progress, not a pulse."""
-
-    def __init__(self, now: float) -> None:
-        self._num_steps = -1
-        self._since = now
-
-    def is_stuck(self, stats: EngineStats, now: float) -> bool:
-        if stats.steps != self._num_steps or stats.num_running == 0:
-            self._num_steps, self._since = stats.steps, now
-        return now - self._since > _STEP_LIMIT_S
 
 
 def _end(process: subprocess.Popen[bytes]) -> int:

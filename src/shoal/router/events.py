@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shoal.core.request import GenerateRequest, Output
@@ -42,10 +43,12 @@ class ReplicaLost:
 
 
 @dataclass(frozen=True, slots=True)
-class ReplicaOutput:
+class ReplicaOutputs:
+    """What a replica produced: its Step's outputs come together."""
+
     replica: str
     incarnation: int
-    output: Output
+    outputs: Sequence[Output]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ class Tick:
     """Look at deadlines."""
 
 
-Event = Submit | Cancel | ReplicaReady | ReplicaLost | ReplicaOutput | Drain | Abandon | Tick
+Event = Submit | Cancel | ReplicaReady | ReplicaLost | ReplicaOutputs | Drain | Abandon | Tick
 
 
 @dataclass(frozen=True, slots=True)

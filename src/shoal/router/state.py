@@ -25,7 +25,7 @@ from shoal.router.events import (
     Effect,
     Event,
     ReplicaLost,
-    ReplicaOutput,
+    ReplicaOutputs,
     ReplicaReady,
     Send,
     Submit,
@@ -144,8 +144,8 @@ class RouterState:
                 return self._ready(event, now)
             case ReplicaLost():
                 return self._lost(event, now)
-            case ReplicaOutput():
-                return self._output(event)
+            case ReplicaOutputs():
+                return self._outputs(event)
             case Drain():
                 self._draining = True
                 return []
@@ -209,21 +209,22 @@ class RouterState:
                 effects += self._fail(request_id, _no_replica(event.reason))
         return effects
 
-    def _output(self, event: ReplicaOutput) -> list[Effect]:
-        request_id = event.output.request_id
-        entry = self._entries.get(request_id)
-        replica = self._replicas[event.replica]
-        stale = event.incarnation != replica.incarnation
-        if entry is None or stale or entry.replica != event.replica:
+    def _outputs(self, event: ReplicaOutputs) -> list[Effect]:
+        if event.incarnation != self._replicas[event.replica].incarnation:
             return []
-        output = event.output
-        if entry.has_begun:
-            # Said already, by a replica that was lost since or in an earlier output.
-            output = dataclasses.replace(output, num_cached_tokens=None)
-        entry.output_ids += output.token_ids
-        if output.finish is not None:
-            self._forget(request_id)
-        return [Deliver(output)]
+        effects: list[Effect] = []
+        for output in event.outputs:
+            entry = self._entries.get(output.request_id)
+            if entry is None or entry.replica != event.replica:
+                continue
+            if output.num_cached_tokens is not None and entry.has_begun:
+                # Said already, by a replica that was lost since or in an earlier output.
+                output = dataclasses.replace(output, num_cached_tokens=None)
+            entry.output_ids += output.token_ids
+            if output.finish is not None:
+                self._forget(output.request_id)
+            effects.append(Deliver(output))
+        return effects
 
     def _abandon(self) -> list[Effect]:
         error = UnavailableError("the server is shutting down", code="shutting_down")

@@ -76,6 +76,7 @@ async def _create(body: ChatRequest, request: Request, context: ServerContext) -
             prompt_len=len(prompt),
             max_model_len=info.max_model_len,
             param="messages",
+            limit_param="max_tokens" if body.max_tokens else "max_completion_tokens",
         ),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )

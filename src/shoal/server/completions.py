@@ -57,6 +57,13 @@ async def _create(body: CompletionRequest, request: Request, context: ServerCont
             code="unsupported_parameter",
             param="best_of",
         )
+    prompt_only = body.max_tokens == 0
+    if prompt_only and not body.echo:
+        raise InvalidRequestError(
+            "max_tokens is 0; it must be at least 1, unless echo=true asks for the prompt",
+            code="invalid_value",
+            param="max_tokens",
+        )
     vocab_size = context.tokenizer.vocab_size
     check_token_ids(body.output_token_ids or (), vocab_size, "output_token_ids")
     prompts = await completion_prompts(body, context, info.max_model_len)
@@ -65,7 +72,7 @@ async def _create(body: CompletionRequest, request: Request, context: ServerCont
         model_defaults=context.config.default_sampling,
         vocab_size=vocab_size,
         max_tokens=output_budget(
-            body.max_tokens,
+            1 if prompt_only else body.max_tokens,
             DEFAULT_MAX_TOKENS,
             prompt_len=max(map(len, prompts)),
             max_model_len=info.max_model_len,
@@ -87,6 +94,7 @@ async def _create(body: CompletionRequest, request: Request, context: ServerCont
         ),
         num_per_prompt=params.n,
         label=request_label(request),
+        prompt_only=prompt_only,
     )
     return respond(
         body, job, CompletionShape(body, completion_id, prompts, params, context), context

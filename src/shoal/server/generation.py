@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
 
 from shoal.core.errors import UnavailableError
 from shoal.core.request import GenerateRequest, Output, SamplingParams, TokenLogprobs
@@ -20,9 +21,8 @@ from shoal.server.config import ServerContext
 from shoal.text import TextStream
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Update:
-    """News of one completion.
+class Update(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """News of one completion. A msgspec struct, since one is made for every token.
 
     Attributes:
         index: which completion of the request.
@@ -59,19 +59,24 @@ class Usage:
             self.cached_tokens += update.num_cached_tokens
 
 
-async def updates(
-    requests: Sequence[GenerateRequest], context: ServerContext
+def updates(
+    requests: Sequence[GenerateRequest], context: ServerContext, *, prompt_only: bool = False
 ) -> AsyncGenerator[Update, None]:
     """Updates of all completions as they come; closing it cancels what still runs.
 
     Raises RequestError when any of them is refused or fails: the rest are cancelled.
+
+    Args:
+        prompt_only: no output is wanted, only what was asked about the prompts.
     """
-    streams = [_completion(i, request, context) for i, request in enumerate(requests)]
-    if len(streams) == 1:
-        async with aclosing(streams[0]) as stream:
-            async for update in stream:
-                yield update
-        return
+    complete = _prompt_only if prompt_only else _completion
+    streams = [complete(i, request, context) for i, request in enumerate(requests)]
+    return streams[0] if len(streams) == 1 else _merged(streams)
+
+
+async def _merged(
+    streams: Sequence[AsyncGenerator[Update, None]],
+) -> AsyncGenerator[Update, None]:
     # Bounded, so a slow client holds back the pumps, not a growing pile of updates.
     queue: _Queue = asyncio.Queue(maxsize=len(streams))
     pumps = [asyncio.create_task(_pump(stream, queue)) for stream in streams]
@@ -135,6 +140,23 @@ async def _completion(
         yield last
     finally:
         timer.finished(reason, context.clock.now())
+
+
+async def _prompt_only(
+    index: int, request: GenerateRequest, context: ServerContext
+) -> AsyncGenerator[Update, None]:
+    """What a completion says of its prompt; the one token it takes to learn that is dropped."""
+    told = Update(index=index)
+    async with aclosing(_completion(index, request, context)) as found:
+        async for update in found:
+            if update.prompt_logprobs or update.num_cached_tokens:
+                told = update
+    yield Update(
+        index=index,
+        prompt_logprobs=told.prompt_logprobs,
+        num_cached_tokens=told.num_cached_tokens,
+        finish="length",
+    )
 
 
 def _update(index: int, output: Output, text: TextStream, params: SamplingParams) -> Update:

@@ -146,6 +146,7 @@ class CompletionRequest(GenerationFields):
     unsupported = UNSUPPORTED_COMPLETION
 
     prompt: Prompt
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
     best_of: int | None = None
     echo: bool | None = None
     logprobs: int | None = None

@@ -51,11 +51,13 @@ class Job:
     Attributes:
         num_per_prompt: n; the requests stand prompt by prompt.
         label: the X-Request-Id, for the log.
+        prompt_only: only what there is to say of the prompts is wanted.
     """
 
     requests: tuple[GenerateRequest, ...]
     num_per_prompt: int
     label: str
+    prompt_only: bool = False
 
 
 def respond(body: GenerationFields, job: Job, shape: Shape, context: ServerContext) -> Response:
@@ -128,7 +130,7 @@ def tenant(request: Request) -> str:
 async def _whole(job: Job, shape: Shape, context: ServerContext) -> bytes:
     usage = Usage(job.requests, job.num_per_prompt)
     parts: list[list[Update]] = [[] for _ in job.requests]
-    async with aclosing(updates(job.requests, context)) as news:
+    async with aclosing(updates(job.requests, context, prompt_only=job.prompt_only)) as news:
         async for update in news:
             usage.add(update)
             parts[update.index].append(update)
@@ -147,15 +149,16 @@ async def _events(
     options = body.stream_options
     include_usage = options is not None and options.include_usage
     continuous = include_usage and options is not None and options.continuous_usage_stats
+    texts = _TextChunks(shape, None if include_usage else UNSET)
+    always_tells = continuous or body.return_token_ids
     begun: set[int] = set()
-    async with aclosing(updates(job.requests, context)) as news:
+    async with aclosing(updates(job.requests, context, prompt_only=job.prompt_only)) as news:
         async for update in news:
             usage.add(update)
-            says_nothing = not (
-                update.text or update.finish or update.logprobs or body.return_token_ids
-            )
             # The first chunk goes out whatever it says: it is the client's first token.
-            if says_nothing and not continuous and update.index in begun:
+            if update.index in begun and not (update.finish or update.logprobs or always_tells):
+                if update.text:
+                    yield texts.chunk(update.index, update.text)
                 continue
             begun.add(update.index)
             field: UsageField = _body(usage) if continuous else None if include_usage else UNSET
@@ -165,6 +168,31 @@ async def _events(
                 yield _encoded_chunk(shape, update, field)
     if include_usage:
         yield msgspec.json.encode(shape.usage_chunk(_body(usage)))
+
+
+class _TextChunks:
+    """Chunks that tell nothing but new text, which nearly all do: made from two halves.
+
+    All JSON but the text is the same from one to the next, so it is encoded once.
+    """
+
+    def __init__(self, shape: Shape, usage: UsageField) -> None:
+        self._shape = shape
+        self._usage = usage
+        self._halves: dict[int, tuple[bytes, bytes]] = {}
+
+    def chunk(self, index: int, text: str) -> bytes:
+        """An event of the completion `index`, whose first one went out before."""
+        halves = self._halves.get(index)
+        if halves is None:
+            whole = _encoded_chunk(self._shape, Update(index=index, text=_MARK), self._usage)
+            before, _, after = whole.partition(msgspec.json.encode(_MARK))
+            halves = self._halves[index] = (before, after)
+        return b"%b%b%b" % (halves[0], _ENCODER.encode(text), halves[1])
+
+
+_MARK = "\x00"  # in no id and no model's name
+_ENCODER = msgspec.json.Encoder()
 
 
 def _encoded_chunk(shape: Shape, update: Update, usage: UsageField) -> bytes:

@@ -122,16 +122,23 @@ def output_budget(
     prompt_len: int,
     max_model_len: int,
     param: str,
+    limit_param: str = "max_tokens",
 ) -> int:
-    """Output tokens a prompt may have; only a default is ever cut to what the context allows."""
+    """Output tokens a prompt may have; only a default is ever cut to what the context allows.
+
+    Args:
+        param, limit_param: fields the prompt and `requested` came in; an error names the one
+            that is too much.
+    """
     room = max_model_len - prompt_len
     if room < 1 or (requested is not None and requested > room):
-        wanted = f" and max_tokens asks for {requested}" if requested is not None else ""
+        wanted = f" and {limit_param} asks for {requested}" if requested is not None else ""
+        remedy = "Shorten it" if room < 1 else f"Ask for at most {room}, or shorten the prompt"
         raise InvalidRequestError(
             f"This model's maximum context length is {max_model_len} tokens. However, the prompt "
-            f"has {prompt_len}{wanted}. Shorten the prompt or ask for fewer tokens.",
+            f"has {prompt_len}{wanted}. {remedy}.",
             code="context_length_exceeded",
-            param=param,
+            param=param if room < 1 else limit_param,
         )
     if requested is not None:
         return requested

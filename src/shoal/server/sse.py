@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from shoal.core.errors import RequestError
 from shoal.core.request import ErrorInfo
@@ -24,6 +24,10 @@ _HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx would hold events back
 ]
+SEND_BODY = "send_body"
+"""Of the request's state: the server's own `send`. Every layer between wraps `send` to see the
+head of a response, and would cost its microsecond for each token."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -58,47 +62,86 @@ class EventStream(Response):
         self._stall_timeout_s = stall_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        send_body = scope.get("state", {}).get(SEND_BODY, send)
         async with aclosing(self._events):
-            await unless_hung_up(receive, self._stream(send))
+            await unless_hung_up(receive, self._stream(send, send_body))
 
-    async def _stream(self, send: Send) -> None:
+    async def _stream(self, send: Send, send_body: Send) -> None:
         first = await anext(self._events)
         await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-        try:
-            await self._send(send, first)
-            await self._send_rest(send)
-        except _StalledClientError:
-            # Returning in mid-body makes uvicorn cut the connection.
-            _log.warning(
-                "request %s dropped: the client took nothing for %g s",
-                self._request_id,
-                self._stall_timeout_s,
-            )
+        with _StallWatch(self._stall_timeout_s) as watch:
+            try:
+                await self._send_all(send_body, first, watch)
+            except asyncio.CancelledError:
+                if not watch.stalled:
+                    raise
+                # Returning in mid-body makes uvicorn cut the connection.
+                _log.warning(
+                    "request %s dropped: the client took nothing for %g s",
+                    self._request_id,
+                    self._stall_timeout_s,
+                )
 
-    async def _send_rest(self, send: Send) -> None:
+    async def _send_all(self, send: Send, first: bytes, watch: _StallWatch) -> None:
+        watch.begin()
+        await send(_body(first))
+        watch.end()
+        end = b"[DONE]"
         try:
             async for event in self._events:
-                await self._send(send, event)
+                watch.begin()
+                await send(_body(event))
+                watch.end()
         except RequestError as error:
-            await self._send(send, error_payload(ErrorInfo.of(error)))
-        except _StalledClientError:
-            raise
+            end = error_payload(ErrorInfo.of(error)) + b"\n\ndata: " + end
         except Exception:  # noqa: BLE001 -- logged; the stream itself must still be ended
             _log.exception("request %s failed in mid-stream", self._request_id)
-            await self._send(send, error_payload(INTERNAL_ERROR))
-        await self._send(send, b"[DONE]", last=True)
-
-    async def _send(self, send: Send, data: bytes, *, last: bool = False) -> None:
-        body = b"data: %b\n\n" % data
-        try:
-            async with asyncio.timeout(self._stall_timeout_s):
-                await send({"type": "http.response.body", "body": body, "more_body": not last})
-        except TimeoutError as error:
-            raise _StalledClientError from error
+            end = error_payload(INTERNAL_ERROR) + b"\n\ndata: " + end
+        watch.begin()
+        await send(_body(end, more_body=False))
 
 
-class _StalledClientError(Exception):
-    """The socket has been full for too long."""
+def _body(event: bytes, *, more_body: bool = True) -> Message:
+    body = b"data: %b\n\n" % event
+    return {"type": "http.response.body", "body": body, "more_body": more_body}
+
+
+class _StallWatch:
+    """Cancels the task that entered it when one send takes too long.
+
+    One timer a stream, put off when it fires, because a timeout of its own for every token
+    would cost as much as the rest of sending it.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self.stalled = False
+        self._limit_s = limit_s
+        self._loop = asyncio.get_running_loop()
+        self._sending_since: float | None = None
+
+    def __enter__(self) -> _StallWatch:
+        self._task = asyncio.current_task()
+        self._timer = self._loop.call_later(self._limit_s, self._look)
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._timer.cancel()
+
+    def begin(self) -> None:
+        self._sending_since = self._loop.time()
+
+    def end(self) -> None:
+        self._sending_since = None
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        since = now if self._sending_since is None else self._sending_since
+        if now - since >= self._limit_s:
+            self.stalled = True
+            assert self._task is not None
+            self._task.cancel()
+        else:
+            self._timer = self._loop.call_at(since + self._limit_s, self._look)
 
 
 async def unless_hung_up(receive: Receive, work: Awaitable[None]) -> None:

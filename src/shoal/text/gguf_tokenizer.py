@@ -10,8 +10,9 @@ templates or requests.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 from tokenizers import (
     AddedToken,
@@ -77,17 +78,18 @@ def build_gguf_tokenizer(metadata: Mapping[str, Value]) -> Tokenizer:
 def _byte_level(fields: GGUFTokenizerFields) -> tuple[Tokenizer, bool]:
     # Files from before the key existed were made for GPT-2's rules or llama.cpp's default ones.
     kind = pre_tokenizer_kind(fields.text("pre", default="default"))
-    merges = []
-    for merge in fields.strings("merges"):
-        left, space, right = merge.partition(" ")
-        if not (left and space and right):
-            raise fields.error("merges", f"holds {merge!r}, not two tokens with a space between")
-        merges.append((left, right))
+    # Both loops are over 10^5 entries and part of every start: hence no call but to C.
+    merges = [tuple(merge.split(" ", 1)) for merge in fields.strings("merges")]
+    for merge in merges:
+        if len(merge) != 2 or not (merge[0] and merge[1]):
+            wrong = " ".join(merge)
+            raise fields.error("merges", f"holds {wrong!r}, not two tokens with a space between")
     alphabet = byte_of_character()
+    is_in_bytes = frozenset(alphabet).issuperset
     byte_name = {byte: character for character, byte in alphabet.items()}
     vocabulary = {}
     for token_id, (token, token_type) in enumerate(fields.typed_tokens()):
-        if token_type == NORMAL and not all(character in alphabet for character in token):
+        if token_type == NORMAL and not is_in_bytes(token):
             # Converters store some ordinary tokens as plain text; merges spell them in bytes.
             token = "".join(byte_name[byte] for byte in token.encode())
         vocabulary[token] = token_id
@@ -157,7 +159,7 @@ def _escaped(token: str) -> str:
 def _tokenizer(
     fields: GGUFTokenizerFields,
     vocabulary: dict[str, int],
-    merges: list[tuple[str, str]],
+    merges: Sequence[tuple[str, ...]],
     *,
     ignore_merges: bool,
     byte_fallback: bool,
@@ -171,7 +173,7 @@ def _tokenizer(
     try:
         model = models.BPE(
             vocab=vocabulary,
-            merges=merges,
+            merges=cast("list[tuple[str, str]]", merges),
             unk_token=None if unknown_id is None or not byte_fallback else tokens[unknown_id],
             fuse_unk=byte_fallback,
             byte_fallback=byte_fallback,

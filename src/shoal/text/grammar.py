@@ -26,6 +26,7 @@ MAX_SCHEMA_ALL_OF = 8
 counts it (16: 3 s, 24: more than half a minute)."""
 
 _MAX_CACHED = 64
+_SHOWN_CHARS = 80
 
 # Small models fill the room that free whitespace leaves them with newlines, for ever: one
 # optional space after a comma or colon is what they are used to.
@@ -97,7 +98,7 @@ class GrammarCompiler:
             raise _invalid(f"the schema cannot be used: {error}") from error
         matcher = matchers(self._tokenizer, compact, log_level=0, limits=self._limits)
         if matcher.is_error():
-            raise _invalid(f"the schema cannot be used: {_first_line(matcher.get_error())}")
+            raise _invalid(f"the schema cannot be used: {_in_one_line(matcher.get_error())}")
         with self._lock:
             self._compiled[schema] = matcher
             while len(self._compiled) > _MAX_CACHED:
@@ -144,7 +145,7 @@ class GrammarMatcher:
 
     def _check_limits(self) -> None:
         if self._matcher.is_error():
-            raise _invalid(f"the schema is too complex: {_first_line(self._matcher.get_error())}")
+            raise _invalid(f"the schema is too complex: {_in_one_line(self._matcher.get_error())}")
 
 
 def _check_bounds(schema: str) -> None:
@@ -195,8 +196,15 @@ def _num_all_of(node: Any) -> int:
     return len(all_of) if isinstance(all_of, list) else 0
 
 
-def _first_line(error: str) -> str:
-    return error.partition("\n")[0]
+def _in_one_line(error: str) -> str:
+    """The first line says what broke; of a regex, a drawing and the reason come below it."""
+    first, _, rest = error.partition("\n")
+    reasons = [line for line in rest.splitlines() if line.startswith("error: ")]
+    if not reasons:
+        return first
+    pattern = rest.partition("\n")[0].strip()
+    shown = pattern if len(pattern) <= _SHOWN_CHARS else pattern[:_SHOWN_CHARS] + "..."
+    return f"{first} {reasons[0].removeprefix('error: ')} (in {shown!r})"
 
 
 def _invalid(message: str) -> InvalidRequestError:

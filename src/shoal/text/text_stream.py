@@ -10,17 +10,17 @@ nothing of HTTP or sampling.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+
+import msgspec
 
 from shoal.core.request import SamplingParams
 from shoal.text.stop_search import StopSearch
 from shoal.text.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True, slots=True)
-class TextDelta:
-    """News of a stream.
+class TextDelta(msgspec.Struct, frozen=True, gc=False):
+    """News of a stream. A msgspec struct, since one is made for every token.
 
     Attributes:
         text: to append to what was handed out before.
@@ -34,6 +34,13 @@ class TextDelta:
     num_tokens: int = 0
     offsets: tuple[int, ...] = ()
     stop: str | None = None
+
+
+def _never(token_id: int) -> bool:
+    return False
+
+
+_UTF8Decoder = codecs.getincrementaldecoder("utf-8")
 
 
 class TextStream:
@@ -55,15 +62,17 @@ class TextStream:
         prompt_ids: Iterable[int],
         output_ids: Iterable[int] = (),
     ) -> None:
-        self._tokenizer = tokenizer
         self._params = params
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._bytes = tokenizer.token_bytes
+        self._hides = tokenizer.is_special if params.skip_special_tokens else _never
+        self._utf8 = _UTF8Decoder(errors="replace")
+        self._in_character = False
         self._search = StopSearch(params.stop)
         self._num_tokens = 0
         self._num_chars = 0
         self._held = ""
         self._stop: str | None = None
-        self._strip_next = tokenizer.strips_leading_space and not any(map(self._shows, prompt_ids))
+        self._strip_next = tokenizer.strips_leading_space and all(map(self._hides, prompt_ids))
         self.push(output_ids)
 
     @property
@@ -78,37 +87,49 @@ class TextStream:
             stop_token: the last id ended the output (EOS or one of `stop_token_ids`): it
                 counts, but shows only with `include_stop_str_in_output`.
         """
-        ids = list(token_ids)
-        hidden = len(ids) - 1 if stop_token and not self._params.include_stop_str_in_output else -1
-        texts: list[str] = []
-        offsets: list[int] = []
-        for index, token_id in enumerate(ids):
+        ids = tuple(token_ids)
+        last_hides = stop_token and not self._params.include_stop_str_in_output
+        deltas: list[TextDelta] = []
+        for index, token_id in enumerate(ids, start=1):
             if self._stop is not None:
                 break
-            self._num_tokens += 1
-            offsets.append(self._num_chars)
-            if index != hidden and self._shows(token_id):
-                texts.append(self._take(self._utf8.decode(self._bytes(token_id))))
-        return TextDelta("".join(texts), len(offsets), tuple(offsets), self._stop)
+            deltas.append(self._push_one(token_id, last_hides and index == len(ids)))
+        return deltas[0] if len(deltas) == 1 else self._joined(deltas)
 
     def finish(self) -> TextDelta:
         """Hands out what was held back; the stream takes no more tokens."""
         text = ""
         if self._stop is None:
-            text = self._take(self._utf8.decode(b"", final=True))
+            text = self._take(self._utf8.decode(b"", True))
         if self._stop is None:
             text, self._held = text + self._held, ""
         return TextDelta(text, stop=self._stop)
 
-    def _shows(self, token_id: int) -> bool:
-        return not (self._params.skip_special_tokens and self._tokenizer.is_special(token_id))
+    def _push_one(self, token_id: int, hides: bool) -> TextDelta:
+        self._num_tokens += 1
+        offsets = (self._num_chars,)
+        if hides or self._hides(token_id):
+            return TextDelta("", 1, offsets)
+        text = self._take(self._decode(self._bytes(token_id)))
+        return TextDelta(text, 1, offsets, self._stop)
 
-    def _bytes(self, token_id: int) -> bytes:
-        spelled = self._tokenizer.token_bytes(token_id)
+    def _joined(self, deltas: Sequence[TextDelta]) -> TextDelta:
+        return TextDelta(
+            "".join(delta.text for delta in deltas),
+            len(deltas),
+            tuple(offset for delta in deltas for offset in delta.offsets),
+            self._stop,
+        )
+
+    def _decode(self, spelled: bytes) -> str:
         if self._strip_next:
             self._strip_next = False
-            return spelled.removeprefix(b" ")
-        return spelled
+            spelled = spelled.removeprefix(b" ")
+        if not self._in_character and spelled.isascii():
+            return spelled.decode("ascii")  # as nearly all tokens are, in a fifth of the time
+        text = self._utf8.decode(spelled)
+        self._in_character = bool(self._utf8.getstate()[0])
+        return text
 
     def _take(self, text: str) -> str:
         """Appends decoded text; returns what need not be held back any longer."""

@@ -19,7 +19,7 @@ import tokenizers
 from shoal.core.errors import UnsupportedModelError
 
 
-class TokenBytes:
+class TokenBytes(dict[int, bytes]):
     """Token id -> bytes, computed when first asked for.
 
     Attributes:
@@ -28,6 +28,7 @@ class TokenBytes:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        super().__init__()
         self._backend = backend
         decoders = list(_flatten(_decoder_json(backend)))
         kinds = {decoder["type"] for decoder in decoders}
@@ -39,17 +40,14 @@ class TokenBytes:
             )
         self.strips_leading_space = any(_strips(decoder) for decoder in decoders)
         self._alphabet = byte_of_character()
-        self._known: dict[int, bytes] = {}
 
-    def __getitem__(self, token_id: int) -> bytes:
+    def __missing__(self, token_id: int) -> bytes:
         """Bytes of a token; none for an id the vocabulary does not have."""
-        known = self._known.get(token_id)
-        if known is None:
-            text = self._backend.id_to_token(token_id)
-            if text is None:
-                return b""
-            known = self._known[token_id] = self._spell(text)
-        return known
+        text = self._backend.id_to_token(token_id)
+        if text is None:
+            return b""
+        spelled = self[token_id] = self._spell(text)
+        return spelled
 
     def _spell(self, text: str) -> bytes:
         if self._byte_level:

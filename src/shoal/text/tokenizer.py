@@ -5,7 +5,7 @@ Knows nothing of requests, HTTP or devices.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -49,6 +49,8 @@ class Tokenizer:
         eos_token_ids: every id that ends a generation.
         special_tokens: text by role ("bos_token", "eos_token", ...), as chat templates see them.
         chat_template: None if the model came without one.
+        token_bytes: token id -> the bytes it stands for, its leading space included.
+        is_special: token id -> whether `skip_special_tokens` leaves it out.
     """
 
     def __init__(
@@ -61,11 +63,14 @@ class Tokenizer:
     ) -> None:
         self._backend = backend
         self._bytes = TokenBytes(backend)
-        self._special_ids = frozenset(
+        special_ids = frozenset(
             token_id
             for token_id, token in backend.get_added_tokens_decoder().items()
             if token.special
         )
+        # Asked for every token of every stream, hence no methods around them.
+        self.token_bytes: Callable[[int], bytes] = self._bytes.__getitem__
+        self.is_special: Callable[[int], bool] = special_ids.__contains__
         bos = special_tokens.get("bos_token")
         self.bos_token_id = None if bos is None else backend.token_to_id(bos)
         self.eos_token_ids = eos_token_ids
@@ -113,15 +118,11 @@ class Tokenizer:
         pieces = [
             self._bytes[token_id]
             for token_id in token_ids
-            if not (skip_special_tokens and token_id in self._special_ids)
+            if not (skip_special_tokens and self.is_special(token_id))
         ]
         if pieces and self.strips_leading_space:
             pieces[0] = pieces[0].removeprefix(b" ")
         return b"".join(pieces).decode("utf-8", "replace")
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """The bytes a token stands for, its leading space included."""
-        return self._bytes[token_id]
 
     def token_text(self, token_id: int) -> str:
         r"""A token's text for people; bytes that are no text alone as OpenAI shows them:
@@ -131,10 +132,6 @@ class Tokenizer:
             return spelled.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
-
-    def is_special(self, token_id: int) -> bool:
-        """Whether `skip_special_tokens` leaves this token out."""
-        return token_id in self._special_ids
 
     @property
     def strips_leading_space(self) -> bool:

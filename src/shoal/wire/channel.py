@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator
 from io import IOBase
 from queue import Empty, SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import msgspec
 
@@ -42,14 +42,14 @@ class Codec(Generic[Incoming, Outgoing]):
             raise WireError(f"a message of {len(body)} bytes; {MAX_FRAME_BYTES} is the limit")
         return _HEADER.pack(len(body)) + body
 
-    def decode(self, body: bytes) -> Incoming:
+    def decode(self, body: bytes | bytearray) -> Incoming:
         try:
             return self._decoder.decode(body)
         except msgspec.DecodeError as error:
             raise WireError(f"a message that does not decode: {error}") from error
 
 
-def body_length(header: bytes) -> int:
+def body_length(header: bytes | bytearray) -> int:
     """Length of the body that follows; refuses one over the limit."""
     (length,) = _HEADER.unpack(header)
     if length > MAX_FRAME_BYTES:
@@ -57,41 +57,83 @@ def body_length(header: bytes) -> int:
     return int(length)
 
 
-class AsyncChannel(Generic[Incoming, Outgoing]):
-    """The router's end, on its event loop."""
+class AsyncChannel(asyncio.Protocol, Generic[Incoming, Outgoing]):
+    """The router's end, on its event loop; one task receives.
 
-    def __init__(
-        self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        codec: Codec[Incoming, Outgoing],
-    ) -> None:
-        self._reader = reader
-        self._writer = writer
+    A protocol of its own because asyncio's streams took as long as all of the router. What is
+    not received yet is bounded by what the requests in flight can produce.
+    """
+
+    def __init__(self, codec: Codec[Incoming, Outgoing]) -> None:
         self._codec = codec
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.WriteTransport | None = None
+        self._received = bytearray()
+        self._position = 0
+        self._waiter: asyncio.Future[None] | None = None
+        self._ended = False
 
     @classmethod
     async def open(
         cls, sock: socket.socket, codec: Codec[Incoming, Outgoing]
     ) -> AsyncChannel[Incoming, Outgoing]:
-        reader, writer = await asyncio.open_connection(sock=sock, limit=_READ_BYTES)
-        return cls(reader, writer, codec)
+        loop = asyncio.get_running_loop()
+        _, channel = await loop.create_connection(lambda: cls(codec), sock=sock)
+        return channel
 
     def send(self, message: Outgoing) -> None:
         """Queue a message; a peer that is gone is noticed by `receive`."""
-        if not self._writer.is_closing():
-            self._writer.write(self._codec.encode(message))
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(self._codec.encode(message))
 
     async def receive(self) -> Incoming | None:
         """The next message; None when the peer is gone."""
-        try:
-            length = body_length(await self._reader.readexactly(_HEADER.size))
-            return self._codec.decode(await self._reader.readexactly(length))
-        except (asyncio.IncompleteReadError, ConnectionError):
-            return None
+        while (body := self._take_frame()) is None:
+            if self._ended:
+                return None
+            self._waiter = self._loop.create_future()
+            await self._waiter
+        return self._codec.decode(body)
 
     def close(self) -> None:
-        self._writer.close()
+        if self._transport is not None:
+            self._transport.close()
+
+    def _take_frame(self) -> bytearray | None:
+        """The body of the next frame, if all of it is here."""
+        start = self._position + _HEADER.size
+        if len(self._received) < start:
+            return None
+        end = start + body_length(self._received[self._position : start])
+        if len(self._received) < end:
+            return None
+        body = self._received[start:end]
+        self._position = end
+        if end == len(self._received):
+            self._received.clear()
+            self._position = 0
+        return body
+
+    # --- asyncio's side ---
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # uvloop's transports are none of asyncio's classes.
+        self._transport = cast(asyncio.WriteTransport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        if self._position:
+            del self._received[: self._position]
+            self._position = 0
+        self._received += data
+        self._wake()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._ended = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 class ThreadChannel(Generic[Incoming, Outgoing]):

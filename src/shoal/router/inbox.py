@@ -1,0 +1,58 @@
+"""Outputs of one request on their way from the router to the one task that reads them.
+
+A reader that keeps up gets every output as it came. One that fell behind (a slow client, a busy
+server) gets those that wait as one, so that work per token falls as load rises. Knows nothing
+of replicas.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from shoal.core.request import Output
+
+
+class Inbox:
+    """An unbounded queue with one reader; a request bounds its outputs itself."""
+
+    __slots__ = ("_loop", "_outputs", "_waiter")
+
+    def __init__(self) -> None:
+        # Asking for it at every token costs a system call each time.
+        self._loop = asyncio.get_running_loop()
+        self._outputs: list[Output] = []
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, output: Output) -> None:
+        self._outputs.append(output)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def get(self) -> Output:
+        """What there is, as one output; waits while there is nothing."""
+        if not self._outputs:
+            self._waiter = self._loop.create_future()
+            await self._waiter
+        waiting, self._outputs = self._outputs, []
+        if len(waiting) == 1:
+            return waiting[0]
+        if waiting[-1].finish in ("error", "cancelled"):
+            # Not to be mixed with what went well before.
+            self._outputs.append(waiting.pop())
+        return joined(waiting)
+
+
+def joined(outputs: Sequence[Output]) -> Output:
+    """Outputs of one request that came one after the other, as one."""
+    first, last = outputs[0], outputs[-1]
+    return Output(
+        request_id=last.request_id,
+        token_ids=tuple(token for output in outputs for token in output.token_ids),
+        logprobs=tuple(entry for output in outputs for entry in output.logprobs),
+        prompt_logprobs=first.prompt_logprobs,
+        finish=last.finish,
+        stop_token_id=last.stop_token_id,
+        error=last.error,
+        num_cached_tokens=first.num_cached_tokens,
+    )

@@ -27,6 +27,9 @@ class RaggedBatch:
         context_lens: tokens of each row's sequence once this step has run, the row's included.
         block_tables_RB: int64, blocks of positions 0, 1, ... of each row; padded with any
             valid block.
+        context_lens_R: `context_lens` in int32 on the device, where a CUDA graph runs the batch:
+            then every row has one token, the lists above mean nothing, and rows of padding have
+            length 0 and slot -1.
         plans: what a kernel set derived from the above; empty at first.
     """
 
@@ -35,12 +38,27 @@ class RaggedBatch:
     query_lens: Sequence[int]
     context_lens: Sequence[int]
     block_tables_RB: torch.Tensor
+    context_lens_R: torch.Tensor | None = None
     plans: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class KVCache:
-    """Keys and values of every layer held here: one k_NBHD and one v_NBHD per layer."""
+class LayerKV:
+    """Keys and values of one layer, as numbers or as codes: value = code * scale.
 
-    keys: tuple[torch.Tensor, ...]
-    values: tuple[torch.Tensor, ...]
+    Attributes:
+        keys_NBHD, values_NBHD: floating point, or codes in int8 or float8_e4m3fn.
+        key_scales_NBH, value_scales_NBH: fp32, one for each token and KV head; None: no codes.
+    """
+
+    keys_NBHD: torch.Tensor
+    values_NBHD: torch.Tensor
+    key_scales_NBH: torch.Tensor | None = None
+    value_scales_NBH: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KVCache:
+    """The KV of every layer held here."""
+
+    layers: tuple[LayerKV, ...]

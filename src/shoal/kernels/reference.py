@@ -15,19 +15,22 @@ from torch.nn.functional import gelu, silu
 
 from shoal.kernels import KernelSet
 from shoal.kernels.attention_plan import AttentionPlan, plan_attention
-from shoal.kernels.batch import RaggedBatch
+from shoal.kernels.batch import LayerKV, RaggedBatch
+from shoal.kernels.quantized import QuantizedWeight
 
 _FEW_ROWS = (4, 48)
+_LARGEST_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
 def linear(
-    x_TE: torch.Tensor, weight_FE: torch.Tensor, bias_F: torch.Tensor | None
+    x_TE: torch.Tensor, weight: torch.Tensor | QuantizedWeight, bias_F: torch.Tensor | None
 ) -> torch.Tensor:
-    """x @ weight.T + bias.
+    """x @ weight.T + bias; a weight in few bits is undone to x's dtype first.
 
     With a few rows on a CPU the product is taken transposed: MKL's sgemm then runs 1.5 to 3
     times faster (docs/log.md).
     """
+    weight_FE = weight if isinstance(weight, torch.Tensor) else weight.dequantize(x_TE.dtype)
     if x_TE.device.type != "cpu" or not _FEW_ROWS[0] <= len(x_TE) <= _FEW_ROWS[1]:
         return torch.nn.functional.linear(x_TE, weight_FE, bias_F)
     out_TF = torch.mm(weight_FE, x_TE.t()).t().contiguous()
@@ -63,16 +66,40 @@ def rope(x_THD: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor) -> t
     return torch.addcmul(wide * cos_T1D, wide.roll(half, -1), sin_T1D).to(x_THD.dtype)
 
 
-def store_kv(
-    k_THD: torch.Tensor,
-    v_THD: torch.Tensor,
-    k_NBHD: torch.Tensor,
-    v_NBHD: torch.Tensor,
+def store_kv(k_THD: torch.Tensor, v_THD: torch.Tensor, kv: LayerKV, batch: RaggedBatch) -> None:
+    """Writes the tokens' keys and values into their slots, as codes where the cache has scales."""
+    _store(k_THD, kv.keys_NBHD, kv.key_scales_NBH, batch)
+    _store(v_THD, kv.values_NBHD, kv.value_scales_NBH, batch)
+
+
+def _store(
+    x_THD: torch.Tensor,
+    cache_NBHD: torch.Tensor,
+    scales_NBH: torch.Tensor | None,
     batch: RaggedBatch,
 ) -> None:
-    """Writes the tokens' keys and values into their slots."""
-    k_NBHD.view(-1, *k_NBHD.shape[2:]).index_copy_(0, batch.slots_T, k_THD)
-    v_NBHD.view(-1, *v_NBHD.shape[2:]).index_copy_(0, batch.slots_T, v_THD)
+    if scales_NBH is None:
+        x_THD = x_THD.to(cache_NBHD.dtype)
+    else:
+        x_THD, scales_TH = quantize_kv(x_THD, cache_NBHD.dtype)
+        scales_NBH.view(-1, scales_NBH.shape[2]).index_copy_(0, batch.slots_T, scales_TH)
+        x_THD, cache_NBHD = x_THD.view(torch.uint8), cache_NBHD.view(torch.uint8)
+    cache_NBHD.view(-1, *cache_NBHD.shape[2:]).index_copy_(0, batch.slots_T, x_THD)
+
+
+def quantize_kv(x_THD: torch.Tensor, code_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [T, H, D] and their fp32 scales [T, H]: the largest of a head takes the largest code.
+
+    Codes are the nearest there are (ties to even); int8 uses -127 to 127. What is too small for
+    an fp32 scale becomes 0.
+    """
+    largest = _LARGEST_CODE[code_dtype]
+    wide = x_THD.float()
+    scales_TH1 = wide.abs().amax(-1, keepdim=True) / largest
+    codes = (wide / scales_TH1).masked_fill_(scales_TH1 == 0, 0.0).clamp_(-largest, largest)
+    if code_dtype == torch.int8:
+        codes.round_()
+    return codes.to(code_dtype), scales_TH1.squeeze(-1)
 
 
 def gated_activation(
@@ -87,8 +114,7 @@ def gated_activation(
 
 def attention(
     q_THD: torch.Tensor,
-    k_NBHD: torch.Tensor,
-    v_NBHD: torch.Tensor,
+    kv: LayerKV,
     batch: RaggedBatch,
     *,
     scale: float,
@@ -97,7 +123,9 @@ def attention(
 ) -> torch.Tensor:
     """Causal attention of each token over its own sequence's KV, itself included.
 
-    Keys and values of the batch's own tokens are read from the cache: `store_kv` comes first.
+    Keys and values of the batch's own tokens are read from the cache too (`store_kv` comes
+    first), so that in few bits a token means the same to itself as to those after it. They are
+    multiplied in q's dtype.
 
     Args:
         scale: multiplies q·k.
@@ -105,7 +133,7 @@ def attention(
         softcap: scores become softcap * tanh(scores / softcap).
     """
     num_heads = q_THD.shape[1]
-    block_size, num_kv_heads = k_NBHD.shape[1:3]
+    block_size, num_kv_heads = kv.keys_NBHD.shape[1:3]
     key = ("reference", window, num_heads, num_kv_heads)
     if key not in batch.plans:
         batch.plans[key] = plan_attention(
@@ -117,19 +145,18 @@ def attention(
         )
     plans: list[AttentionPlan] = batch.plans[key]
     if len(plans) == 1:  # its tokens are all tokens, in order
-        return _attend(q_THD, k_NBHD, v_NBHD, plans[0], scale, softcap)
+        return _attend(q_THD, kv, plans[0], scale, softcap)
     out_THD = torch.empty_like(q_THD)
     for plan in plans:
         some_THD = q_THD.index_select(0, plan.tokens)
-        some_THD = _attend(some_THD, k_NBHD, v_NBHD, plan, scale, softcap)
+        some_THD = _attend(some_THD, kv, plan, scale, softcap)
         out_THD.index_copy_(0, plan.tokens, some_THD)
     return out_THD
 
 
 def _attend(
     q_THD: torch.Tensor,
-    k_NBHD: torch.Tensor,
-    v_NBHD: torch.Tensor,
+    kv: LayerKV,
     plan: AttentionPlan,
     scale: float,
     softcap: float | None,
@@ -139,10 +166,11 @@ def _attend(
     R rows   Q queries a row   L keys a row   J = R * H   (KV is never repeated for its G heads)
     """
     R, Q, L = plan.num_rows, plan.num_queries, plan.num_keys
-    H, D = k_NBHD.shape[2:]
+    H, D = kv.keys_NBHD.shape[2:]
     G = q_THD.shape[1] // H
-    k_JLD = k_NBHD.view(-1, D).index_select(0, plan.cache_rows).view(R * H, L, D)
-    v_JLD = v_NBHD.view(-1, D).index_select(0, plan.cache_rows).view(R * H, L, D)
+    dtype = q_THD.dtype
+    k_JLD = _read(kv.keys_NBHD, kv.key_scales_NBH, plan, dtype).view(R * H, L, D)
+    v_JLD = _read(kv.values_NBHD, kv.value_scales_NBH, plan, dtype).view(R * H, L, D)
     q_RHGQD = (q_THD * scale).view(R, Q, H, G, D).permute(0, 2, 3, 1, 4)
     scores = torch.bmm(q_RHGQD.reshape(R * H, G * Q, D), k_JLD.transpose(1, 2))
     if softcap is not None:
@@ -152,6 +180,22 @@ def _attend(
     weights = torch.softmax(scores.view(R * H, G * Q, L), -1, dtype=torch.float32)
     o_RHGQD = torch.bmm(weights.to(v_JLD.dtype), v_JLD).view(R, H, G, Q, D)
     return o_RHGQD.permute(0, 3, 1, 2, 4).reshape(q_THD.shape)
+
+
+def _read(
+    cache_NBHD: torch.Tensor,
+    scales_NBH: torch.Tensor | None,
+    plan: AttentionPlan,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The plan's rows of the cache, [R*H*L, D]."""
+    rows = cache_NBHD.view(-1, cache_NBHD.shape[-1])
+    if scales_NBH is None:
+        return rows.index_select(0, plan.cache_rows).to(dtype)
+    # Not every device gathers float8; bytes it can.
+    codes = rows.view(torch.uint8).index_select(0, plan.cache_rows).view(cache_NBHD.dtype)
+    scales = scales_NBH.view(-1, 1).index_select(0, plan.cache_rows)
+    return codes.float().mul_(scales).to(dtype)
 
 
 KERNELS = KernelSet(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,25 +10,35 @@ from typing import Any
 
 import torch
 
-from shoal.kernels import KVCache, RaggedBatch, select
+from shoal.core.options import Quantization
+from shoal.kernels import KernelSet, KVCache, RaggedBatch, select
+from shoal.kernels.cpu.step import HostBatch, Session
 from shoal.model.decoder import Decoder
+from shoal.model.packed_decoder import PackedDecoder
 from shoal.model.spec import read_spec
 from shoal.model.weights import load_decoder
+from shoal.worker.kv_pool import allocate
 
 BLOCK = 16
 NUM_BLOCKS = 64
 
 
 def open_decoder(
-    path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", **changes: Any
-) -> Decoder:
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    kernels: KernelSet | Session | None = None,
+    quantize: Quantization = "none",
+    **changes: Any,
+) -> Decoder | PackedDecoder:
     """The checkpoint's decoder; `changes` are of its spec."""
     return load_decoder(
         path,
         replace(read_spec(path), **changes),
         device=torch.device(device),
         dtype=dtype,
-        kernels=select("reference"),
+        kernels=kernels or select("reference"),
+        quantize=quantize,
     )
 
 
@@ -43,19 +54,17 @@ class Paged:
 class PagedRun:
     """A decoder, a cache full of garbage, and sequences whose blocks are strewn over it."""
 
-    def __init__(self, decoder: Decoder, num_blocks: int = NUM_BLOCKS) -> None:
+    def __init__(
+        self,
+        decoder: Decoder | PackedDecoder | PackedDecoder,
+        num_blocks: int = NUM_BLOCKS,
+        kv_dtype: torch.dtype | None = None,
+    ) -> None:
         self.decoder = decoder
-        self._device, dtype = decoder.device, decoder.dtype
-        spec = decoder.spec
-        shape = (num_blocks, BLOCK, spec.num_kv_heads, spec.head_dim)
+        self._device = decoder.device
         generator = torch.Generator().manual_seed(1)
-        layers = [
-            (torch.randn(2, *shape, generator=generator) * 20).to(self._device, dtype)
-            for _ in range(spec.num_layers)
-        ]
-        self._kv = KVCache(
-            keys=tuple(layer[0] for layer in layers), values=tuple(layer[1] for layer in layers)
-        )
+        self._kv = allocate(decoder.spec, num_blocks, kv_dtype or decoder.dtype, self._device).cache
+        _fill_with_garbage(self._kv, generator)
         self._free = torch.randperm(num_blocks, generator=generator).tolist()
 
     def add(self, token_ids: Sequence[int], shared: Sequence[int] = ()) -> Paged:
@@ -67,13 +76,24 @@ class PagedRun:
         """Computes tokens [start, stop) of each sequence and keeps their logits."""
         token_ids = [t for sequence, start, stop in rows for t in sequence.token_ids[start:stop]]
         with torch.inference_mode():
-            hidden = self.decoder.forward(
-                torch.tensor(token_ids, device=self._device), self._batch(rows), self._kv
-            )
+            hidden = self._forward(token_ids, rows)
             logits = iter(self.decoder.logits(hidden).cpu())
         for sequence, start, stop in rows:
             for position in range(start, stop):
                 sequence.logits[position] = next(logits)
+
+    def _forward(
+        self, token_ids: list[int], rows: Sequence[tuple[Paged, int, int]]
+    ) -> torch.Tensor:
+        if not isinstance(self.decoder, PackedDecoder):
+            ids = torch.tensor(token_ids, device=self._device)
+            return self.decoder.forward(ids, self._batch(rows), self._kv)
+        host = HostBatch(
+            array("q", [stop - start for _, start, stop in rows]),
+            array("q", [stop for _, _, stop in rows]),
+            [array("q", sequence.blocks) for sequence, _, _ in rows],
+        )
+        return self.decoder.forward(array("q", token_ids), host, self._kv)
 
     def _batch(self, rows: Sequence[tuple[Paged, int, int]]) -> RaggedBatch:
         positions = [p for _, start, stop in rows for p in range(start, stop)]
@@ -95,7 +115,9 @@ class PagedRun:
         )
 
 
-def run_mixed_steps(decoder: Decoder) -> list[Paged]:
+def run_mixed_steps(
+    decoder: Decoder | PackedDecoder | PackedDecoder, kv_dtype: torch.dtype | None = None
+) -> list[Paged]:
     """Ragged steps with everything at once; every token's logits end up in its sequence.
 
     a: a prompt in chunks, then decodes            c: shares a's first block, computed earlier
@@ -107,7 +129,7 @@ def run_mixed_steps(decoder: Decoder) -> list[Paged]:
     def draw(count: int) -> list[int]:
         return torch.randint(vocab_size, (count,), generator=generator).tolist()
 
-    run = PagedRun(decoder)
+    run = PagedRun(decoder, kv_dtype=kv_dtype)
     a, b = run.add(draw(47)), run.add(draw(24))
     c = run.add([*a.token_ids[:16], *draw(19)], shared=a.blocks[:1])
     d = run.add([*a.token_ids[:32], *draw(10)], shared=a.blocks[:2])
@@ -117,6 +139,17 @@ def run_mixed_steps(decoder: Decoder) -> list[Paged]:
     run.step((d, 41, 42), (a, 45, 46), (b, 23, 24), (c, 33, 34))
     run.step((a, 46, 47), (c, 34, 35))
     return [a, b, c, d]
+
+
+def _fill_with_garbage(kv: KVCache, generator: torch.Generator) -> None:
+    """What an unwritten slot holds must never show, in numbers or in scales."""
+    for layer in kv.layers:
+        for cache in (layer.keys_NBHD, layer.values_NBHD):
+            noise = torch.randn(cache.shape, generator=generator) * 20
+            cache.copy_(noise.to(cache.dtype))
+        for scales in (layer.key_scales_NBH, layer.value_scales_NBH):
+            if scales is not None:
+                scales.copy_(torch.rand(scales.shape, generator=generator) * 20)
 
 
 def worst_difference(sequences: Sequence[Paged], expected: Sequence[torch.Tensor]) -> float:

@@ -8,7 +8,7 @@ import torch
 
 from shoal.core.errors import ConfigError, DeviceError
 from shoal.core.model_spec import LayerSpec, ModelSpec, RopeSpec
-from shoal.worker.device import choose_device, free_memory_bytes, kv_budget_bytes
+from shoal.worker.device import choose_device, choose_dtype, free_memory_bytes, kv_budget_bytes
 from shoal.worker.kv_pool import allocate, num_blocks_for
 
 SPEC = ModelSpec(
@@ -40,20 +40,20 @@ CPU = torch.device("cpu")
 )
 def test_other_devices_are_refused_by_name(device: str, words: str) -> None:
     with pytest.raises(DeviceError, match=words):
-        choose_device(device, "auto")
+        choose_device(device)
 
 
 def test_cuda_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(DeviceError, match="no NVIDIA GPU"):
-        choose_device("cuda", "auto")
+        choose_device("cuda")
 
 
 def test_amd_is_refused_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "6.4")
     with pytest.raises(DeviceError, match="AMD"):
-        choose_device("cuda", "auto")
-    assert choose_device("auto", "auto").device == CPU
+        choose_device("cuda")
+    assert choose_device("auto").device == CPU
 
 
 @pytest.mark.parametrize(("supported", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
@@ -61,30 +61,58 @@ def test_auto_precision_follows_the_instructions(
     monkeypatch: pytest.MonkeyPatch, supported: bool, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": supported})
-    assert choose_device("cpu", "auto").dtype is dtype
-    assert choose_device("cpu", "float16").dtype is torch.float16
+    assert choose_dtype(CPU, "auto", compiled=False) is dtype
+    assert choose_dtype(CPU, "auto", compiled=True) is torch.bfloat16
+    assert choose_dtype(CPU, "float16", compiled=False) is torch.float16
 
 
-def test_kv_is_sized_in_whole_blocks_and_starts_as_zeros() -> None:
-    block_bytes = 2 * 3 * 2 * 8 * 4 * 16
-    assert num_blocks_for(SPEC, torch.float32, 5 * block_bytes + 1) == 5
+@pytest.mark.parametrize(
+    ("dtype", "head_bytes"),
+    [
+        (torch.float32, 8 * 4),
+        (torch.bfloat16, 8 * 2),
+        (torch.int8, 8 + 4),
+        (torch.float8_e4m3fn, 8 + 4),
+    ],
+    ids=str,
+)
+def test_kv_is_sized_in_whole_blocks_scales_included_and_starts_as_zeros(
+    dtype: torch.dtype, head_bytes: int
+) -> None:
+    block_bytes = 2 * 3 * 2 * head_bytes * 16
+    assert num_blocks_for(SPEC, dtype, 5 * block_bytes + 1) == 5
     with pytest.raises(ConfigError, match="one block"):
-        num_blocks_for(SPEC, torch.float32, block_bytes - 1)
-    pool = allocate(SPEC, 5, torch.bfloat16, CPU)
-    assert len(pool.cache.keys) == len(pool.cache.values) == 3
-    assert pool.cache.keys[0].shape == (5, 16, 2, 8)
-    assert not pool.cache.values[2].any()
+        num_blocks_for(SPEC, dtype, block_bytes - 1)
+    layers = allocate(SPEC, 5, dtype, CPU).cache.layers
+    assert len(layers) == 3
+    tensors = [
+        tensor
+        for kv in layers
+        for tensor in (kv.keys_NBHD, kv.values_NBHD, kv.key_scales_NBH, kv.value_scales_NBH)
+        if tensor is not None
+    ]
+    assert {tuple(tensor.shape) for tensor in tensors} >= {(5, 16, 2, 8)}
+    assert sum(tensor.nbytes for tensor in tensors) == 5 * block_bytes
+    assert not any(tensor.view(torch.uint8).any() for tensor in tensors)
+    # Writing everywhere shows whether any two share memory.
+    for number, tensor in enumerate(tensors):
+        tensor.fill_(number + 1)
+    assert [float(tensor.float().max()) for tensor in tensors] == [
+        float(tensor.float().min()) for tensor in tensors
+    ]
+    assert float(tensors[0].float()[0, 0, 0, ...].max()) == 1.0
 
 
-def test_populating_takes_pages_and_leaves_contents() -> None:
-    pool = allocate(SPEC, 3000, torch.float32, CPU)
-    pool.cache.keys[1][7] = 3.0
+def test_kv_costs_no_memory_before_it_is_used() -> None:
     before = psutil.Process().memory_info().rss
-    pool.populate()
-    assert pool.memory is not None
-    assert psutil.Process().memory_info().rss - before > len(pool.memory) * 0.8
-    assert (pool.cache.keys[1][7] == 3.0).all()
-    assert not pool.cache.values[1].any()
+    pool = allocate(SPEC, 300_000, torch.float32, CPU)
+    assert psutil.Process().memory_info().rss - before < 32 << 20
+    assert pool.cache.layers[2].values_NBHD.nbytes > 256 << 20
+
+
+def test_a_cache_beyond_all_memory_is_refused() -> None:
+    with pytest.raises(DeviceError, match="does not fit"):
+        allocate(SPEC, 1 << 50, torch.float32, CPU)
 
 
 def test_kv_holds_two_long_requests_but_never_all_memory() -> None:

@@ -119,6 +119,7 @@ def sample(
     sequences: Sequence[SequenceSampler],
     positions: Sequence[int],
     masks: Sequence[bytes | None],
+    best_N: Tensor | None = None,
 ) -> SampledBatch:
     """Choose the token of each row and append it to its sequence's state.
 
@@ -128,9 +129,14 @@ def sample(
         logits_NV: raw logits, fp32; not changed.
         positions: absolute position of the token to choose (`StepRow.end`).
         masks: allowed token ids (`StepRow.mask`).
+        best_N: where each row's raw logits are largest, if that is known.
     """
     rows = [_Row(*row) for row in zip(sequences, positions, masks, strict=True)]
-    token_ids_N = _argmax_or(_process, logits_NV, rows, [row.is_plain for row in rows])
+    plain = [row.is_plain for row in rows]
+    if best_N is not None and all(plain):
+        token_ids_N = best_N
+    else:
+        token_ids_N = _argmax_or(_process, logits_NV, rows, plain)
     for i, sequence in enumerate(sequences):
         sequence.append(token_ids_N[i : i + 1])
     return SampledBatch(

@@ -1,4 +1,4 @@
-"""From a checkpoint on disk to a Decoder on its device: checked, converted, a little at a time.
+"""From a checkpoint on disk to a decoder on its device: checked, converted, a little at a time.
 
 Tensors are memory-mapped and go to their place in chunks of rows, so that beyond the weights
 themselves only a few chunks are in memory. Knows nothing of what a decoder computes.
@@ -9,36 +9,37 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from shoal.core.errors import WeightsError
+from shoal.core.errors import DeviceError, WeightsError
 from shoal.core.model_spec import ModelSpec
+from shoal.core.options import Quantization
 from shoal.kernels import KernelSet
+from shoal.kernels.cpu.arena import Arena, packed_bytes
+from shoal.kernels.cpu.step import Session
 from shoal.model.decoder import Decoder
 from shoal.model.gguf_source import GGUFSource
 from shoal.model.names import TensorNames, gguf_names, hf_names
-from shoal.model.parameters import DecoderParameters, Placement, allocate, placements
+from shoal.model.packed_decoder import PackedDecoder
+from shoal.model.parameters import (
+    Allocator,
+    DecoderParameters,
+    Placement,
+    allocate,
+    packed_format,
+    placements,
+    weight_shapes,
+)
+from shoal.model.precision import WeightFormats, choose_formats
 from shoal.model.safetensors_source import SafetensorsSource
+from shoal.model.sources import WeightSource
+from shoal.model.stow import stow
 
 Progress = Callable[[int, int], None]
-
-
-class WeightSource(Protocol):
-    """Named tensors of a checkpoint, read by rows (indices into the first dimension)."""
-
-    @property
-    def names(self) -> frozenset[str]: ...
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def row_bytes(self, name: str) -> int: ...
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor: ...
 
 
 def load_decoder(
@@ -47,27 +48,41 @@ def load_decoder(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    kernels: KernelSet,
+    kernels: KernelSet | Session,
+    quantize: Quantization = "none",
     progress: Progress | None = None,
-) -> Decoder:
+) -> Decoder | PackedDecoder:
     """A decoder with the weights of a safetensors folder or .gguf file.
 
     Args:
+        dtype: of what is not quantised.
+        kernels: a kernel set, or a session of the compiled CPU path.
+        quantize: see `precision.py`.
         progress: called with (bytes read, bytes to read) as loading goes on.
 
     Raises:
         WeightsError: a missing tensor, a wrong shape, a truncated or corrupt file, pickles.
         UnsupportedModelError: a tensor type that is not read.
+        ConfigError: a precision that the weights do not allow.
+        DeviceError: no memory for them.
     """
     source: WeightSource = GGUFSource(path) if path.is_file() else SafetensorsSource(path)
     names = gguf_names(spec) if path.is_file() else hf_names(spec, source.names)
-    parameters = allocate(spec, device, dtype)
+    formats = choose_formats(spec, source, names, quantize)
+    if not isinstance(kernels, Session):  # rows are looked up in plain tensors
+        formats = replace(
+            formats, embedding=None, head=None if spec.tied_embeddings else formats.head
+        )
+    arena = _arena(spec, formats, dtype, kernels) if isinstance(kernels, Session) else None
+    parameters = allocate(spec, formats, Allocator(device, dtype, arena))
     needed = list(placements(spec, parameters, names))
     _check(path, needed, source, names)
-    _fill(needed, source, progress)
+    _fill(needed, source, arena, progress)
     if spec.norm_plus_one:
         _add_one_to_norms(parameters)
-    return Decoder(spec, parameters, kernels)
+    if isinstance(kernels, Session):
+        return PackedDecoder(spec, parameters, kernels, dtype, formats.label)
+    return Decoder(spec, parameters, kernels, formats.label)
 
 
 _CHUNK_BYTES = 4 * 2**20
@@ -77,13 +92,34 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Chunk:
-    """Rows [start, stop) of a tensor of the checkpoint, and their place."""
+    """Rows [start, stop) of a tensor of the checkpoint, and where they go."""
 
-    name: str
+    placement: Placement
     start: int
     stop: int
-    target: Tensor
     num_bytes: int
+
+
+def _arena(spec: ModelSpec, formats: WeightFormats, dtype: torch.dtype, session: Session) -> Arena:
+    shapes = weight_shapes(spec, packed=True)
+    wanted = [
+        (part, getattr(layer, part))
+        for layer in formats.layers
+        for part in ("qkv", "o", "gate_up", "down")
+    ]
+    tables = [formats.head] if spec.tied_embeddings else [formats.head, formats.embedding]
+    wanted += [("table", weight_format) for weight_format in tables]
+    size = sum(
+        packed_bytes(session.library, packed_format(weight_format, dtype), *shapes[part])
+        for part, weight_format in wanted
+    )
+    try:
+        return Arena(session.library, size)
+    except (OSError, MemoryError, OverflowError) as error:
+        raise DeviceError(
+            f"no memory for {size / 2**30:.1f} GiB of weights; use --quantize int4, or a smaller "
+            "model"
+        ) from error
 
 
 def _check(path: Path, needed: list[Placement], source: WeightSource, names: TensorNames) -> None:
@@ -106,13 +142,18 @@ def _check(path: Path, needed: list[Placement], source: WeightSource, names: Ten
         _log.warning("%s: %d tensors are not used, %s the first", path, len(unknown), unknown[0])
 
 
-def _fill(needed: list[Placement], source: WeightSource, progress: Progress | None) -> None:
+def _fill(
+    needed: list[Placement], source: WeightSource, arena: Arena | None, progress: Progress | None
+) -> None:
     chunks = [chunk for placement in needed for chunk in _chunks(placement, source)]
     total, done = sum(chunk.num_bytes for chunk in chunks), 0
-    # Converting is bound by memory and by numpy and torch calls that drop the GIL.
+    # Converting is bound by memory and by calls that drop the GIL.
     pool = ThreadPoolExecutor(min(torch.get_num_threads(), _MAX_THREADS), "load")
     try:
-        futures = {pool.submit(_fill_chunk, chunk, source): chunk for chunk in chunks}
+        futures = {
+            pool.submit(stow, each.placement, each.start, each.stop, source, arena): each
+            for each in chunks
+        }
         for future in as_completed(futures):
             future.result()
             done += futures[future].num_bytes
@@ -123,25 +164,11 @@ def _fill(needed: list[Placement], source: WeightSource, progress: Progress | No
 
 
 def _chunks(placement: Placement, source: WeightSource) -> Iterator[_Chunk]:
-    name, target, num_rows = placement.name, placement.target, placement.shape[0]
-    row_bytes = source.row_bytes(name)
-    if target.numel() != torch.Size(placement.shape).numel():  # copies of a shared norm
-        yield _Chunk(name, 0, num_rows, target, num_rows * row_bytes)
-        return
-    # A target may be a view by heads: then a step along it is several rows of the file.
-    rows_per_step = num_rows // len(target)
-    num_steps = max(1, _CHUNK_BYTES // (row_bytes * rows_per_step))
-    for step, part in enumerate(torch.split(target, num_steps)):
-        start = step * num_steps * rows_per_step
-        stop = start + len(part) * rows_per_step
-        yield _Chunk(name, start, stop, part, (stop - start) * row_bytes)
-
-
-def _fill_chunk(chunk: _Chunk, source: WeightSource) -> None:
-    values = source.rows(chunk.name, chunk.start, chunk.stop)
-    if values.numel() == chunk.target.numel():
-        values = values.view(chunk.target.shape)
-    chunk.target.copy_(values)
+    num_rows, row_bytes = placement.shape[0], source.row_bytes(placement.name)
+    step = num_rows if placement.places is None else max(1, _CHUNK_BYTES // max(row_bytes, 1))
+    for start in range(0, num_rows, step):
+        stop = min(start + step, num_rows)
+        yield _Chunk(placement, start, stop, (stop - start) * row_bytes)
 
 
 def _add_one_to_norms(parameters: DecoderParameters) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
+
 import torch
 
 from shoal.core.step import BLOCK_SIZE, Step
 from shoal.kernels import RaggedBatch
+from shoal.kernels.cpu.step import HostBatch
 
 
 def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -35,3 +38,26 @@ def make_batch(step: Step, device: torch.device) -> RaggedBatch:
         context_lens=(starts + lens).tolist(),
         block_tables_RB=to_device(tables_RB, device),
     )
+
+
+class HostBatches:
+    """Makes a Step's rows for the compiled CPU path; keeps what does not change between Steps."""
+
+    def __init__(self) -> None:
+        self._tables: dict[int, tuple[tuple[int, ...], array[int]]] = {}
+
+    def make(self, step: Step) -> HostBatch:
+        return HostBatch(
+            array("q", [row.num_tokens for row in step.rows]),
+            array("q", [row.end for row in step.rows]),
+            [self._table(row.sequence_id, row.block_ids) for row in step.rows],
+        )
+
+    def forget(self, sequence_id: int) -> None:
+        self._tables.pop(sequence_id, None)
+
+    def _table(self, sequence_id: int, block_ids: tuple[int, ...]) -> array[int]:
+        known = self._tables.get(sequence_id)
+        if known is None or known[0] != block_ids:
+            known = self._tables[sequence_id] = block_ids, array("q", block_ids)
+        return known[1]

@@ -26,18 +26,18 @@ _CPU_KV_SHARE = 0.25
 _CPU_KV_BYTES = 1 << 30
 _CPU_KV_FULL_LENGTH = 2
 _CUDA_KV_SHARE = 0.85
+_CUDA_MARGIN = 0.03
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceChoice:
-    """A device and the precision to run at; `label` is for people."""
+    """A device; `label` is for people."""
 
     device: torch.device
-    dtype: torch.dtype
     label: str
 
 
-def choose_device(device: str, dtype: DType) -> DeviceChoice:
+def choose_device(device: str) -> DeviceChoice:
     """Settle "auto", or check what was asked for.
 
     Raises:
@@ -48,7 +48,25 @@ def choose_device(device: str, dtype: DType) -> DeviceChoice:
         label = torch.cuda.get_device_name(chosen)
     else:
         label = f"CPU, {torch.get_num_threads()} threads"
-    return DeviceChoice(chosen, _choose_dtype(chosen, dtype), label)
+    return DeviceChoice(chosen, label)
+
+
+def choose_dtype(device: torch.device, dtype: DType, *, compiled: bool) -> torch.dtype:
+    """Settle "auto": 16 bits where they are fast.
+
+    Args:
+        compiled: by the compiled CPU kernels, to which bfloat16 is half the memory to read.
+    """
+    if dtype != "auto":
+        return _DTYPES[dtype]
+    if device.type == "cuda":
+        return (
+            torch.bfloat16
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else torch.float16
+        )
+    # In torch, without these instructions, bfloat16 is emulated and slower than float32.
+    return torch.bfloat16 if compiled or _cpu_has_bf16() else torch.float32
 
 
 def free_memory_bytes(device: torch.device) -> int:
@@ -58,17 +76,23 @@ def free_memory_bytes(device: torch.device) -> int:
     return min(int(psutil.virtual_memory().available), _cgroup_room_bytes())
 
 
-def kv_budget_bytes(device: torch.device, share: float, full_length_bytes: int) -> int:
+def kv_budget_bytes(
+    device: torch.device, share: float, full_length_bytes: int, step_bytes: int | None = None
+) -> int:
     """Memory for KV when the user names none.
 
-    CUDA: 85 % of what the weights left. CPU: 1 GiB, or what two requests of full length need
-    if that is more, but a quarter of what is free at most.
+    CUDA: what the weights and the largest step leave, less 3 %; 85 % of what the weights leave
+    where the step was not measured. CPU: 1 GiB, or what two requests of full length need if that
+    is more, but a quarter of what is free at most.
 
     Args:
         share: of the device that is this engine's.
         full_length_bytes: KV of one request of full length.
+        step_bytes: what the largest step takes (`worker/peak.py`).
     """
     free = int(free_memory_bytes(device) * share)
+    if device.type == "cuda" and step_bytes is not None:
+        return max(0, int(free * (1 - _CUDA_MARGIN)) - step_bytes)
     if device.type == "cuda":
         return int(free * _CUDA_KV_SHARE)
     wanted = max(_CPU_KV_BYTES, _CPU_KV_FULL_LENGTH * full_length_bytes)
@@ -116,15 +140,6 @@ def _parse(device: str) -> torch.device:
             f"cuda:{torch.cuda.device_count() - 1}"
         )
     return torch.device("cuda", index)
-
-
-def _choose_dtype(device: torch.device, dtype: DType) -> torch.dtype:
-    if dtype != "auto":
-        return _DTYPES[dtype]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    # Without these instructions bfloat16 is emulated and slower than float32.
-    return torch.bfloat16 if _cpu_has_bf16() else torch.float32
 
 
 def _cpu_has_bf16() -> bool:

@@ -5,7 +5,6 @@ Says what it does in lines a newcomer understands. Knows nothing of requests.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,12 +17,16 @@ from shoal.core.model_spec import ModelSpec
 from shoal.core.options import EngineOptions
 from shoal.core.request import SamplingParams
 from shoal.core.step import BLOCK_SIZE, SequenceStart, Step, StepRow
-from shoal.kernels import KernelSet, select
 from shoal.model.decoder import Decoder
+from shoal.model.packed_decoder import PackedDecoder
 from shoal.model.weights import load_decoder
-from shoal.worker.device import DeviceChoice, choose_device, kv_budget_bytes
-from shoal.worker.kv_pool import KVPool, allocate, num_blocks_for
+from shoal.worker.compute import Compute, choose_compute
+from shoal.worker.device import choose_device, kv_budget_bytes
+from shoal.worker.kv_pool import KVPool, allocate, num_blocks_for, token_bytes
+from shoal.worker.peak import step_bytes
 from shoal.worker.runner import Worker
+
+_STEP_TOKENS = 2048  # of the largest Step on a GPU, unless the options say
 
 Say = Callable[[str], None]
 Progress = Callable[[int, int], None]
@@ -51,56 +54,73 @@ def launch_worker(
     """
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
-    choice = choose_device(options.device, options.dtype)
-    dtype_name = str(choice.dtype).removeprefix("torch.")
-    say(f"precision  {dtype_name} on {choice.device} ({choice.label})")
+    choice = choose_device(options.device)
+    compute = choose_compute(options, spec, choice.device)
     started_s = time.perf_counter()
     decoder = load_decoder(
         Path(options.model_path),
         spec,
         device=choice.device,
-        dtype=choice.dtype,
-        kernels=_kernels(options.kernels),
+        dtype=compute.dtype,
+        kernels=compute.kernels,
+        quantize=compute.quantize,
         progress=progress,
     )
+    say(f"precision  {_precision(decoder, compute)} on {choice.device} ({choice.label})")
+    say(f"kernels    {compute.label}")
     say(_weights_line(decoder, time.perf_counter() - started_s))
-    kv = _allocate_kv(options, spec, choice)
+    kv = _allocate_kv(options, spec, decoder, compute.kv_dtype)
     max_model_len = _max_model_len(options, spec, kv.num_blocks)
-    say(_kv_line(spec, kv.num_blocks, choice, max_model_len, options.max_num_seqs))
+    say(_kv_line(kv, max_model_len, options.max_num_seqs))
     worker = Worker(decoder, kv)
     started_s = time.perf_counter()
     _warm_up(worker)
-    threading.Thread(target=kv.populate, name="shoal-populate", daemon=True).start()
     say(f"warm-up    {time.perf_counter() - started_s:.1f} s")
+    started_s = time.perf_counter()
+    num_graphs = worker.record_graphs(
+        max_num_seqs=options.max_num_seqs, max_model_len=max_model_len
+    )
+    if num_graphs:
+        say(f"graphs     {num_graphs} of decode steps, {time.perf_counter() - started_s:.1f} s")
     return LaunchedWorker(
         worker=worker,
         num_blocks=kv.num_blocks,
         max_model_len=max_model_len,
         device=choice.label,
         device_type=choice.device.type,
-        dtype=dtype_name,
+        dtype=_precision(decoder, compute),
     )
 
 
-def _kernels(name: str) -> KernelSet:
-    try:
-        return select(name)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+def _precision(decoder: Decoder | PackedDecoder, compute: Compute) -> str:
+    kv_name = str(compute.kv_dtype).removeprefix("torch.")
+    return (
+        decoder.precision if kv_name == decoder.precision else f"{decoder.precision}, KV {kv_name}"
+    )
 
 
-def _allocate_kv(options: EngineOptions, spec: ModelSpec, choice: DeviceChoice) -> KVPool:
+def _allocate_kv(
+    options: EngineOptions, spec: ModelSpec, decoder: Decoder | PackedDecoder, dtype: torch.dtype
+) -> KVPool:
     longest = options.max_model_len or spec.max_positions
-    token_bytes = spec.kv_bytes_per_token(choice.dtype.itemsize)
-    budget = options.kv_cache_memory_bytes or kv_budget_bytes(
-        choice.device, options.device_share, longest * token_bytes
-    )
-    num_blocks = num_blocks_for(spec, choice.dtype, budget)
+    device = decoder.device
+    budget = options.kv_cache_memory_bytes
+    if budget is None:
+        measured = None
+        if device.type == "cuda" and isinstance(decoder, Decoder):
+            num_tokens = options.max_num_batched_tokens or max(_STEP_TOKENS, options.max_num_seqs)
+            measured = step_bytes(
+                decoder, dtype, num_tokens=num_tokens, max_num_seqs=options.max_num_seqs
+            )
+        budget = kv_budget_bytes(
+            device, options.device_share, longest * token_bytes(spec, dtype), measured
+        )
+    num_blocks = num_blocks_for(spec, dtype, budget)
     if options.kv_cache_memory_bytes is None:
         # More than twice what every sequence at full length takes would hardly be used.
         useful = 2 * options.max_num_seqs * (longest // BLOCK_SIZE + 1)
         num_blocks = min(num_blocks, useful)
-    return allocate(spec, num_blocks, choice.dtype, choice.device)
+    return allocate(spec, num_blocks, dtype, device)
 
 
 def _max_model_len(options: EngineOptions, spec: ModelSpec, num_blocks: int) -> int:
@@ -134,25 +154,22 @@ def _warm_up(worker: Worker) -> None:
     worker.reset()
 
 
-def _weights_line(decoder: Decoder, seconds: float) -> str:
+def _weights_line(decoder: Decoder | PackedDecoder, seconds: float) -> str:
     size = decoder.weight_bytes
     return f"weights    {_size(size)}, loaded in {seconds:.1f} s"
 
 
-def _kv_line(
-    spec: ModelSpec, num_blocks: int, choice: DeviceChoice, max_model_len: int, max_num_seqs: int
-) -> str:
-    tokens = num_blocks * BLOCK_SIZE
-    size = spec.kv_bytes_per_token(choice.dtype.itemsize) * tokens
+def _kv_line(kv: KVPool, max_model_len: int, max_num_seqs: int) -> str:
+    tokens = kv.num_blocks * BLOCK_SIZE
     at_full_length = min(tokens // max_model_len, max_num_seqs)
     line = (
-        f"KV cache   {_size(size)} for {tokens:,} tokens: {at_full_length} requests of "
+        f"KV cache   {_size(kv.size_bytes)} for {tokens:,} tokens: {at_full_length} requests of "
         f"{max_model_len:,} tokens at once"
     )
     if at_full_length == max_num_seqs:
         return line
-    most = min(max_num_seqs, num_blocks)
-    return f"{line}, or {most} of {num_blocks // most * BLOCK_SIZE:,}"
+    most = min(max_num_seqs, kv.num_blocks)
+    return f"{line}, or {most} of {kv.num_blocks // most * BLOCK_SIZE:,}"
 
 
 def _size(num_bytes: int) -> str:

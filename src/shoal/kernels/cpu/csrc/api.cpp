@@ -1,0 +1,180 @@
+// The C interface: picks the instruction set, keeps the buffers, starts the team.
+#include <new>
+#include <stdlib.h>
+#include <string.h>
+
+#include "internal.h"
+#include "packing.h"
+
+namespace shoal {
+
+extern const KernelTable kTable_avx2, kTable_avx512, kTable_avx512_vnni, kTable_avx512_bf16;
+
+namespace {
+
+bool has(const KernelTable& table) {
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ||
+        !__builtin_cpu_supports("f16c"))
+        return false;
+    if (&table == &kTable_avx2) return true;
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+        return false;
+    if (&table == &kTable_avx512) return true;
+    if (!__builtin_cpu_supports("avx512vnni")) return false;
+    return &table == &kTable_avx512_vnni || __builtin_cpu_supports("avx512bf16");
+}
+
+const KernelTable* find(const char* isa) {
+    const KernelTable* all[] = {&kTable_avx512_bf16, &kTable_avx512_vnni, &kTable_avx512, &kTable_avx2};
+    for (const KernelTable* table : all)
+        if ((!isa || !strcmp(isa, table->name)) && has(*table)) return table;
+    return nullptr;
+}
+
+// A buffer that grows, for one use at a time.
+class Buffer {
+  public:
+    ~Buffer() { free(data_); }
+    bool ensure(int64_t bytes) {
+        if (bytes <= size_) return true;
+        free(data_);
+        size_ = 0;
+        data_ = aligned_alloc(64, size_t(round_up(bytes, 64)));
+        if (data_) size_ = bytes;
+        return data_;
+    }
+    uint8_t* data() const { return static_cast<uint8_t*>(data_); }
+
+  private:
+    void* data_ = nullptr;
+    int64_t size_ = 0;
+};
+
+// Hands out parts of a buffer: once to measure (no buffer yet), once to place.
+struct Carver {
+    uint8_t* base;
+    int64_t used = 0;
+    template <typename T> void take(T*& to, int64_t count) {
+        to = base ? reinterpret_cast<T*>(base + used) : nullptr;
+        used += round_up(count * int64_t(sizeof(T)), 64);
+    }
+};
+
+int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
+
+} // namespace
+} // namespace shoal
+
+using namespace shoal;
+
+struct shoal_context {
+    const KernelTable* table;
+    Team* team;
+    Buffer buffer, partial;
+};
+
+namespace {
+
+int64_t carve(Scratch& s, uint8_t* base, const KernelTable& table, const shoal_model& m,
+              const shoal_batch& b, int threads) {
+    Carver carver = {base};
+    int64_t tokens = b.num_tokens, heads = int64_t(m.num_heads) * m.head_dim;
+    int64_t widest = largest(largest(m.hidden, m.ffn), heads), rows = b.num_rows + 1;
+    s.row_floats = round_up(widest, 16);
+    carver.take(s.qkv, tokens * (heads + 2 * int64_t(m.num_kv_heads) * m.head_dim));
+    carver.take(s.attention, tokens * heads);
+    carver.take(s.gated, tokens * m.ffn);
+    carver.take(s.residual, tokens * m.hidden);
+    carver.take(s.cosines, tokens * m.num_ropes * (m.head_dim / 2));
+    carver.take(s.sines, tokens * m.num_ropes * (m.head_dim / 2));
+    carver.take(s.row, threads * s.row_floats);
+    carver.take(s.inputs, table.input_bytes(tokens, widest));
+    carver.take(s.token_rows, tokens);
+    carver.take(s.row_starts, rows);
+    carver.take(s.item_starts, rows);
+    carver.take(s.part_starts, rows);
+    carver.take(s.work, int64_t(m.num_layers) * kPhasesPerLayer + kOtherPhases);
+    return carver.used;
+}
+
+} // namespace
+
+int32_t shoal_cpu_abi(void) { return SHOAL_CPU_ABI; }
+
+const char* shoal_cpu_best_isa(void) {
+    const KernelTable* table = find(nullptr);
+    return table ? table->name : nullptr;
+}
+
+shoal_context* shoal_cpu_create(int32_t num_threads, const char* isa) {
+    const KernelTable* table = find(isa);
+    Team* team = table && num_threads > 0 ? team_create(num_threads) : nullptr;
+    return team ? new (std::nothrow) shoal_context{table, team, {}, {}} : nullptr;
+}
+
+void shoal_cpu_destroy(shoal_context* context) {
+    team_destroy(context->team);
+    delete context;
+}
+
+int32_t shoal_cpu_forward(shoal_context* context, const shoal_model* model, const shoal_layer_kv* kv,
+                          const shoal_batch* batch, const shoal_ends* ends, float* hidden) {
+    Forward f = {context->team, model, kv, batch, ends, hidden, {}};
+    const KernelTable& table = *context->table;
+    int threads = team_size(context->team);
+    int64_t bytes = carve(f.scratch, nullptr, table, *model, *batch, threads);
+    if (!context->buffer.ensure(bytes)) return -1;
+    carve(f.scratch, context->buffer.data(), table, *model, *batch, threads);
+    memset(f.scratch.work, 0, sizeof(Work) * (size_t(model->num_layers) * kPhasesPerLayer + kOtherPhases));
+    if (!context->partial.ensure(table.plan(model, batch, &f.scratch) * 4)) return -1;
+    f.scratch.partial = reinterpret_cast<float*>(context->partial.data());
+    team_run(context->team, table.forward, &f);
+    return 0;
+}
+
+int32_t shoal_cpu_linear(shoal_context* context, const shoal_weight* weight, const float* x,
+                         int32_t num_tokens, float* out) {
+    Linear l = {context->team, weight, x, num_tokens, out, {}};
+    Carver carver = {nullptr};
+    int64_t bytes = context->table->input_bytes(num_tokens, weight->cols);
+    if (!context->buffer.ensure(bytes + 128)) return -1;
+    carver.base = context->buffer.data();
+    carver.take(l.scratch.work, 2);
+    carver.take(l.scratch.inputs, bytes);
+    memset(l.scratch.work, 0, 2 * sizeof(Work));
+    team_run(context->team, context->table->linear, &l);
+    return 0;
+}
+
+namespace {
+
+struct Read {
+    Team* team;
+    const uint64_t* data;
+    int64_t words;
+    uint64_t sums[256][8];
+};
+
+void read_share(void* argument, int thread) {
+    auto& read = *static_cast<Read*>(argument);
+    int64_t share = read.words / team_size(read.team) / 8 * 8;
+    const uint64_t* at = read.data + thread * share;
+    uint64_t sums[8] = {};
+    for (int64_t i = 0; i < share; i += 8) {
+        __builtin_prefetch(at + i + 256);
+        for (int j = 0; j < 8; j++) sums[j] += at[i + j];
+    }
+    memcpy(read.sums[thread % 256], sums, sizeof sums);
+}
+
+} // namespace
+
+uint64_t shoal_cpu_read(shoal_context* context, const uint8_t* data, int64_t bytes) {
+    Read read = {context->team, reinterpret_cast<const uint64_t*>(data), bytes / 8, {}};
+    team_run(context->team, read_share, &read);
+    uint64_t total = 0;
+    for (auto& sums : read.sums)
+        for (uint64_t each : sums) total += each;
+    return total;
+}

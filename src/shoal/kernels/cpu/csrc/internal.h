@@ -1,0 +1,68 @@
+// What the dispatcher (api.cpp) and the code of each instruction set share.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#include "shoal_cpu.h"
+
+namespace shoal {
+
+// A team of threads that runs one function at a time, the caller among them.
+class Team;
+Team* team_create(int num_threads);
+void team_destroy(Team*);
+void team_run(Team*, void (*function)(void* argument, int thread), void* argument);
+void team_barrier(Team*); // inside a function that the team runs
+int team_size(const Team*);
+
+// A number of equal pieces of work that threads take from until none is left.
+struct alignas(64) Work {
+    int64_t taken;
+};
+
+// Buffers of one forward pass, made by api.cpp for `tokens`.
+struct Scratch {
+    float *qkv, *attention, *gated, *residual; // [tokens, ...]; residual: a branch before its norm
+    float *cosines, *sines;                    // [ropes, tokens, head_dim / 2]
+    float* row;         // [threads, row_floats] one token's values, of each thread
+    int64_t row_floats; // the widest of any layer
+    uint8_t* inputs;    // a matrix product's input, in tiles (see matmul.h)
+    float* partial;     // attention over parts of long contexts (see attention.h)
+    int64_t* token_rows;                            // [tokens] the row of each token
+    int64_t *row_starts, *item_starts, *part_starts; // [rows + 1] tokens, work, parts before a row
+    Work* work;                                     // one for each phase, zeroed
+};
+
+constexpr int kMaxHeadDim = 512;
+constexpr int kPhasesPerLayer = 10, kOtherPhases = 5;
+
+struct Forward {
+    Team* team;
+    const shoal_model* model;
+    const shoal_layer_kv* kv;
+    const shoal_batch* batch;
+    const shoal_ends* ends;
+    float* hidden;
+    Scratch scratch;
+};
+
+struct Linear {
+    Team* team;
+    const shoal_weight* weight;
+    const float* x;
+    int64_t num_tokens;
+    float* out;
+    Scratch scratch;
+};
+
+// One instruction set's code; the functions are run by every thread of a team.
+struct KernelTable {
+    const char* name;
+    void (*forward)(void* forward, int thread);
+    void (*linear)(void* linear, int thread);
+    int64_t (*input_bytes)(int64_t tokens, int64_t cols); // of Scratch::inputs, any format
+    // Fills row_starts, item_starts and part_starts; returns the floats of Scratch::partial.
+    int64_t (*plan)(const shoal_model*, const shoal_batch*, Scratch*);
+};
+
+} // namespace shoal

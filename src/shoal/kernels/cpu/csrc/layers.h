@@ -1,0 +1,278 @@
+// A range of decoder layers over a batch, run by every thread of a team at once: phases of
+// equal pieces of work, a barrier after each.
+//
+//     norm | qkv | norm of heads, rope, cache | attention | o | norm | gate, up | rounding | down
+#pragma once
+#include <math.h>
+
+#include "attention.h"
+
+namespace {
+
+struct Pass {
+    const Forward& f;
+    int thread, threads;
+    Work* work; // of the next phase
+
+    // Runs `piece` for 0 <= i < total, spread over the team, and waits for all of it.
+    template <typename Piece> void phase(int64_t total, Piece piece) {
+        int64_t first, last;
+        while (take(work, total, threads, &first, &last))
+            for (int64_t i = first; i < last; i++) piece(i);
+        end();
+    }
+
+    void end() {
+        work++;
+        team_barrier(f.team);
+    }
+
+    float* row() const { return f.scratch.row + thread * f.scratch.row_floats; }
+
+    // Makes the inputs of a product: `values` gives (a pointer to) a token's values.
+    template <typename Values> void inputs(const shoal_weight& weight, int64_t tokens, Values values) {
+        Tiles tiles(tokens);
+        phase(tiles.count, [&](int64_t i) {
+            Tile tile = tiles[i];
+            for (int m = 0; m < tile.size; m++)
+                put_input(weight, f.scratch.inputs, tile, m, values(tile.first + m));
+        });
+    }
+
+    void product(const shoal_weight& weight, int64_t tokens, const Output& to) {
+        multiply(weight, f.scratch.inputs, tokens, to, work, threads);
+        end();
+    }
+};
+
+// x / rms(x) * weight (arXiv 1910.07467); `out` may be `x`.
+inline void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* out) {
+    F squares = zero();
+    int64_t whole = n / kWidth * kWidth;
+    for (int64_t i = 0; i < whole; i += kWidth) squares = fma(load(x + i), load(x + i), squares);
+    float total = sum(squares);
+    for (int64_t i = whole; i < n; i++) total += x[i] * x[i];
+    float scale = 1.f / sqrtf(total / float(n) + eps);
+    for (int64_t i = 0; i < whole; i += kWidth)
+        store(out + i, mul(mul(load(x + i), set1(scale)), load(weight + i)));
+    for (int64_t i = whole; i < n; i++) out[i] = x[i] * scale * weight[i];
+}
+
+// cos and sin of one token's position for one rope.
+inline void make_angles(const Forward& f, int64_t rope, int64_t token) {
+    int64_t half = f.model->head_dim / 2, row = f.scratch.token_rows[token];
+    int64_t position = f.batch->context_lens[row] - f.batch->query_lens[row] + token -
+                       f.scratch.row_starts[row];
+    const float* frequencies = f.model->inv_freqs + rope * half;
+    float factor = f.model->rope_factors[rope];
+    int64_t at = (rope * f.batch->num_tokens + token) * half;
+    for (int64_t i = 0; i < half; i++) {
+        float angle = float(position) * frequencies[i];
+        f.scratch.cosines[at + i] = cosf(angle) * factor;
+        f.scratch.sines[at + i] = sinf(angle) * factor;
+    }
+}
+
+inline void store_keys(const Forward& f, const shoal_layer_kv& kv, int64_t slot, int64_t head,
+                       const float* x) {
+    const shoal_model& model = *f.model;
+    int64_t at = slot / kBlock * model.num_kv_heads + head, lane = slot % kBlock;
+    int64_t base = at * model.head_dim * kBlock + lane;
+    float inverse = 0.f;
+    if (model.kv_format == SHOAL_KV_INT8) {
+        float most = 0.f;
+        for (int64_t d = 0; d < model.head_dim; d++) most = fmaxf(most, fabsf(x[d]));
+        kv.key_scales[at * kBlock + lane] = most / 127.f;
+        inverse = most > 0.f ? 127.f / most : 0.f;
+    }
+    for (int64_t d = 0; d < model.head_dim; d++) {
+        int64_t place = base + d * kBlock;
+        if (model.kv_format == SHOAL_KV_F32) static_cast<float*>(kv.keys)[place] = x[d];
+        else if (model.kv_format == SHOAL_KV_BF16) static_cast<uint16_t*>(kv.keys)[place] = nearest_bf16(x[d]);
+        else static_cast<int8_t*>(kv.keys)[place] = int8_t(lrintf(x[d] * inverse));
+    }
+}
+
+inline void store_values(const Forward& f, const shoal_layer_kv& kv, int64_t slot, int64_t head,
+                         const float* x) {
+    const shoal_model& model = *f.model;
+    int64_t at = slot / kBlock * model.num_kv_heads + head, lane = slot % kBlock;
+    int64_t base = (at * kBlock + lane) * model.head_dim;
+    if (model.kv_format == SHOAL_KV_F32) {
+        memcpy(static_cast<float*>(kv.values) + base, x, size_t(model.head_dim) * 4);
+    } else if (model.kv_format == SHOAL_KV_BF16) {
+        auto* to = static_cast<uint16_t*>(kv.values) + base;
+        for (int64_t d = 0; d < model.head_dim; d++) to[d] = nearest_bf16(x[d]);
+    } else {
+        float most = 0.f;
+        for (int64_t d = 0; d < model.head_dim; d++) most = fmaxf(most, fabsf(x[d]));
+        kv.value_scales[at * kBlock + lane] = most / 127.f;
+        float inverse = most > 0.f ? 127.f / most : 0.f;
+        auto* to = static_cast<int8_t*>(kv.values) + base;
+        for (int64_t d = 0; d < model.head_dim; d++) to[d] = int8_t(lrintf(x[d] * inverse));
+    }
+}
+
+// One head of one token: q and k are normed and turned, q scaled, k and v stored.
+inline void finish_head(const Forward& f, const shoal_layer& layer, const shoal_layer_kv& kv,
+                        int64_t token, int64_t head) {
+    const shoal_model& model = *f.model;
+    int64_t rotated = model.num_heads + model.num_kv_heads, half = model.head_dim / 2;
+    int64_t all = rotated + model.num_kv_heads;
+    float* x = f.scratch.qkv + (token * all + head) * model.head_dim;
+    int64_t row = f.scratch.token_rows[token];
+    int64_t position = f.batch->context_lens[row] - f.batch->query_lens[row] + token -
+                       f.scratch.row_starts[row];
+    int64_t block = f.batch->block_tables[row][position / kBlock];
+    int64_t slot = block * kBlock + position % kBlock;
+    if (head >= rotated) return store_values(f, kv, slot, head - rotated, x);
+    if (layer.qk_norm)
+        rms_norm(x, layer.qk_norm + head * model.head_dim, model.head_dim, model.norm_eps, x);
+    int64_t at = (layer.rope * f.batch->num_tokens + token) * half;
+    const float *cosines = f.scratch.cosines + at, *sines = f.scratch.sines + at;
+    float scale = head < model.num_heads ? model.attention_scale : 1.f;
+    for (int64_t i = 0; i < half; i++) {
+        float first = x[i], second = x[i + half];
+        x[i] = (first * cosines[i] - second * sines[i]) * scale;
+        x[i + half] = (second * cosines[i] + first * sines[i]) * scale;
+    }
+    if (head >= model.num_heads) store_keys(f, kv, slot, head - model.num_heads, x);
+}
+
+// What a branch (attention or MLP) puts out: onto the hidden states, or aside for its norm.
+inline Output branch_output(const Forward& f, const float* norm, const float* bias) {
+    int64_t n = f.model->hidden;
+    return {norm ? Into::kStore : Into::kAdd, norm ? f.scratch.residual : f.hidden, n, n, bias, 0};
+}
+
+// Adds a branch that has a norm of its own to the hidden states of one token.
+inline void add_branch(const Forward& f, const float* norm, int64_t token, float* row) {
+    if (!norm) return;
+    int64_t n = f.model->hidden;
+    rms_norm(f.scratch.residual + token * n, norm, n, f.model->norm_eps, row);
+    for (int64_t i = 0; i < n; i++) f.hidden[token * n + i] += row[i];
+}
+
+inline void attention_half(Pass& pass, const shoal_layer& layer, const shoal_layer_kv& kv,
+                           const float* norm_before) {
+    const Forward& f = pass.f;
+    const shoal_model& model = *f.model;
+    int64_t tokens = f.batch->num_tokens, n = model.hidden;
+    int64_t heads = model.num_heads + 2 * model.num_kv_heads, head_cols = heads * model.head_dim;
+    pass.inputs(layer.qkv, tokens, [&](int64_t token) {
+        add_branch(f, norm_before, token, pass.row());
+        rms_norm(f.hidden + token * n, layer.attention_norm, n, model.norm_eps, pass.row());
+        return pass.row();
+    });
+    pass.product(layer.qkv, tokens, {Into::kStore, f.scratch.qkv, head_cols, head_cols, layer.qkv_bias, 0});
+    pass.phase(tokens * heads, [&](int64_t i) { finish_head(f, layer, kv, i / heads, i % heads); });
+    const int64_t* starts = f.scratch.item_starts;
+    pass.phase(starts[f.batch->num_rows], [&](int64_t i) {
+        int64_t low = 0, high = f.batch->num_rows; // the row in which item i lies
+        while (high - low > 1) (starts[(low + high) / 2] <= i ? low : high) = (low + high) / 2;
+        run_item(f, layer, kv, low, i - starts[low]);
+    });
+    pass.inputs(layer.o, tokens, [&](int64_t token) {
+        merge_parts(f, token);
+        return f.scratch.attention + token * model.num_heads * model.head_dim;
+    });
+    pass.product(layer.o, tokens, branch_output(f, layer.post_attention_norm, layer.o_bias));
+}
+
+inline void mlp_half(Pass& pass, const shoal_layer& layer) {
+    const Forward& f = pass.f;
+    const shoal_model& model = *f.model;
+    int64_t tokens = f.batch->num_tokens, n = model.hidden, ffn = model.ffn;
+    pass.inputs(layer.gate_up, tokens, [&](int64_t token) {
+        add_branch(f, layer.post_attention_norm, token, pass.row());
+        rms_norm(f.hidden + token * n, layer.ffn_norm, n, model.norm_eps, pass.row());
+        return pass.row();
+    });
+    pass.product(layer.gate_up, tokens,
+                 {Into::kGate, f.scratch.gated, ffn, ffn, layer.gate_up_bias, model.activation});
+    pass.inputs(layer.down, tokens, [&](int64_t token) { return f.scratch.gated + token * ffn; });
+    pass.product(layer.down, tokens, branch_output(f, layer.post_ffn_norm, layer.down_bias));
+}
+
+// Where x is largest, the first of equals.
+inline int64_t argmax(const float* x, int64_t n) {
+    constexpr int64_t kRun = 1024; // the run that holds the largest, then its place in it
+    float most = -INFINITY;
+    int64_t best = 0;
+    for (int64_t start = 0; start < n; start += kRun) {
+        int64_t end = start + kRun < n ? start + kRun : n, i = start;
+        F top = set1(-INFINITY);
+        for (; i + kWidth <= end; i += kWidth) top = max(top, load(x + i));
+        float highest = largest(top);
+        for (; i < end; i++) highest = x[i] > highest ? x[i] : highest;
+        if (highest > most) most = highest, best = start;
+    }
+    for (int64_t i = best; i < n; i++)
+        if (x[i] == most) return i;
+    return 0;
+}
+
+inline void embed(const Forward& f, int64_t token) {
+    const shoal_ends& ends = *f.ends;
+    float* x = f.hidden + token * f.model->hidden;
+    read_row(*ends.embedding, ends.token_ids[token], x);
+    if (ends.embedding_scale == 1.f) return;
+    for (int64_t i = 0; i < f.model->hidden; i++) x[i] *= ends.embedding_scale;
+}
+
+inline void sample(Pass& pass) {
+    const Forward& f = pass.f;
+    const shoal_ends& ends = *f.ends;
+    int64_t n = ends.head->rows, samples = ends.num_samples;
+    pass.inputs(*ends.head, samples,
+                [&](int64_t i) { return f.hidden + ends.samples[i] * f.model->hidden; });
+    pass.product(*ends.head, samples, {Into::kStore, ends.logits, n, n, nullptr, 0});
+    pass.phase(samples, [&](int64_t i) { ends.best[i] = argmax(ends.logits + i * n, n); });
+}
+
+void forward(void* argument, int thread) {
+    const Forward& f = *static_cast<const Forward*>(argument);
+    const shoal_model& model = *f.model;
+    int64_t tokens = f.batch->num_tokens, angles = tokens * model.num_ropes;
+    Pass pass = {f, thread, team_size(f.team), f.scratch.work};
+    pass.phase(angles + (f.ends->embedding ? tokens : 0), [&](int64_t i) {
+        if (i < angles) make_angles(f, i / tokens, i % tokens);
+        else embed(f, i - angles);
+    });
+    const float* norm_before = nullptr;
+    for (int64_t i = 0; i < model.num_layers; i++) {
+        attention_half(pass, model.layers[i], f.kv[i], norm_before);
+        mlp_half(pass, model.layers[i]);
+        norm_before = model.layers[i].post_ffn_norm;
+    }
+    pass.phase(tokens, [&](int64_t token) {
+        float* x = f.hidden + token * model.hidden;
+        add_branch(f, norm_before, token, pass.row());
+        if (model.final_norm) rms_norm(x, model.final_norm, model.hidden, model.norm_eps, x);
+    });
+    if (f.ends->head && f.ends->num_samples) sample(pass);
+}
+
+void linear(void* argument, int) {
+    const Linear& l = *static_cast<const Linear*>(argument);
+    int threads = team_size(l.team);
+    Tiles tiles(l.num_tokens);
+    int64_t first, last;
+    while (take(l.scratch.work, tiles.count, threads, &first, &last))
+        for (int64_t i = first; i < last; i++)
+            for (int m = 0; m < tiles[i].size; m++)
+                put_input(*l.weight, l.scratch.inputs, tiles[i], m,
+                          l.x + (tiles[i].first + m) * l.weight->cols);
+    team_barrier(l.team);
+    multiply(*l.weight, l.scratch.inputs, l.num_tokens,
+             {Into::kStore, l.out, l.weight->rows, l.weight->rows, nullptr, 0}, l.scratch.work + 1,
+             threads);
+}
+
+int64_t input_bytes(int64_t tokens, int64_t cols) { return tokens * token_bytes(cols); }
+
+int64_t plan(const shoal_model* model, const shoal_batch* batch, Scratch* scratch) {
+    return plan_attention(*model, *batch, *scratch);
+}
+
+} // namespace

@@ -1,0 +1,116 @@
+// The C interface of shoal's CPU kernels: plain structs and data pointers, no Python, no torch.
+//
+// A weight [rows, cols] is packed for streaming (see packing.cpp): 16 rows make a panel, and a
+// panel is read front to back. `shoal_cpu_forward` runs a range of a decoder's layers over a
+// ragged batch in one call; `shoal_cpu_linear` a single weight (the head).
+#pragma once
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#pragma GCC visibility push(default)
+#endif
+
+#define SHOAL_CPU_ABI 1
+
+enum { SHOAL_F32 = 0, SHOAL_BF16 = 1, SHOAL_INT8 = 2, SHOAL_INT4 = 3, SHOAL_INT4_MIN = 4 };
+enum { SHOAL_KV_F32 = 0, SHOAL_KV_BF16 = 1, SHOAL_KV_INT8 = 2 };
+enum { SHOAL_SILU = 0, SHOAL_GELU_TANH = 1 };
+
+typedef struct {
+    const uint8_t* data; // 64-byte aligned
+    int32_t format;
+    int32_t rows; // as packed: gate_up counts padding between its panels
+    int32_t cols;
+    int32_t reserved;
+} shoal_weight;
+
+// Pointers may be null where the model has no such part.
+typedef struct {
+    shoal_weight qkv, o, gate_up, down; // gate_up: panels of gate and of up in turn
+    const float *qkv_bias, *o_bias, *gate_up_bias, *down_bias; // gate_up_bias: in packed order
+    const float *attention_norm, *qk_norm, *post_attention_norm, *ffn_norm, *post_ffn_norm;
+    int32_t window; // newest tokens each token sees; 0: all
+    int32_t rope;   // which row of inv_freqs
+} shoal_layer;
+
+typedef struct {
+    int32_t hidden, num_heads, num_kv_heads, head_dim, ffn, activation;
+    int32_t num_layers, num_ropes;
+    float norm_eps, attention_scale, attention_softcap; // softcap 0: none
+    int32_t kv_format;
+    const shoal_layer* layers;
+    const float* inv_freqs;    // [num_ropes, head_dim / 2]
+    const float* rope_factors; // [num_ropes], cos and sin are multiplied by it
+    const float* final_norm;   // null: leave the hidden states as they are
+} shoal_model;
+
+// KV of a layer, blocks of 16 tokens: keys [block, KV head, head_dim, 16], values
+// [block, KV head, 16, head_dim]; int8 with fp32 scales [block, KV head, 16].
+typedef struct {
+    void *keys, *values;
+    float *key_scales, *value_scales;
+} shoal_layer_kv;
+
+typedef struct {
+    int32_t num_tokens, num_rows;
+    const int64_t* query_lens;          // [rows]
+    const int64_t* context_lens;        // [rows], new tokens included
+    const int64_t* const* block_tables; // of each row
+} shoal_batch;
+
+typedef struct shoal_context shoal_context;
+
+int32_t shoal_cpu_abi(void);
+// Name of the best instruction set this machine has, or null: none of ours.
+const char* shoal_cpu_best_isa(void);
+// isa: null for the best; one the machine lacks gives null, as does a lack of memory.
+shoal_context* shoal_cpu_create(int32_t num_threads, const char* isa);
+void shoal_cpu_destroy(shoal_context*);
+
+// What stands before and after the layers; any pointer may be null.
+typedef struct {
+    const shoal_weight* embedding; // null: `hidden` holds what goes in
+    const int64_t* token_ids;      // [num_tokens]
+    float embedding_scale;
+    int32_t num_samples;
+    const shoal_weight* head;      // null: no logits
+    const int64_t* samples;        // [num_samples] tokens of the batch whose logits are wanted
+    float* logits;                 // [num_samples, head rows]
+    int64_t* best;                 // [num_samples] where they are largest, the first of equals
+} shoal_ends;
+
+// hidden: [num_tokens, hidden] fp32, out (and in without an embedding). Returns 0, or -1 without
+// memory.
+int32_t shoal_cpu_forward(shoal_context*, const shoal_model*, const shoal_layer_kv*,
+                          const shoal_batch*, const shoal_ends*, float* hidden);
+// out [num_tokens, rows] = x [num_tokens, cols] times the weight's transpose.
+int32_t shoal_cpu_linear(shoal_context*, const shoal_weight*, const float* x, int32_t num_tokens,
+                         float* out);
+
+// Bytes of a packed weight.
+int64_t shoal_cpu_packed_bytes(int32_t format, int64_t rows, int64_t cols);
+
+enum {
+    SHOAL_FROM_F32 = 0,
+    SHOAL_FROM_BF16 = 1,
+    SHOAL_FROM_F16 = 2,
+    SHOAL_FROM_Q4_0 = 3,
+    SHOAL_FROM_Q4_1 = 4,
+    SHOAL_FROM_Q8_0 = 5,
+    SHOAL_FROM_INT8 = 6, // codes int8 [n, cols], scales and minimums fp32 [n, groups]
+    SHOAL_FROM_INT4 = 7, // codes uint8 [n, cols / 2], the even column in the low four bits
+};
+// Puts n rows of a checkpoint at packed rows `places`. Padding stays as it is: zero it first.
+// Returns -1 for a source that the format cannot take.
+int32_t shoal_cpu_pack(uint8_t* data, int32_t format, int64_t cols, int32_t source, const void* rows,
+                       const float* scales, const float* minimums, int64_t num_groups,
+                       const int64_t* places, int64_t n);
+
+// Reads `bytes` with every thread, to measure a machine's bandwidth; returns a checksum.
+uint64_t shoal_cpu_read(shoal_context*, const uint8_t* data, int64_t bytes);
+
+#ifdef __cplusplus
+#pragma GCC visibility pop
+}
+#endif

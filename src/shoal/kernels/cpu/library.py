@@ -1,0 +1,128 @@
+"""The compiled library and its C interface, as ctypes sees it (csrc/shoal_cpu.h).
+
+Knows the structs and where the file lies; nothing of tensors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint64, c_void_p
+from pathlib import Path
+
+_ABI = 1
+_NO_BUILD = (
+    "the compiled CPU kernels are not built (no C++ compiler was found when shoal was installed); "
+    "install g++ and run `pip install --force-reinstall --no-deps shoal`, or `make clean setup` in "
+    "a clone"
+)
+
+
+class Weight(Structure):
+    """shoal_weight."""
+
+    _fields_ = (
+        ("data", c_void_p),
+        ("format", c_int32),
+        ("rows", c_int32),
+        ("cols", c_int32),
+        ("reserved", c_int32),
+    )
+
+
+class Layer(Structure):
+    """shoal_layer."""
+
+    _fields_ = (
+        *((name, Weight) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, c_void_p) for name in ("qkv_bias", "o_bias", "gate_up_bias", "down_bias")),
+        *((name, c_void_p) for name in ("attention_norm", "qk_norm", "post_attention_norm")),
+        *((name, c_void_p) for name in ("ffn_norm", "post_ffn_norm")),
+        ("window", c_int32),
+        ("rope", c_int32),
+    )
+
+
+class Model(Structure):
+    """shoal_model."""
+
+    _fields_ = (
+        *((name, c_int32) for name in ("hidden", "num_heads", "num_kv_heads", "head_dim")),
+        *((name, c_int32) for name in ("ffn", "activation", "num_layers", "num_ropes")),
+        *((name, c_float) for name in ("norm_eps", "attention_scale", "attention_softcap")),
+        ("kv_format", c_int32),
+        ("layers", POINTER(Layer)),
+        *((name, c_void_p) for name in ("inv_freqs", "rope_factors", "final_norm")),
+    )
+
+
+class LayerKV(Structure):
+    """shoal_layer_kv."""
+
+    _fields_ = tuple((name, c_void_p) for name in ("keys", "values", "key_scales", "value_scales"))
+
+
+class Batch(Structure):
+    """shoal_batch."""
+
+    _fields_ = (
+        ("num_tokens", c_int32),
+        ("num_rows", c_int32),
+        *((name, c_void_p) for name in ("query_lens", "context_lens", "block_tables")),
+    )
+
+
+class Ends(Structure):
+    """shoal_ends."""
+
+    _fields_ = (
+        ("embedding", POINTER(Weight)),
+        ("token_ids", c_void_p),
+        ("embedding_scale", c_float),
+        ("num_samples", c_int32),
+        ("head", POINTER(Weight)),
+        *((name, c_void_p) for name in ("samples", "logits", "best")),
+    )
+
+
+_FUNCTIONS = {
+    "abi": (c_int32, ()),
+    "best_isa": (c_char_p, ()),
+    "create": (c_void_p, (c_int32, c_char_p)),
+    "destroy": (None, (c_void_p,)),
+    "forward": (
+        c_int32,
+        (c_void_p, POINTER(Model), POINTER(LayerKV), POINTER(Batch), POINTER(Ends), c_void_p),
+    ),
+    "linear": (c_int32, (c_void_p, POINTER(Weight), c_void_p, c_int32, c_void_p)),
+    "packed_bytes": (c_int64, (c_int32, c_int64, c_int64)),
+    "pack": (
+        c_int32,
+        (
+            *(c_void_p, c_int32, c_int64, c_int32, c_void_p, c_void_p, c_void_p, c_int64),
+            *(c_void_p, c_int64),
+        ),
+    ),
+    "read": (c_uint64, (c_void_p, c_void_p, c_int64)),
+}
+
+
+def load_library() -> ctypes.CDLL:
+    """The library, its functions typed. Every call lets go of the GIL.
+
+    Raises:
+        OSError: it was not built, or does not load here; the message says what to do.
+    """
+    found = sorted(Path(__file__).parent.glob("_library*.so"))
+    if not found:
+        raise OSError(_NO_BUILD)
+    library = ctypes.CDLL(os.fspath(found[0]))
+    for name, (result, arguments) in _FUNCTIONS.items():
+        try:
+            function = getattr(library, f"shoal_cpu_{name}")
+        except AttributeError as error:
+            raise OSError(f"{found[0]} is of another version of shoal: rebuild it") from error
+        function.restype, function.argtypes = result, arguments
+    if library.shoal_cpu_abi() != _ABI:
+        raise OSError(f"{found[0]} is of another version of shoal: rebuild it")
+    return library

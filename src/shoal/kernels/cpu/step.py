@@ -1,0 +1,160 @@
+"""Runs a range of decoder layers, and what stands around them, in one call of the library.
+
+    T tokens   E hidden size   N tokens that are sampled   V vocabulary
+
+A `Session` owns a team of threads and its buffers: one caller at a time. Knows nothing of
+checkpoints or requests.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shoal.kernels.batch import KVCache
+from shoal.kernels.cpu import library as c
+from shoal.kernels.cpu.arena import PackedWeight
+from shoal.kernels.cpu.layers import CompiledModel
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HostBatch:
+    """Rows of different lengths, each the newest tokens of one sequence (as `RaggedBatch`).
+
+    Attributes:
+        query_lens: tokens of each row; at least 1.
+        context_lens: tokens of each row's sequence once this step has run, the row's included.
+        block_tables: of each row, blocks of positions 0, 1, ...; 64-bit integers.
+    """
+
+    query_lens: array[int]
+    context_lens: array[int]
+    block_tables: Sequence[array[int]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepOutput:
+    """What a call gave; its tensors are the session's, and change with the next call.
+
+    Attributes:
+        hidden_TE: fp32, after the final norm.
+        logits_NV: fp32, of the tokens asked for.
+        best_N: int64, where each row of the logits is largest, the first of equals.
+    """
+
+    hidden_TE: Tensor
+    logits_NV: Tensor
+    best_N: Tensor
+
+
+class Session:
+    """A team of threads, and calls that it carries out.
+
+    Args:
+        num_threads: of the team, the caller's among them.
+        isa: instruction set; None: the best this machine has.
+
+    Raises:
+        OSError: the library is missing, or the machine lacks AVX2 (or `isa`).
+    """
+
+    def __init__(self, num_threads: int, isa: str | None = None) -> None:
+        self.library = c.load_library()
+        best = self.library.shoal_cpu_best_isa()
+        if best is None:
+            raise OSError("this CPU lacks AVX2, FMA or F16C, which the compiled kernels need")
+        self.isa = isa or best.decode()
+        self._context = self.library.shoal_cpu_create(num_threads, self.isa.encode())
+        if not self._context:
+            raise OSError(f"no team of {num_threads} threads for {self.isa} on this machine")
+        self._buffers: dict[str, Tensor] = {}
+        self._views: dict[tuple[str, int, int], Tensor] = {}
+        weakref.finalize(self, self.library.shoal_cpu_destroy, self._context)
+
+    def forward(
+        self,
+        model: CompiledModel,
+        token_ids: array[int],
+        batch: HostBatch,
+        kv: KVCache,
+        samples: array[int],
+    ) -> StepOutput:
+        """Run a batch from token ids to logits; writes the tokens' KV.
+
+        Args:
+            token_ids: of all rows, one row after another.
+            samples: tokens of the batch (indices) whose logits are wanted.
+        """
+        num_tokens, num_samples = len(token_ids), len(samples)
+        hidden_TE = self._buffer("hidden", num_tokens, model.hidden_size)
+        logits_NV = self._buffer("logits", num_samples, model.head.rows)
+        best = array("q", bytes(8 * num_samples))
+        tables = [table.buffer_info()[0] for table in batch.block_tables]
+        pointers = (ctypes.c_void_p * len(tables))(*tables)
+        rows = c.Batch(
+            num_tokens,
+            len(tables),
+            batch.query_lens.buffer_info()[0],
+            batch.context_lens.buffer_info()[0],
+            ctypes.addressof(pointers),
+        )
+        ends = c.Ends(
+            ctypes.pointer(model.c_embedding),
+            token_ids.buffer_info()[0],
+            model.embedding_scale,
+            num_samples,
+            ctypes.pointer(model.c_head),
+            samples.buffer_info()[0],
+            logits_NV.data_ptr(),
+            best.buffer_info()[0],
+        )
+        code = self.library.shoal_cpu_forward(
+            self._context, model.c_model(kv), model.c_kv(kv), rows, ends, hidden_TE.data_ptr()
+        )
+        if code != 0:
+            raise MemoryError(f"no memory for a step of {num_tokens} tokens")
+        best_N = torch.frombuffer(best, dtype=torch.int64) if best else _NOTHING
+        return StepOutput(hidden_TE, logits_NV, best_N)
+
+    def linear(self, x_NE: Tensor, weight: PackedWeight) -> Tensor:
+        """x @ weight.T in fp32, [N, V]."""
+        x_NE = x_NE.contiguous()
+        out_NV = torch.empty(len(x_NE), weight.rows)
+        code = self.library.shoal_cpu_linear(
+            self._context,
+            ctypes.byref(weight.as_c()),
+            x_NE.data_ptr(),
+            len(x_NE),
+            out_NV.data_ptr(),
+        )
+        if code != 0:
+            raise MemoryError(f"no memory for a product of {len(x_NE)} tokens")
+        return out_NV
+
+    def read(self, data: Tensor) -> None:
+        """Read memory once, with every thread: what a bandwidth is measured with."""
+        self.library.shoal_cpu_read(self._context, data.data_ptr(), data.nbytes)
+
+    def _buffer(self, name: str, rows: int, columns: int) -> Tensor:
+        """Kept between calls: fresh memory would cost a page fault for every 4 KiB.
+
+        Views are kept too: making one lets go of the GIL, and the engine's thread would take it
+        just when the next step is ready to go.
+        """
+        key = name, rows, columns
+        if key not in self._views:
+            kept = self._buffers.get(name)
+            if kept is None or kept.shape[1] != columns or len(kept) < rows:
+                self._views.clear()
+                kept = self._buffers[name] = torch.empty(rows, columns)
+            self._views[key] = kept[:rows]
+        return self._views[key]
+
+
+_NOTHING = torch.empty(0, dtype=torch.int64)

@@ -1,0 +1,123 @@
+"""Which weights of a decoder are kept in few bits, and how: settled before anything is read.
+
+A fused weight (q, k and v; gate and up) has one weight_format, which its members' formats decide:
+
+    asked for   kept as
+    none        floats
+    auto        what the checkpoint has: int4 if all members are, else int8 if all have few bits
+    int8, int4  that; a checkpoint's own int4 stays as it is under int4. The embedding and the head
+                are no less than int8: they cost most in quality and least in memory
+
+Weights whose rows are not multiples of a group stay floats. Knows nothing of how weights are laid
+out or multiplied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from shoal.core.errors import ConfigError
+from shoal.core.model_spec import ModelSpec
+from shoal.core.options import Quantization
+from shoal.kernels.quantized import GROUP_SIZE, WeightFormat
+from shoal.model.names import TensorNames
+from shoal.model.sources import WeightSource
+
+Format = WeightFormat | Literal["int4_min"] | None
+"""int4_min: int4 with minimums; None: floats."""
+
+_FEW_BITS = 9.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerFormats:
+    """Of one layer's weights."""
+
+    qkv: Format = None
+    o: Format = None
+    gate_up: Format = None
+    down: Format = None
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFormats:
+    """Of all weights; `head` is the embedding's own where they are tied."""
+
+    layers: tuple[LayerFormats, ...]
+    embedding: Format
+    head: Format
+
+    @property
+    def label(self) -> str | None:
+        """For people: the format of most weights."""
+        used = [layer.gate_up for layer in self.layers]
+        most = max(set(used), key=used.count)
+        return "int4" if most == "int4_min" else most
+
+
+def choose_formats(
+    spec: ModelSpec, source: WeightSource, names: TensorNames, quantize: Quantization
+) -> WeightFormats:
+    """Formats of every weight.
+
+    Raises:
+        ConfigError: a format the weights' shapes do not allow.
+    """
+
+    def fused(layer: int, *parts: str) -> Format:
+        return _wanted(source, [names.weight(layer, part) for part in parts], quantize)
+
+    def table(part: str) -> Format:
+        kept = "int8" if quantize == "int4" else quantize
+        return _wanted(source, [names.top(part)], kept)
+
+    formats = WeightFormats(
+        layers=tuple(
+            LayerFormats(
+                qkv=fused(i, "q", "k", "v"),
+                o=fused(i, "o"),
+                gate_up=fused(i, "gate", "up"),
+                down=fused(i, "down"),
+            )
+            for i in range(spec.num_layers)
+        ),
+        embedding=table("embedding"),
+        head=table("embedding" if spec.tied_embeddings else "head"),
+    )
+    if quantize not in ("auto", "none") and formats.label is None:
+        raise ConfigError(
+            f"--quantize {quantize} needs weights whose rows are multiples of {GROUP_SIZE}; most of "
+            f"this model's are not (hidden size {spec.hidden_size}); use --quantize none"
+        )
+    return formats
+
+
+def _wanted(source: WeightSource, members: Sequence[str], quantize: Quantization) -> Format:
+    if quantize == "none" or any(name not in source.names for name in members):
+        return None
+    if source.shape(members[0])[1] % GROUP_SIZE:
+        return None  # whole groups only
+    own = [_own(source, name) for name in members]
+    all_int4 = all(each in ("int4", "int4_min") for each in own)
+    if quantize == "int4" or (quantize == "auto" and all_int4):
+        return "int4_min" if all_int4 and "int4_min" in own else "int4"
+    if quantize in ("int8", "fp8"):
+        return quantize
+    if all(each == "fp8" for each in own):
+        return "fp8"
+    return "int8" if all(each not in (None, "fp8") for each in own) else None
+
+
+def _own(source: WeightSource, name: str) -> Format:
+    """What the checkpoint has; int8 also where it has few bits of another kind."""
+    rows, columns = source.shape(name)
+    weight_format = source.format(name)
+    if weight_format is None:
+        bits = 8 * source.row_bytes(name) / columns
+        return "int8" if bits < _FEW_BITS and columns % GROUP_SIZE == 0 else None
+    first = source.quantized_rows(name, 0, min(1, rows))
+    if weight_format != "fp8" and first.group_size % GROUP_SIZE:
+        return None
+    return "int4_min" if first.minimums_FG is not None else weight_format

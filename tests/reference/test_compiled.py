@@ -1,0 +1,236 @@
+"""The compiled CPU path against plain torch and transformers, on every instruction set here."""
+
+from __future__ import annotations
+
+from array import array
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import reference_logits, reference_model, tiny_checkpoint
+from paging import open_decoder, run_mixed_steps, worst_difference
+from test_architectures import CASES
+
+from shoal.core.errors import ConfigError
+from shoal.core.options import EngineOptions
+from shoal.kernels import select
+from shoal.kernels.cpu import library
+from shoal.kernels.cpu.arena import Arena, PackedFormat, PackedWeight, packed_bytes
+from shoal.kernels.cpu.step import Session
+from shoal.kernels.quantized import QuantizedWeight, WeightFormat, quantize
+from shoal.model.packed_decoder import PackedDecoder
+from shoal.model.parameters import packed_format
+from shoal.model.spec import read_spec
+from shoal.worker.compute import choose_compute
+
+TOLERANCE = 1e-3
+
+
+def _sessions() -> dict[str, Session]:
+    found = {}
+    for isa in ("avx2", "avx512", "avx512_vnni", "avx512_bf16"):
+        try:
+            found[isa] = Session(2, isa)
+        except OSError:
+            continue  # this machine lacks it
+    return found
+
+
+SESSIONS = _sessions()
+ISAS = sorted(SESSIONS)
+
+
+def test_this_machine_runs_the_compiled_kernels() -> None:
+    """A build that failed in silence would skip everything below."""
+    assert "avx2" in SESSIONS
+    assert Session(1).isa in SESSIONS
+
+
+# --- whole models ---
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_transformers(case: str, isa: str, tmp_path: Path) -> None:
+    architecture, heads, kv_heads, overrides = CASES[case]
+    folder = tiny_checkpoint(tmp_path, architecture, heads, kv_heads, **overrides)
+    sequences = run_mixed_steps(open_decoder(folder, kernels=SESSIONS[isa]))
+    model = reference_model(folder)
+    expected = [reference_logits(model, sequence.token_ids) for sequence in sequences]
+    assert worst_difference(sequences, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("case", ["smollm2", "gemma3"])
+def test_kv_precision_is_that_of_the_reference(
+    case: str, kv_dtype: torch.dtype, isa: str, tmp_path: Path
+) -> None:
+    """fp32 weights on both sides: what differs is where scores are rounded."""
+    architecture, heads, kv_heads, overrides = CASES[case]
+    folder = tiny_checkpoint(tmp_path, architecture, heads, kv_heads, **overrides)
+    exact = run_mixed_steps(open_decoder(folder))
+    rounded = run_mixed_steps(open_decoder(folder, kernels=SESSIONS[isa]), kv_dtype=kv_dtype)
+    for one, other in zip(exact, rounded, strict=True):
+        for position, logits in one.logits.items():
+            error = (logits - other.logits[position]).std() / logits.std()
+            assert 0 < error < 0.08  # bf16 and int8 both keep about 8 bits
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("weights", ["bfloat16", "int8", "int4"])
+def test_weight_precision_is_that_of_the_reference(weights: str, isa: str, tmp_path: Path) -> None:
+    """The same rounded weights in both; the compiled path also rounds what it multiplies."""
+    folder = tiny_checkpoint(tmp_path, "LlamaForCausalLM", 9, 3, hidden_size=288)
+    dtype = torch.bfloat16 if weights == "bfloat16" else torch.float32
+    asked = "none" if weights == "bfloat16" else weights
+    plain = open_decoder(folder, dtype, quantize=asked)
+    packed = open_decoder(folder, dtype, kernels=SESSIONS[isa], quantize=asked)
+    assert isinstance(packed, PackedDecoder)
+    assert packed.precision == weights
+    pairs = zip(run_mixed_steps(plain), run_mixed_steps(packed), strict=True)
+    errors = [
+        (logits - right.logits[position]).std() / logits.std()
+        for left, right in pairs
+        for position, logits in left.logits.items()
+    ]
+    # Random weights amplify what is rounded; measured: 0.02 (bfloat16) to 0.06.
+    assert torch.stack(errors).mean() < 0.1
+
+
+def test_a_row_does_not_depend_on_its_batch_or_the_threads(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path, "LlamaForCausalLM", 9, 3, hidden_size=288)
+    for asked in ("none", "int8", "int4"):
+        runs = [
+            run_mixed_steps(open_decoder(folder, kernels=Session(threads), quantize=asked))
+            for threads in (1, 2, 3)
+        ]
+        for others in runs[1:]:
+            for one, other in zip(runs[0], others, strict=True):
+                assert all(one.logits[at].equal(other.logits[at]) for at in one.logits)
+    session = Session(2)
+    weight = _packed(session, "int8", quantize(torch.randn(70, 96), "int8"))
+    x = torch.randn(29, 96)
+    together = session.linear(x, weight)
+    for row in range(len(x)):
+        assert session.linear(x[row : row + 1], weight)[0].equal(together[row])
+
+
+# --- single products ---
+
+
+def _packed(
+    session: Session, kind: PackedFormat, rows: torch.Tensor | QuantizedWeight
+) -> PackedWeight:
+    num_rows, columns = rows.shape
+    arena = Arena(session.library, packed_bytes(session.library, kind, num_rows, columns))
+    weight = arena.take(kind, num_rows, columns)
+    arena.put(weight, torch.arange(num_rows), rows)
+    return weight
+
+
+def _rounded(x: torch.Tensor) -> torch.Tensor:
+    """What int8 and int4 weights are multiplied with."""
+    padded = torch.nn.functional.pad(x, (0, -x.shape[1] % 32))
+    groups = padded.view(len(x), -1, 32)
+    scale = groups.abs().amax(-1, keepdim=True) / 127
+    codes = (groups / scale.clamp(min=1e-30)).round()
+    return (codes * scale).view(len(x), -1)[:, : x.shape[1]]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("tokens", [1, 2, 5, 12, 13, 40])
+@pytest.mark.parametrize(("rows", "columns"), [(16, 64), (17, 32), (50, 160), (3, 96)])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4", "int4_min"])
+def test_products(kind: PackedFormat, rows: int, columns: int, tokens: int, isa: str) -> None:
+    session, generator = SESSIONS[isa], torch.Generator().manual_seed(rows + tokens)
+    values = torch.randn(rows, columns, generator=generator) * 0.05
+    x = torch.randn(tokens, columns, generator=generator) * 3
+    source: torch.Tensor | QuantizedWeight = values
+    if kind in ("int8", "int4", "int4_min"):
+        weight_format: WeightFormat = "int8" if kind == "int8" else "int4"
+        source = quantize(values, weight_format)
+        if kind == "int4_min":
+            shift = torch.randn(source.scales_FG.shape, generator=generator).half() * 0.1
+            source = QuantizedWeight("int4", source.codes, source.scales_FG, shift)
+        expected = _rounded(x) @ source.dequantize().T
+    else:
+        expected = x @ values.to(getattr(torch, kind)).float().T
+    bound = 0.02 if isa == "avx512_bf16" and kind == "bfloat16" else 2e-5
+    got = session.linear(x, _packed(session, kind, source))
+    assert (got - expected).abs().max() < bound * expected.abs().max()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_int8_products_at_their_largest(isa: str) -> None:
+    """Sums of four products of extreme codes overflow 16 bits."""
+    session = SESSIONS[isa]
+    for sign in (1, -1):
+        codes = torch.full((16, 64), 127 * sign, dtype=torch.int8)
+        weight = QuantizedWeight("int8", codes, torch.ones(16, 2, dtype=torch.float16))
+        x = torch.full((3, 64), -127.0)
+        got = session.linear(x, _packed(session, "int8", weight))
+        assert got.eq(-64 * 127 * 127 * sign).all()
+
+
+def test_zeros_and_nothing() -> None:
+    session = Session(2)
+    weight = _packed(session, "int4", quantize(torch.zeros(20, 64), "int4"))
+    assert session.linear(torch.zeros(2, 64), weight).eq(0).all()
+    assert session.linear(torch.randn(2, 64), weight).eq(0).all()
+
+
+def test_formats_of_floats(tmp_path: Path) -> None:
+    assert packed_format(None, torch.float32) == "float32"
+    assert packed_format("fp8", torch.float32) == "bfloat16"  # holds e4m3 times a scale
+
+
+# --- where they are not ---
+
+
+def test_without_the_library_torch_runs_and_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = read_spec(tiny_checkpoint(tmp_path))
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
+    compute = choose_compute(EngineOptions(model_path=""), spec, torch.device("cpu"))
+    assert compute.kernels is select("reference")
+    (record,) = caplog.records
+    assert "install g++" in record.message
+    with pytest.raises(ConfigError, match=r"--kernels cpu: .* not built"):
+        choose_compute(EngineOptions(model_path="", kernels="cpu"), spec, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kernels": "cpu", "dtype": "float16"}, "no float16; use --dtype bfloat16"),
+        ({"kernels": "cpu", "kv_cache_dtype": "fp8"}, "no fp8 KV; use --kv-cache-dtype int8"),
+        ({"kernels": "cuda"}, "needs an NVIDIA GPU"),
+        ({"quantize": "fp8"}, "fp8 needs a GPU"),
+    ],
+)
+def test_what_the_cpu_cannot(options: dict[str, str], message: str, tmp_path: Path) -> None:
+    spec = read_spec(tiny_checkpoint(tmp_path))
+    with pytest.raises(ConfigError, match=message):
+        choose_compute(
+            EngineOptions(model_path="", **options),
+            spec,
+            torch.device("cpu"),  # type: ignore[arg-type]
+        )
+
+
+def test_an_instruction_set_that_is_not_there() -> None:
+    with pytest.raises(OSError, match="no team of 2 threads for avx1024"):
+        Session(2, "avx1024")
+
+
+def test_a_library_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "_ABI", 99)
+    with pytest.raises(OSError, match="another version of shoal: rebuild it"):
+        Session(1)
+
+
+def test_ids_are_64_bits_wide() -> None:
+    """What the library reads as int64."""
+    assert array("q").itemsize == 8

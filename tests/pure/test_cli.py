@@ -34,7 +34,10 @@ from shoal.model.store import ResolvedModel
 
 Run = Callable[..., tuple[int, str, str]]
 
-ENGINE = "--dtype --device --max-model-len --num-threads --chat-template --revision --hf-token"
+ENGINE = (
+    "--dtype --quantize --kv-cache-dtype --kernels --device --max-model-len --num-threads "
+    "--chat-template --revision --hf-token"
+)
 SAMPLING = "--max-tokens --temperature --top-p --top-k --seed --stop"
 GOLDEN = {
     "": "--version --help",
@@ -44,6 +47,10 @@ GOLDEN = {
     "--enable-prefix-caching --no-enable-prefix-caching",
     "chat": f"{ENGINE} {SAMPLING} --config --help --url --api-key --system",
     "generate": f"{ENGINE} {SAMPLING} --config --help --chat --raw --json",
+    "eval": "--text --context --stride --max-tokens --dtype --quantize --kv-cache-dtype --kernels "
+    "--against --against-dtype --against-quantize --against-kv-cache-dtype --against-kernels "
+    "--device --num-threads --revision --hf-token --json --config --help",
+    "quantize": "--output --format --group-size --include-head --revision --hf-token --json --help",
     "models": "--json --help",
     "models pull": "--revision --hf-token --help",
     "models remove": "--yes --help",
@@ -405,6 +412,25 @@ def test_generate_several_and_from_stdin(run: Run, models: list[FakeLLM]) -> Non
     code, out, _ = run("generate", "m", "one", "-", "--stop", "a", "--stop", "b", stdin="two")
     assert (code, out) == (0, "> one\nONE\n\n> two\nTWO\n\n")
     assert models[0].asked[0][1].stop == ("a", "b")
+
+
+def test_generate_reads_a_piped_prompt(run: Run, models: list[FakeLLM]) -> None:
+    code, out, _ = run("generate", "m", stdin="two")
+    assert (code, out.split()) == (0, ["TWO"])
+
+
+def test_generate_without_a_prompt_on_a_terminal_is_wrong_usage(
+    models: list[FakeLLM], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdin", terminal)
+    monkeypatch.setattr(sys, "argv", ["shoal", "generate", "m"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    assert "PROMPT" in capsys.readouterr().err
+    assert models == []
 
 
 def test_generate_json(run: Run, models: list[FakeLLM]) -> None:

@@ -135,7 +135,6 @@ def test_nested_gemma3(tmp_path: Path) -> None:
     [
         ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM .*LlamaForCausalLM, Mistral"),
         ({"architectures": None}, "names no architecture"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantised with awq"),
         ({"num_local_experts": 8}, "num_local_experts is 8"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),

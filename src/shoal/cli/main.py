@@ -23,6 +23,8 @@ COMMANDS = {
     "generate": "shoal.cli.generate:generate",
     "models": "shoal.cli.models:app",
     "bench": "shoal.cli.bench:bench",
+    "eval": "shoal.cli.eval:eval_model",
+    "quantize": "shoal.cli.quantize:quantize",
 }
 """Command → where its function, or its Typer app with commands of its own, is found."""
 

@@ -1,4 +1,4 @@
-"""Tensors of a GGUF file, by memory map, dequantised to fp32 row by row as they are asked for.
+"""Tensors of a GGUF file, by memory map, as values (fp32) or as codes, row by row.
 
 Block formats in everyday use have a torch path (`gguf_blocks.py`); the others go through the
 `gguf` package's numpy. Knows nothing of what the tensors are for.
@@ -14,7 +14,9 @@ from torch import Tensor
 
 from shoal.core.errors import ModelError, UnsupportedModelError, WeightsError
 from shoal.core.gguf_header import GGUFTensorInfo, read_gguf_header
+from shoal.kernels.quantized import QuantizedWeight, WeightFormat
 from shoal.model.gguf_blocks import DEQUANTIZE
+from shoal.model.gguf_quantized import AS_QUANTIZED, FORMATS
 
 _PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -59,9 +61,9 @@ class GGUFSource:
         return self._row_bytes(info) * _num_rows(info) // self.shape(name)[0]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """The values, fp32 or as they are stored."""
         info = self._tensors[name]
-        row_bytes = self.row_bytes(name)
-        data = self._data[info.offset + start * row_bytes : info.offset + stop * row_bytes]
+        data = self._bytes(name, start, stop)
         shape = (stop - start, *self.shape(name)[1:])
         kind = gguf.GGMLQuantizationType(info.type_id)
         if kind.name in _PLAIN:
@@ -74,6 +76,28 @@ class GGUFSource:
             return torch.from_numpy(gguf.dequantize(rows, kind)).view(shape)
         except NotImplementedError as error:
             raise self._unsupported(info, kind.name) from error
+
+    def format(self, name: str) -> WeightFormat | None:
+        """What `quantized_rows` gives; None: values alone."""
+        if len(self._tensors[name].dims) != 2:
+            return None
+        return FORMATS.get(gguf.GGMLQuantizationType(self._tensors[name].type_id).name)
+
+    def quantized_rows(self, name: str, start: int, stop: int) -> QuantizedWeight:
+        """The same values as `rows`, as codes; only where there is a format."""
+        info = self._tensors[name]
+        kind = gguf.GGMLQuantizationType(info.type_id)
+        blocks = self._bytes(name, start, stop).view(-1, gguf.GGML_QUANT_SIZES[kind][1])
+        return AS_QUANTIZED[kind.name](blocks, info.dims[0])
+
+    def blocks(self, name: str, start: int, stop: int) -> tuple[str, Tensor]:
+        """The type of a tensor, and its rows as they lie in the file: uint8 [rows, bytes]."""
+        kind = gguf.GGMLQuantizationType(self._tensors[name].type_id).name
+        return kind, self._bytes(name, start, stop).view(stop - start, -1)
+
+    def _bytes(self, name: str, start: int, stop: int) -> Tensor:
+        offset, row_bytes = self._tensors[name].offset, self.row_bytes(name)
+        return self._data[offset + start * row_bytes : offset + stop * row_bytes]
 
     def _row_bytes(self, info: GGUFTensorInfo) -> int:
         """Bytes of one run along the fastest dimension."""

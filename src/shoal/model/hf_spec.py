@@ -95,13 +95,6 @@ def _architecture(path: Path, config: Mapping[str, Any]) -> str:
 
 
 def _refuse_what_is_not_run(fields: Fields, architecture: str) -> None:
-    if "quantization_config" in fields:
-        quantization = fields.child("quantization_config")
-        method = quantization.text("quant_method", "unknown")
-        raise UnsupportedModelError(
-            f"{fields.source}: weights quantised with {method} are not supported; use the "
-            "unquantised checkpoint or a .gguf file"
-        )
     for key in _EXPERT_KEYS:
         if key in fields:
             raise UnsupportedModelError(

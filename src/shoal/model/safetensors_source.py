@@ -1,109 +1,67 @@
-"""Tensors of a safetensors folder, by memory map: one file, or shards with an index.
+"""Tensors of a safetensors folder under their plain names, whatever they are stored as.
 
-Knows nothing of what the tensors are for. Never unpickles: .bin and .pt files are refused.
+A quantised linear shows as one tensor "<module>.weight" [F, K], like a plain one; which tensors
+of the file it is made of is for `quantized_checkpoints.py` to know. Knows nothing of what the
+tensors are for.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from pathlib import Path, PurePath
-from typing import Any
+from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from shoal.core.errors import WeightsError
-
-_INDEX = "model.safetensors.index.json"
-_FLOAT_BYTES: Mapping[str, int] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+from shoal.kernels.quantized import QuantizedWeight, WeightFormat
+from shoal.model.quantized_checkpoints import find_stored_weights
+from shoal.model.safetensors_files import FLOAT_TYPES, SafetensorsFiles
 
 
 class SafetensorsSource:
     """Named tensors of a folder.
 
     Raises:
-        WeightsError: no safetensors, a missing shard, a truncated or corrupt file.
+        WeightsError: no safetensors, a missing shard or tensor, a truncated or corrupt file.
+        UnsupportedModelError: a quantisation that is not read.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._files: dict[str, Any] = {}
-        indexed = _indexed_names(folder)
-        for file_name in sorted(set(indexed.values())) if indexed else _single_files(folder):
-            opened = _open(folder / file_name)
-            self._files.update(dict.fromkeys(opened.keys(), opened))
-        for name, file_name in indexed.items():
-            if name not in self._files:
-                raise WeightsError(
-                    f"{folder / file_name} lacks {name}, which {_INDEX} says it holds; "
-                    "fetch the model again"
-                )
+        self._files = SafetensorsFiles(folder)
+        self._stored, hidden = find_stored_weights(self._files)
+        self._names = (self._files.names - hidden) | self._stored.keys()
 
     @property
     def names(self) -> frozenset[str]:
-        return frozenset(self._files)
+        return self._names
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
+        stored = self._stored.get(name)
+        return self._files.shape(name) if stored is None else stored.shape
 
     def row_bytes(self, name: str) -> int:
         """Bytes in the file of one row (index into the first dimension)."""
-        slice_ = self._slice(name)
-        size = _FLOAT_BYTES.get(slice_.get_dtype())
-        if size is None:
+        stored = self._stored.get(name)
+        if stored is not None:
+            return max(1, stored.num_bytes // stored.shape[0])
+        if (dtype := self._files.dtype(name)) not in FLOAT_TYPES:
             raise WeightsError(
-                f"{self._folder}: {name} has type {slice_.get_dtype()}; shoal reads "
-                f"{', '.join(_FLOAT_BYTES)}: use an unquantised checkpoint"
+                f"{self._files.folder}: {name} has type {dtype}, and its config.json says of no "
+                f"quantisation that would explain it; shoal reads {', '.join(FLOAT_TYPES)}: "
+                "use another checkpoint of the model"
             )
-        for length in slice_.get_shape()[1:]:
-            size *= length
-        return size
+        shape = self._files.shape(name)
+        return self._files.num_bytes(name) // max(1, shape[0]) if shape else 0
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        rows: Tensor = self._slice(name)[start:stop]
-        return rows
+        """Floating point: the values, of quantised weights too."""
+        stored = self._stored.get(name)
+        return self._files.rows(name, start, stop) if stored is None else stored.rows(start, stop)
 
-    def _slice(self, name: str) -> Any:
-        return self._files[name].get_slice(name)
+    def format(self, name: str) -> WeightFormat | None:
+        """What `quantized_rows` gives; None: a plain tensor, or codes that fit no format."""
+        stored = self._stored.get(name)
+        return None if stored is None else stored.format
 
-
-def _indexed_names(folder: Path) -> dict[str, str]:
-    """Tensor name → shard, as the index lists them; empty without an index."""
-    path = folder / _INDEX
-    if not path.is_file():
-        return {}
-    try:
-        listed = json.loads(path.read_bytes())["weight_map"]
-        shards = {str(name): str(file_name) for name, file_name in listed.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{path} is not a safetensors index: {error!r}") from error
-    for file_name in shards.values():
-        # An index is untrusted: it must not reach beyond its folder.
-        if PurePath(file_name).name != file_name:
-            raise WeightsError(f"{path} names {file_name!r}; shards must lie beside their index")
-    return shards
-
-
-def _single_files(folder: Path) -> list[str]:
-    if (folder / "model.safetensors").is_file():
-        return ["model.safetensors"]
-    found = sorted(path.name for path in folder.glob("*.safetensors"))
-    if len(found) == 1:
-        return found
-    if found:
-        raise WeightsError(f"{folder} holds {len(found)} .safetensors files but no {_INDEX}")
-    pickled = sorted(path.name for pattern in ("*.bin", "*.pt*") for path in folder.glob(pattern))
-    if pickled:
-        raise WeightsError(
-            f"{folder} holds {pickled[0]}, a pickle that could run any code when read; "
-            "convert it to safetensors"
-        )
-    raise WeightsError(f"{folder} holds no .safetensors file; fetch the model again")
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} cannot be read: {error}; fetch it again") from error
+    def quantized_rows(self, name: str, start: int, stop: int) -> QuantizedWeight:
+        """The same values as `rows`, without a detour; only where there is a format."""
+        return self._stored[name].quantized_rows(start, stop)

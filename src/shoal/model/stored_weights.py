@@ -1,0 +1,153 @@
+"""Weights that a checkpoint keeps as codes and scales: read by rows, as codes or as values.
+
+    F rows   K columns   G groups of columns   value[f, k] = (code[f, k] - zero[f, g]) * scale[f, g]
+
+Each family of files says how its codes, zeros and scales are read (`Read`: rows [start, stop));
+what can be had of them is decided here. Knows nothing of names or of config.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from shoal.kernels.quantized import QuantizedWeight, WeightFormat
+
+Read = Callable[[int, int], Tensor]
+
+
+class StoredWeight(Protocol):
+    """A weight [F, K] of a checkpoint; `num_bytes` is what it takes in the file."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    @property
+    def format(self) -> WeightFormat | None:
+        """What `quantized_rows` gives without loss; None: nothing, there are only values."""
+
+    def quantized_rows(self, start: int, stop: int) -> QuantizedWeight: ...
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """The values, fp32."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class IntegerWeight:
+    """Integer codes of 4 or 8 bits.
+
+    Attributes:
+        group_size: columns of a group; the last one may be shorter.
+        codes: 4 bits: uint8 [F, ⌈K/2⌉], the even column in the low bits; 8 bits: int8 [F, K].
+        zeros: codes that mean zero, [F, G]; None: 8 of 4 bits, 0 of 8 bits.
+        scales: floating point, [F, G].
+        groups: of each column; None: column k is in group k // group_size.
+    """
+
+    shape: tuple[int, int]
+    num_bytes: int
+    bits: int
+    group_size: int
+    codes: Read
+    scales: Read
+    zeros: Read | None = None
+    groups: Callable[[], Tensor] | None = None
+
+    @cached_property
+    def format(self) -> WeightFormat | None:
+        columns = self.shape[1]
+        if columns % self.group_size or self._permuted is not None:
+            return None
+        if self.bits == 4:
+            return "int4" if columns % 2 == 0 else None
+        return "int8" if self._is_symmetric else None
+
+    def quantized_rows(self, start: int, stop: int) -> QuantizedWeight:
+        codes, scales_FG = self.codes(start, stop), _exact(self.scales(start, stop))
+        if self.format == "int8":
+            return QuantizedWeight("int8", codes, scales_FG)
+        minimums_FG = None
+        if self.zeros is not None and not self._is_symmetric:
+            minimums_FG = self.zeros(start, stop).float().mul_(scales_FG.float()).neg_()
+        return QuantizedWeight("int4", codes, scales_FG, minimums_FG)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        codes = self.codes(start, stop)
+        values_FK = _unpacked(codes, self.shape[1]) if self.bits == 4 else codes.float()
+        groups_K = self._permuted
+        if groups_K is None:
+            groups_K = torch.arange(self.shape[1]) // self.group_size
+        if self.zeros is not None:
+            values_FK -= self.zeros(start, stop).float()[:, groups_K]
+        elif self.bits == 4:
+            values_FK -= 8
+        return values_FK.mul_(self.scales(start, stop).float()[:, groups_K])
+
+    @cached_property
+    def _permuted(self) -> Tensor | None:
+        """Groups of the columns; None: neighbours of `group_size` columns, in order."""
+        if self.groups is None:
+            return None
+        groups_K = self.groups()
+        in_order_K = torch.arange(self.shape[1]) // self.group_size
+        return None if torch.equal(groups_K, in_order_K) else groups_K
+
+    @cached_property
+    def _is_symmetric(self) -> bool:
+        """Whether the middle code means zero everywhere. Zeros are few: all of them are read."""
+        if self.zeros is None:
+            return True
+        middle = 8 if self.bits == 4 else 0
+        return bool((self.zeros(0, self.shape[0]) == middle).all())
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Float8Weight:
+    """float8_e4m3fn codes: as IntegerWeight, without zeros."""
+
+    shape: tuple[int, int]
+    num_bytes: int
+    group_size: int
+    codes: Read
+    scales: Read
+
+    @property
+    def format(self) -> WeightFormat | None:
+        return None if self.shape[1] % self.group_size else "fp8"
+
+    def quantized_rows(self, start: int, stop: int) -> QuantizedWeight:
+        return QuantizedWeight("fp8", self.codes(start, stop), _exact(self.scales(start, stop)))
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        groups_K = torch.arange(self.shape[1]) // self.group_size
+        scales_FG = self.scales(start, stop).float()
+        return self.codes(start, stop).float().mul_(scales_FG[:, groups_K])
+
+
+def words_as_bytes(words: Tensor) -> Tensor:
+    """int32 [..., W] as uint8 [..., 4 W], the low byte of a word first (little endian)."""
+    # Not contiguous(): that leaves the strides of a transposed single word, which no view takes.
+    return words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+
+
+def words_as_nibbles(words: Tensor) -> Tensor:
+    """int32 [..., W] as uint8 [..., 8 W], the low four bits of a word first."""
+    packed = words_as_bytes(words)
+    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
+
+
+def _unpacked(codes: Tensor, columns: int) -> Tensor:
+    return torch.stack((codes & 15, codes >> 4), -1).flatten(1)[:, :columns].float()
+
+
+def _exact(scales_FG: Tensor) -> Tensor:
+    # bf16 goes to fp32: what computes with scales knows fp16 and fp32.
+    return scales_FG.float() if scales_FG.dtype == torch.bfloat16 else scales_FG

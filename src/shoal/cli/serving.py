@@ -18,7 +18,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from shoal.core.options import EngineOptions
 from shoal.router.driver import Router
 from shoal.router.engine_client import EngineClient
 from shoal.router.state import RouterConfig, RouterState
+from shoal.router.watchdog import WatchdogLimits
 from shoal.wire.messages import Loading
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class ServeSettings:
     Attributes:
         num_replicas: engines on this device (--data-parallel-size).
         drain_timeout_s: after SIGTERM, how long running requests may take.
+        watchdog: how long an engine may be quiet before it is ended and started again.
     """
 
     engine: EngineOptions
@@ -56,6 +58,7 @@ class ServeSettings:
     drain_timeout_s: float = 30.0
     request_timeout_s: float | None = None
     chat_template: str | None = None
+    watchdog: WatchdogLimits = field(default_factory=WatchdogLimits)
 
 
 def bind(host: str, port: int, api_keys: tuple[str, ...]) -> socket.socket:
@@ -98,7 +101,10 @@ def start_engines(settings: ServeSettings) -> list[EngineClient]:
         options = replace(options, num_threads=threads, device_share=1.0 / count)
     command = [sys.executable, "-m", "shoal.cli.engine_process"]
     names = [f"replica-{i}" for i in range(count)]
-    return [EngineClient(name, command, options, _Announcer(name, count)) for name in names]
+    return [
+        EngineClient(name, command, options, _Announcer(name, count), settings.watchdog)
+        for name in names
+    ]
 
 
 def run(settings: ServeSettings, sock: socket.socket, clients: list[EngineClient]) -> int:

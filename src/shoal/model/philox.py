@@ -84,7 +84,8 @@ def philox_4x32_10(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Te
     wraps around int64's sign, but its two halves are what they would be unsigned.
     """
     # Not broadcast_shapes: that imports sympy, half a second of the first sampled token.
-    c0, c1, c2, c3, _, _ = (word.clone() for word in torch.broadcast_tensors(*counter, *key))
+    words = torch.broadcast_tensors(*counter, *key)  # type: ignore[no-untyped-call]
+    c0, c1, c2, c3 = (word.clone() for word in words[:4])
     k0, k1 = key
     product0, product1 = torch.empty_like(c0), torch.empty_like(c0)
     for _ in range(_ROUNDS):

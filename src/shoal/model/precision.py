@@ -88,8 +88,8 @@ def choose_formats(
     )
     if quantize not in ("auto", "none") and formats.label is None:
         raise ConfigError(
-            f"--quantize {quantize} needs weights whose rows are multiples of {GROUP_SIZE}; most of "
-            f"this model's are not (hidden size {spec.hidden_size}); use --quantize none"
+            f"--quantize {quantize} needs weights whose rows are multiples of {GROUP_SIZE}; most "
+            f"of this model's are not (hidden size {spec.hidden_size}); use --quantize none"
         )
     return formats
 

@@ -1,0 +1,28 @@
+"""benchmarks/gpu.py itself: in small and on a CPU, so that it works when a GPU is at hand."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_through(tmp_path: Path) -> None:
+    output = tmp_path / "gpu.json"
+    command = [sys.executable, "benchmarks/gpu.py", "--smoke", "--output", str(output)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "FAILED" not in result.stdout
+    found = json.loads(output.read_text())
+    assert found["bandwidth_bytes_per_s"] > 0
+    names = [name for name, _ in found["table"]]
+    for part in ("bandwidth", "kernel tests", "linear int4", "attention", "decode, batch 3"):
+        assert any(part in name for name in names), f"{part} is missing"
+    for weight_format in ("bf16", "fp8", "int8", "int4"):
+        assert found["sections"][f"tiny {weight_format} prefill 32"]["tokens_per_s"] > 0

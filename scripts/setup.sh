@@ -2,8 +2,9 @@
 # Make .venv ready: `scripts/setup.sh serve` for running shoal, `scripts/setup.sh dev` for
 # working on it. Needs Python >= 3.11 with venv, a POSIX shell, and a package index.
 #
-#   .venv/.shoal-serve, .venv/.shoal-dev   stamps: what was installed; nothing to do if it
-#                                          still is what pyproject.toml and constraints say
+#   .venv/.shoal-serve, .venv/.shoal-dev   stamps: what was installed; nothing to do if it still
+#                                          is what pyproject.toml, constraints.txt and the C++
+#                                          sources say, and built with the compiler of today
 #   .venv/.shoal-installing                left behind by a run that was cut short, so the
 #                                          next one starts afresh instead of trusting half
 #
@@ -40,10 +41,17 @@ is_ready() {
 }
 
 key() {
+    # An editable install builds the CPU kernels once: what they are made of counts, and so does
+    # a compiler that was not there the last time.
+    {
+        cat pyproject.toml constraints.txt scripts/setup.sh setup.py src/shoal/kernels/cpu/csrc/*
+        compiler || true
+    } | cksum
     # The place counts too: an environment that was moved or copied has stale paths inside.
-    cat pyproject.toml constraints.txt scripts/setup.sh | cksum
     pwd
 }
+
+compiler() { command -v "${CXX:-g++}" || command -v c++; }
 
 wait_for_other_setup() {
     command -v flock >/dev/null 2>&1 || return 0
@@ -111,16 +119,38 @@ find_python() {
 
 install() {
     say "installing shoal and its dependencies ($kind); the first time takes minutes"
+    announce_kernels
     : >$unfinished
-    rm -f $venv/.shoal-serve $venv/.shoal-dev $log
+    # An old build would look like a good one, if this one fails or is for another Python.
+    rm -f $venv/.shoal-serve $venv/.shoal-dev $log src/shoal/kernels/cpu/_library*.so
     if ! $venv/bin/python -m pip install --disable-pip-version-check --no-input --log $log \
         -c constraints.txt -e "$package"; then
         explain_failed_install
     fi
     for stamp in $stamps; do key >"$venv/.shoal-$stamp"; done
+    check_kernels
     rm -f $unfinished $log
     say "ready: $venv"
 }
+
+announce_kernels() {
+    if ! wants_kernels; then return 0; fi
+    if compiler >/dev/null; then
+        say "compiling the CPU kernels is about a minute of it on 2 cores; pip says nothing meanwhile"
+    else
+        say "no C++ compiler: shoal will run, several times slower on a CPU; to mend that, install g++" \
+            "(Debian, Ubuntu: sudo apt-get install g++) and run make again"
+    fi
+}
+
+check_kernels() {
+    if ! wants_kernels || ! compiler >/dev/null; then return 0; fi
+    if ls src/shoal/kernels/cpu/_library*.so >/dev/null 2>&1; then return 0; fi
+    say "the CPU kernels did not compile: shoal runs, several times slower on a CPU; to see why:" \
+        "$venv/bin/python -m pip install -v --force-reinstall --no-deps -e ."
+}
+
+wants_kernels() { case $(uname -m) in x86_64 | amd64) ;; *) return 1 ;; esac }
 
 explain_failed_install() {
     # pip touches the environment only after everything is downloaded and built; indented

@@ -68,7 +68,7 @@ def load_engine(
         max_waiting=options.max_waiting,
         max_steps_in_flight=options.max_steps_in_flight,
         prefix_caching=options.enable_prefix_caching,
-        model_digest=f"{options.fingerprint}/{launched.dtype}",
+        model_digest=f"{options.fingerprint}/{launched.digest}",
     )
     executor = InprocExecutor(launched.worker)
     loop = EngineLoop(

@@ -154,8 +154,9 @@ def test_latencies_are_those_of_the_server(running: Running) -> None:
     assert report["requests"]["succeeded"] == 10
     assert report["tokens"] == {"prompt": 110, "output": 80, "counted_by": "usage"}
     ttft, itl = report["latency_s"]["ttft"], report["latency_s"]["itl"]
-    assert FIRST_S <= ttft["p50"] < FIRST_S + 0.2
-    assert GAP_S * 0.5 <= itl["p50"] < GAP_S + 0.1
+    # A machine at work on other things is late, but not by the factor of a wrong unit.
+    assert FIRST_S <= ttft["p50"] < FIRST_S + 1.0
+    assert GAP_S * 0.5 <= itl["p50"] < GAP_S + 0.5
     # Four pieces of two tokens: three gaps over seven tokens.
     assert report["latency_s"]["tpot"]["mean"] == pytest.approx(itl["mean"] * 3 / 7, rel=0.01)
     assert report["latency_s"]["e2e"]["p50"] >= FIRST_S + 4 * GAP_S
@@ -286,6 +287,15 @@ def test_no_server_is_one_line() -> None:
     assert "Traceback" not in result.output
 
 
+@pytest.fixture
+def sigint() -> Iterator[None]:
+    """As in a terminal: shells start background jobs with SIGINT ignored, CI perhaps us."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("sigint")
 def test_ctrl_c_reports_what_there_is(running: Running) -> None:
     def interrupt() -> None:
         while len(running.fake.bodies) < 5:

@@ -163,12 +163,12 @@ def test_a_killed_server_leaves_no_engine_behind(start_server: StartServer) -> N
     wait_until(lambda: not any(engine.is_running() for engine in engines), 10)
 
 
-def test_a_killed_engine_loses_no_token(start_server: StartServer, server_url: str) -> None:
+def test_a_killed_engine_loses_no_token(start_server: StartServer) -> None:
     """Two replicas; the one that serves a stream is killed; the stream goes on elsewhere."""
     body = {**BODY, "max_tokens": 80, "temperature": 0.8, "seed": 7}
-    want: list[int] = []
-    stream_tokens(server_url, body, want, [])
     server = start_server("--data-parallel-size", "2", "--dtype", "float32")
+    want: list[int] = []
+    stream_tokens(server.url, body, want, [])
     wait_until(lambda: len(engines_of(server)) == 2)
     tokens: list[int] = []
     done: list[Any] = []
@@ -184,8 +184,14 @@ def test_a_killed_engine_loses_no_token(start_server: StartServer, server_url: s
     assert httpx.post(f"{server.url}/v1/completions", json=BODY, timeout=60).status_code == 200
 
 
-def test_the_only_engine_is_started_again(start_server: StartServer) -> None:
-    server = start_server("--dtype", "float32")
+@pytest.fixture(scope="module")
+def exact(start_server: StartServer) -> ServerProcess:
+    """One engine, in fp32: going on elsewhere computes the same numbers, whatever the batch."""
+    return start_server("--dtype", "float32")
+
+
+def test_the_only_engine_is_started_again(exact: ServerProcess) -> None:
+    server = exact
     body = {**BODY, "max_tokens": 60, "temperature": 0.8, "seed": 7}
     want: list[int] = []
     stream_tokens(server.url, body, want, [])
@@ -200,8 +206,8 @@ def test_the_only_engine_is_started_again(start_server: StartServer) -> None:
     assert tokens == want
 
 
-def test_a_frozen_engine_is_replaced(start_server: StartServer) -> None:
-    server = start_server("--dtype", "float32")
+def test_a_frozen_engine_is_replaced(exact: ServerProcess) -> None:
+    server = exact
     body = {**BODY, "max_tokens": 30, "temperature": 0.8, "seed": 7}
     want: list[int] = []
     stream_tokens(server.url, body, want, [])

@@ -36,11 +36,17 @@ def requirements() -> list[str]:
     return [*described["dependencies"], *described["optional-dependencies"]["dev"]]
 
 
+PINNED_BY_TORCH = {"triton"}  # CUDA builds of torch need one version each: see constraints.txt
+
+
 @pytest.mark.parametrize("line", requirements())
 def test_every_dependency_is_pinned_within_its_range(line: str) -> None:
     requirement = Requirement(line)
-    version = constraints()[canonical(requirement.name)]
-    assert requirement.specifier.contains(version)
+    name = canonical(requirement.name)
+    if name in PINNED_BY_TORCH:
+        assert name not in constraints(), "no CUDA build of torch could be installed beside it"
+        return
+    assert requirement.specifier.contains(constraints()[name])
 
 
 def test_constraints_hold_for_any_machine() -> None:

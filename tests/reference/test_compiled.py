@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from checkpoints import reference_logits, reference_model, tiny_checkpoint
-from paging import open_decoder, run_mixed_steps, worst_difference
+from paging import PagedRun, open_decoder, run_mixed_steps, worst_difference
 from test_architectures import CASES
 
 from shoal.core.errors import ConfigError
@@ -18,9 +20,13 @@ from shoal.kernels.cpu import library
 from shoal.kernels.cpu.arena import Arena, PackedFormat, PackedWeight, packed_bytes
 from shoal.kernels.cpu.step import Session
 from shoal.kernels.quantized import QuantizedWeight, WeightFormat, quantize
+from shoal.model.gguf_source import GGUFSource
+from shoal.model.names import gguf_names
 from shoal.model.packed_decoder import PackedDecoder
-from shoal.model.parameters import packed_format
+from shoal.model.parameters import Placement, packed_format
+from shoal.model.precision import choose_formats
 from shoal.model.spec import read_spec
+from shoal.model.stow import stow
 from shoal.worker.compute import choose_compute
 
 TOLERANCE = 1e-3
@@ -116,6 +122,42 @@ def test_a_row_does_not_depend_on_its_batch_or_the_threads(tmp_path: Path) -> No
         assert session.linear(x[row : row + 1], weight)[0].equal(together[row])
 
 
+LONG = {
+    "head_dim 34, groups of 2": (6, 3, {"head_dim": 34}),
+    "head_dim 10, one KV head": (7, 1, {"head_dim": 10}),
+    "5 KV heads, groups of 13": (65, 5, {"head_dim": 8}),
+    "window": (9, 3, {"head_dim": 16, "sliding_window": 513}),
+}
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("case", LONG)
+def test_long_contexts(case: str, isa: str, kv_dtype: torch.dtype, tmp_path: Path) -> None:
+    """Past a chunk of 128 keys, and past 512, where a row of few tokens is cut in parts."""
+    heads, kv_heads, overrides = LONG[case]
+    architecture = "MistralForCausalLM" if "sliding_window" in overrides else "LlamaForCausalLM"
+    folder = tiny_checkpoint(
+        tmp_path, architecture, heads, kv_heads, max_position_embeddings=2048, **overrides
+    )
+    found = []
+    for kernels in (None, SESSIONS[isa]):
+        decoder = open_decoder(folder, kernels=kernels)
+        run = PagedRun(decoder, 160, kv_dtype)
+        ids = torch.randint(3, 90, (1330,), generator=torch.Generator().manual_seed(5)).tolist()
+        sequence, other = run.add(ids), run.add(ids[:300])
+        run.step((sequence, 0, 700), (other, 0, 298))
+        run.step((other, 298, 299), (sequence, 700, 1320))
+        for position in range(1320, 1326, 2):
+            run.step((sequence, position, position + 2))
+        run.step((sequence, 1326, 1327), (other, 299, 300))
+        run.step((sequence, 1327, 1330))
+        found.append([sequence.logits, other.logits])
+    for one, another in zip(*found, strict=True):
+        worst = max((one[at] - another[at]).abs().max() for at in one)
+        assert worst < (2e-4 if kv_dtype == torch.float32 else 0.05)
+
+
 # --- single products ---
 
 
@@ -183,6 +225,40 @@ def test_zeros_and_nothing() -> None:
 def test_formats_of_floats(tmp_path: Path) -> None:
     assert packed_format(None, torch.float32) == "float32"
     assert packed_format("fp8", torch.float32) == "bfloat16"  # holds e4m3 times a scale
+
+
+def test_members_of_a_fused_weight_that_differ(tmp_path: Path) -> None:
+    """q and k with minimums, v in eight bits, as files of mixed types have them."""
+    parts = ("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up")
+    writer = gguf.GGUFWriter(tmp_path / "mixed.gguf", "qwen2")
+    for seed, part in enumerate(parts):
+        values = torch.randn(64, 64, generator=torch.Generator().manual_seed(seed)).numpy()
+        kind = (
+            gguf.GGMLQuantizationType.Q8_0 if part == "attn_v" else gguf.GGMLQuantizationType.Q4_1
+        )
+        blocks = gguf.quants.quantize(values, kind)
+        writer.add_tensor(f"blk.0.{part}.weight", blocks, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    source = GGUFSource(tmp_path / "mixed.gguf")
+    spec = replace(
+        read_spec(tiny_checkpoint(tmp_path / "model")), architecture="qwen2", num_layers=1
+    )
+    for asked, wanted in (("int4", "int4_min"), ("auto", "int8"), ("int8", "int8"), ("none", None)):
+        formats = choose_formats(spec, source, gguf_names(spec), asked)  # type: ignore[arg-type]
+        assert formats.layers[0].qkv == wanted
+        if wanted is None:
+            continue
+        session = Session(1)
+        arena = Arena(session.library, packed_bytes(session.library, wanted, 64, 64))  # type: ignore[arg-type]
+        target = arena.take(wanted, 64, 64)  # type: ignore[arg-type]
+        name = "blk.0.attn_v.weight"
+        stow(Placement(name, (64, 64), target, torch.arange(64)), 0, 64, source, arena)
+        got = session.linear(torch.eye(64), target).T
+        bound = 0.5 if wanted == "int4_min" else 0.02
+        assert (got - source.rows(name, 0, 64)).abs().max() < bound
 
 
 # --- where they are not ---

@@ -8,28 +8,37 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 HERE = Path(__file__).parent
-SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
-"""What a program may have: A100, RTX 4090 (and other Ada, and 86), H100 and H200."""
+SHARED_BYTES = {80: 99 << 10, 90: 227 << 10}
+"""What a program may have. To the compiler, Ampere (A100: 163 KiB) and Ada (RTX 4090: 99 KiB) are
+nearly one; compiled is the older, which lacks fp8, held to what the other has. 90: H100, H200."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", SHARED_BYTES)
-def test_kernels_compile_without_a_gpu(capability: int, tmp_path: Path) -> None:
+def test_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
     if find_spec("triton") is None:
         pytest.skip("NOT TESTED: compiling kernels needs the package triton (pip install)")
-    result = subprocess.run(
-        [sys.executable, str(HERE / "compile_kernels.py"), str(capability)],
-        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    compiled = [json.loads(line) for line in result.stdout.splitlines()]
+    compilers = {
+        capability: subprocess.Popen(
+            [sys.executable, str(HERE / "compile_kernels.py"), str(capability)],
+            env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for capability in SHARED_BYTES
+    }
+    said = {capability: each.communicate() for capability, each in compilers.items()}
+    for capability, (output, errors) in said.items():
+        assert compilers[capability].returncode == 0, errors[-4000:]
+        check(capability, [json.loads(line) for line in output.splitlines()])
+
+
+def check(capability: int, compiled: list[dict[str, Any]]) -> None:
     assert {each["kernel"] for each in compiled} == {
         "_add_rms_norm",
         "_decode",

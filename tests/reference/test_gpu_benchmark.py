@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ ROOT = Path(__file__).parents[2]
 def test_the_gpu_benchmark_runs_through(tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
     command = [sys.executable, "benchmarks/gpu.py", "--smoke", "--output", str(output)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "FAILED" not in result.stdout
     found = json.loads(output.read_text())

@@ -14,6 +14,7 @@ out or multiplied.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -53,7 +54,7 @@ class WeightFormats:
     def label(self) -> str | None:
         """For people: the format of most weights."""
         used = [layer.gate_up for layer in self.layers]
-        most = max(set(used), key=used.count)
+        most = Counter(used).most_common(1)[0][0]
         return "int4" if most == "int4_min" else most
 
 
@@ -97,12 +98,13 @@ def choose_formats(
 def _wanted(source: WeightSource, members: Sequence[str], quantize: Quantization) -> Format:
     if quantize == "none" or any(name not in source.names for name in members):
         return None
-    if source.shape(members[0])[1] % GROUP_SIZE:
-        return None  # whole groups only
+    shapes = [source.shape(name) for name in members]
+    if any(len(shape) != 2 or shape[1] % GROUP_SIZE for shape in shapes):
+        return None  # whole groups only; what is no matrix is refused later
     own = [_own(source, name) for name in members]
     all_int4 = all(each in ("int4", "int4_min") for each in own)
     if quantize == "int4" or (quantize == "auto" and all_int4):
-        return "int4_min" if all_int4 and "int4_min" in own else "int4"
+        return "int4_min" if "int4_min" in own else "int4"
     if quantize in ("int8", "fp8"):
         return quantize
     if all(each == "fp8" for each in own):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shoal.core.errors import ModelNotFoundError, UnsupportedModelError
+from shoal.core.errors import ModelError, ModelNotFoundError, UnsupportedModelError
 from shoal.core.model_spec import ModelSpec
 from shoal.model.gguf_spec import read_gguf_spec
 from shoal.model.hf_spec import read_hf_spec
@@ -21,6 +21,16 @@ def read_spec(path: Path) -> ModelSpec:
         UnsupportedModelError: an architecture or feature that shoal does not run.
         ModelError: a file that is malformed.
     """
+    spec = _read(path)
+    if spec.num_heads % spec.num_kv_heads or spec.head_dim % 2:
+        raise ModelError(
+            f"{path}: {spec.num_heads} heads share {spec.num_kv_heads} KV heads of {spec.head_dim} "
+            "values; needed a multiple of the KV heads, and an even size: the file is corrupt"
+        )
+    return spec
+
+
+def _read(path: Path) -> ModelSpec:
     if path.is_dir():
         return read_hf_spec(path)
     if not path.is_file():

@@ -11,6 +11,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from shoal.core.errors import WeightsError
 from shoal.kernels.cpu.arena import Arena, PackedWeight
 from shoal.kernels.quantized import GROUP_SIZE, QuantizedWeight, WeightFormat, quantize
 from shoal.model.parameters import Placement
@@ -43,8 +44,9 @@ def stow(
             _pack(arena, target, places, source, name, start, stop)
         case QuantizedWeight():
             minimums = target.minimums_FG is not None
-            rows = _codes(source, name, start, stop, target.format, minimums)
-            rows = _regroup(rows, target.group_size)
+            group_size = target.group_size
+            rows = _codes(source, name, start, stop, target.format, minimums, group_size)
+            rows = _regroup(rows, group_size)
             _copy(target.codes, places, rows.codes)
             _copy(target.scales_FG, places, rows.scales_FG)
             if target.minimums_FG is not None and rows.minimums_FG is not None:
@@ -69,7 +71,8 @@ def _pack(
         arena.put_blocks(target, places, blocks[1], blocks[0])
         return
     weight_format: WeightFormat = "int8" if target.format == "int8" else "int4"
-    rows = _codes(source, name, start, stop, weight_format, target.format == "int4_min")
+    minimums = target.format == "int4_min"
+    rows = _codes(source, name, start, stop, weight_format, minimums, GROUP_SIZE)
     arena.put(target, places, rows)
 
 
@@ -94,21 +97,21 @@ def _codes(
     stop: int,
     weight_format: WeightFormat,
     minimums: bool,
+    group_size: int,
 ) -> QuantizedWeight:
     """Rows in that format: the checkpoint's own codes, or values rounded to codes."""
     rows = None
     if source.format(name) == weight_format:
         rows = source.quantized_rows(name, start, stop)
-    if rows is None or not _groups_fit(rows):
-        rows = quantize(source.rows(name, start, stop).float(), weight_format)
+    if rows is None or rows.group_size % group_size:
+        try:
+            rows = quantize(source.rows(name, start, stop).float(), weight_format)
+        except ValueError as error:
+            raise WeightsError(f"{name}: {error}") from error
+    assert minimums or rows.minimums_FG is None, "a format with minimums was to be chosen"
     if not minimums or rows.minimums_FG is not None:
         return rows
     return QuantizedWeight(weight_format, rows.codes, rows.scales_FG, rows.scales_FG.float() * -8)
-
-
-def _groups_fit(rows: QuantizedWeight) -> bool:
-    """Whether ours are parts of them."""
-    return rows.format == "fp8" or rows.group_size % GROUP_SIZE == 0
 
 
 def _regroup(rows: QuantizedWeight, group_size: int) -> QuantizedWeight:

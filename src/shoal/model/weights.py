@@ -7,6 +7,7 @@ themselves only a few chunks are in memory. Knows nothing of what a decoder comp
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -19,11 +20,12 @@ from shoal.core.errors import DeviceError, WeightsError
 from shoal.core.model_spec import ModelSpec
 from shoal.core.options import Quantization
 from shoal.kernels import KernelSet
-from shoal.kernels.cpu.arena import Arena, packed_bytes
+from shoal.kernels.cpu.arena import Arena, PackedWeight, packed_bytes
 from shoal.kernels.cpu.step import Session
 from shoal.model.decoder import Decoder
 from shoal.model.gguf_source import GGUFSource
 from shoal.model.names import TensorNames, gguf_names, hf_names
+from shoal.model.packed_cache import PackedCache
 from shoal.model.packed_decoder import PackedDecoder
 from shoal.model.parameters import (
     Allocator,
@@ -50,6 +52,7 @@ def load_decoder(
     dtype: torch.dtype,
     kernels: KernelSet | Session,
     quantize: Quantization = "none",
+    fingerprint: str = "",
     progress: Progress | None = None,
 ) -> Decoder | PackedDecoder:
     """A decoder with the weights of a safetensors folder or .gguf file.
@@ -58,6 +61,7 @@ def load_decoder(
         dtype: of what is not quantised.
         kernels: a kernel set, or a session of the compiled CPU path.
         quantize: see `precision.py`.
+        fingerprint: of the checkpoint; packed weights that took long are kept under it.
         progress: called with (bytes read, bytes to read) as loading goes on.
 
     Raises:
@@ -77,16 +81,23 @@ def load_decoder(
     parameters = allocate(spec, formats, Allocator(device, dtype, arena))
     needed = list(placements(spec, parameters, names))
     _check(path, needed, source, names)
-    _fill(needed, source, arena, progress)
+    if arena is None:
+        _fill(needed, source, None, progress)
+    else:
+        cache = PackedCache(fingerprint, path, (spec, formats, dtype))
+        _fill_arena(needed, source, arena, cache, progress)
     if spec.norm_plus_one:
         _add_one_to_norms(parameters)
     if isinstance(kernels, Session):
-        return PackedDecoder(spec, parameters, kernels, dtype, formats.label)
+        label = None if formats.label == "fp8" else formats.label  # kept in bfloat16
+        return PackedDecoder(spec, parameters, kernels, dtype, label)
     return Decoder(spec, parameters, kernels, formats.label)
 
 
 _CHUNK_BYTES = 4 * 2**20
 _MAX_THREADS = 8
+_WORTH_KEEPING_S = 0.5
+_READ_BYTES_PER_S = 5e8  # of a modest disk: what is packed faster need not be kept
 _log = logging.getLogger(__name__)
 
 
@@ -161,6 +172,26 @@ def _fill(
                 progress(done, total)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _fill_arena(
+    needed: list[Placement],
+    source: WeightSource,
+    arena: Arena,
+    cache: PackedCache,
+    progress: Progress | None,
+) -> None:
+    """From what was kept at an earlier start, or from the checkpoint."""
+    if cache.read_into(arena.data):
+        _log.info("packed weights were kept at an earlier start")
+        needed = [each for each in needed if not isinstance(each.target, PackedWeight)]
+        _fill(needed, source, arena, progress)
+        return
+    began_s = time.perf_counter()
+    _fill(needed, source, arena, progress)
+    slow_s = max(_WORTH_KEEPING_S, len(arena.data) / _READ_BYTES_PER_S)
+    if time.perf_counter() - began_s > slow_s:
+        cache.keep(arena.data)
 
 
 def _chunks(placement: Placement, source: WeightSource) -> Iterator[_Chunk]:

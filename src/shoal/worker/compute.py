@@ -37,6 +37,11 @@ class Compute:
     quantize: Quantization
     kv_dtype: torch.dtype
 
+    @property
+    def digest(self) -> str:
+        """What, beside the checkpoint, the bytes of the KV follow from."""
+        return f"{self.label}/{self.dtype}/{self.quantize}/{self.kv_dtype}"
+
 
 def choose_compute(options: EngineOptions, spec: ModelSpec, device: torch.device) -> Compute:
     """Settle everything "auto".

@@ -149,17 +149,23 @@ def _cpu_has_bf16() -> bool:
 
 def _cgroup_room_bytes() -> int:
     """Memory left under a container's limit; effectively unlimited without one."""
-    for limit_file, used_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        (
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        ),
+    for folder, limit_file, used_file in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current"),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
-        limit, used = _read_number(limit_file), _read_number(used_file)
+        limit, used = _read_number(f"{folder}/{limit_file}"), _read_number(f"{folder}/{used_file}")
         if limit is not None and used is not None:
-            return max(limit - used, 0)
+            return max(limit - used + _file_cache_bytes(f"{folder}/memory.stat"), 0)
     return 1 << 62
+
+
+def _file_cache_bytes(path: str) -> int:
+    """Files the container has read count as used, and are let go when memory is wanted."""
+    try:
+        fields = dict(line.split(" ", 1) for line in Path(path).read_text().splitlines())
+        return int(fields["inactive_file"]) + int(fields["active_file"])
+    except (OSError, ValueError, KeyError):
+        return 0
 
 
 def _read_number(path: str) -> int | None:

@@ -7,6 +7,7 @@ Knows nothing of which block belongs to whom.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 from dataclasses import dataclass
@@ -97,6 +98,6 @@ def _zeros(size: int, device: torch.device) -> torch.Tensor:
         return torch.zeros(size, dtype=torch.uint8, device=device)
     # Zeros that cost nothing until they are touched; huge pages make gathers faster.
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    with contextlib.suppress(OSError, AttributeError):  # kernels without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)

@@ -42,6 +42,8 @@ class LaunchedWorker:
     device: str
     device_type: str
     dtype: str
+    kernels: str
+    digest: str
 
 
 def launch_worker(
@@ -64,6 +66,7 @@ def launch_worker(
         dtype=compute.dtype,
         kernels=compute.kernels,
         quantize=compute.quantize,
+        fingerprint=options.fingerprint,
         progress=progress,
     )
     say(f"precision  {_precision(decoder, compute)} on {choice.device} ({choice.label})")
@@ -89,6 +92,8 @@ def launch_worker(
         device=choice.label,
         device_type=choice.device.type,
         dtype=_precision(decoder, compute),
+        kernels=compute.label,
+        digest=compute.digest,
     )
 
 

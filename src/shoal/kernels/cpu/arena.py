@@ -6,6 +6,7 @@ what the weights are for.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ class Arena:
         self._library = library
         self._used = 0
         memory = mmap.mmap(-1, max(size_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError, AttributeError):  # kernels without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
         self.data = torch.frombuffer(memory, dtype=torch.uint8)
 

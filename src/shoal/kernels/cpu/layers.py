@@ -22,6 +22,8 @@ from shoal.kernels.cpu.arena import PackedWeight
 
 MAX_HEAD_DIM = 512
 
+_ANY_WINDOW = 2**31 - 1
+
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 _KV_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 KV_DTYPES = frozenset(_KV_FORMATS)
@@ -138,7 +140,7 @@ def _layer(layer: PackedLayer) -> c.Layer:
         post_attention_norm=_pointer(layer.post_attention_norm),
         ffn_norm=_pointer(layer.ffn_norm),
         post_ffn_norm=_pointer(layer.post_ffn_norm),
-        window=layer.window or 0,
+        window=min(layer.window or 0, _ANY_WINDOW),
         rope=layer.rope,
     )
 

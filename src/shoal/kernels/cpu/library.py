@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sysconfig
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
 _ABI = 1
 _NO_BUILD = (
-    "the compiled CPU kernels are not built (no C++ compiler was found when shoal was installed); "
-    "install g++ and run `pip install --force-reinstall --no-deps shoal`, or `make clean setup` in "
-    "a clone"
+    "the compiled CPU kernels are not built (they are for x86-64, and need a C++ compiler when shoal "
+    "is installed); "
+    "install g++ and run `pip install --force-reinstall --no-deps --no-cache-dir shoal`, or "
+    "`make clean setup` in a clone"
 )
 
 
@@ -113,16 +115,16 @@ def load_library() -> ctypes.CDLL:
     Raises:
         OSError: it was not built, or does not load here; the message says what to do.
     """
-    found = sorted(Path(__file__).parent.glob("_library*.so"))
-    if not found:
+    path = Path(__file__).parent / f"_library{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not path.is_file():
         raise OSError(_NO_BUILD)
-    library = ctypes.CDLL(os.fspath(found[0]))
+    library = ctypes.CDLL(os.fspath(path))
     for name, (result, arguments) in _FUNCTIONS.items():
         try:
             function = getattr(library, f"shoal_cpu_{name}")
         except AttributeError as error:
-            raise OSError(f"{found[0]} is of another version of shoal: rebuild it") from error
+            raise OSError(f"{path} is of another version of shoal: rebuild it") from error
         function.restype, function.argtypes = result, arguments
     if library.shoal_cpu_abi() != _ABI:
-        raise OSError(f"{found[0]} is of another version of shoal: rebuild it")
+        raise OSError(f"{path} is of another version of shoal: rebuild it")
     return library

@@ -110,7 +110,10 @@ const char* shoal_cpu_best_isa(void) {
 shoal_context* shoal_cpu_create(int32_t num_threads, const char* isa) {
     const KernelTable* table = find(isa);
     Team* team = table && num_threads > 0 ? team_create(num_threads) : nullptr;
-    return team ? new (std::nothrow) shoal_context{table, team, {}, {}} : nullptr;
+    if (!team) return nullptr;
+    auto* context = new (std::nothrow) shoal_context{table, team, {}, {}};
+    if (!context) team_destroy(team);
+    return context;
 }
 
 void shoal_cpu_destroy(shoal_context* context) {

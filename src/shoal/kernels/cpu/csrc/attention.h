@@ -1,9 +1,13 @@
 // Causal attention of a batch's tokens over their paged KV, flash-style: a chunk of keys at a
 // time, scores never kept (arXiv 2205.14135). A row of few tokens is also cut along its context
-// (flash-decoding), so that one long sequence keeps every thread busy; where depends only on the
-// position, never on the batch.
+// (flash-decoding), so that one long sequence keeps every thread busy; where depends on the row
+// alone, never on the batch. (Beyond one part, a token's sums are rounded differently as part of
+// a prompt and alone.)
 //
-//     item = row, KV head, some of its query heads, some of the row's tokens, part of the context
+//     item = row, some KV heads, some of their query heads, some of its tokens, part of the context
+//
+// Where the context is cut, an item has several KV heads: a block's heads lie side by side, and
+// only long runs are read at full speed.
 #pragma once
 #include "matmul.h"
 
@@ -18,11 +22,12 @@ constexpr int kChunk = 128;      // keys whose scores are kept at once
 constexpr int kPart = 512;       // keys of a part
 constexpr int kFewTokens = 4;    // rows of at most as many are cut in parts
 constexpr int kBlock = 16;       // tokens of a KV block
+constexpr int kMaxKvHeads = 4;   // of an item
 
 struct RowItems {
-    int64_t parts, query_groups, head_groups;
-    int heads, tokens; // of an item
-    int64_t total(int64_t kv_heads) const { return parts * query_groups * head_groups * kv_heads; }
+    int64_t parts, query_groups, head_groups, kv_groups;
+    int heads, tokens, kv_heads; // of an item
+    int64_t total() const { return parts * query_groups * head_groups * kv_groups; }
 };
 
 inline RowItems items_of(const shoal_model& model, int64_t query_len, int64_t context_len) {
@@ -33,6 +38,8 @@ inline RowItems items_of(const shoal_model& model, int64_t query_len, int64_t co
     items.tokens = kMaxQueries / items.heads;
     items.query_groups = (query_len + items.tokens - 1) / items.tokens;
     items.parts = query_len > kFewTokens ? 1 : (context_len + kPart - 1) / kPart;
+    items.kv_heads = items.parts == 1 ? 1 : kMaxKvHeads;
+    items.kv_groups = (model.num_kv_heads + items.kv_heads - 1) / items.kv_heads;
     return items;
 }
 
@@ -42,7 +49,7 @@ inline int64_t plan_attention(const shoal_model& model, const shoal_batch& batch
         scratch.row_starts[r] = token, scratch.item_starts[r] = item, scratch.part_starts[r] = part;
         if (r == batch.num_rows) break;
         RowItems items = items_of(model, batch.query_lens[r], batch.context_lens[r]);
-        item += items.total(model.num_kv_heads);
+        item += items.total();
         if (items.parts > 1) part += items.parts * batch.query_lens[r] * model.num_heads;
         for (int64_t i = 0; i < batch.query_lens[r]; i++) scratch.token_rows[token++] = r;
     }
@@ -68,27 +75,32 @@ struct Item {
     const shoal_model* model;
     const shoal_layer_kv* kv;
     const int64_t* blocks; // of the row
-    int64_t kv_head;
-    int64_t first_key, end_key;        // keys that any query sees
+    int64_t first_kv_head;
+    int kv_heads;
+    int64_t first_key, end_key; // keys that any query sees
     int64_t seen_from[kMaxQueries], seen_to[kMaxQueries];
-    const float* queries; // [head_dim][queries]
-    float* out;           // [queries][head_dim + kWidth]: sums of weighted values
-    float most[kMaxQueries], total[kMaxQueries];
+    const float* queries; // [KV heads][head_dim][queries]
+    float* out;           // [KV heads][queries][head_dim + 16]: sums of weighted values
+    float most[kMaxKvHeads][kMaxQueries], total[kMaxKvHeads][kMaxQueries];
+
+    // Where a block's keys or values of a KV head lie: an index among [block, KV head].
+    int64_t place(int64_t position, int kv_head) const {
+        return blocks[position / kBlock] * model->num_kv_heads + first_kv_head + kv_head;
+    }
 };
 
-// Scores of one block's 16 keys.
+// Scores of one block's 16 keys for one KV head's queries.
 template <int kKv, int kQueries>
-inline void score_block(const Item& item, int64_t position, float (*scores)[kChunk],
-                        int64_t position_in_chunk) {
+inline void score_block(const Item& item, int kv_head, int64_t position, float (*scores)[kChunk]) {
     const shoal_model& model = *item.model;
-    int64_t head = item.blocks[position / kBlock] * model.num_kv_heads + item.kv_head;
-    int64_t base = head * model.head_dim * kBlock;
+    int64_t place = item.place(position, kv_head), column = position % kChunk;
     for (int half = 0; half < kBlock / kWidth; half++) {
         F even[kQueries], odd[kQueries]; // two chains: one would wait on itself
 #pragma GCC unroll 8
         for (int q = 0; q < kQueries; q++) even[q] = odd[q] = zero();
-        const float* query = item.queries;
-        int64_t at = base + half * kWidth, end = at + model.head_dim * kBlock;
+        const float* query = item.queries + kv_head * model.head_dim * kQueries;
+        int64_t at = place * model.head_dim * kBlock + half * kWidth;
+        int64_t end = at + model.head_dim * kBlock;
         for (; at < end; at += 2 * kBlock, query += 2 * kQueries) {
             F first = load_kv<kKv>(item.kv->keys, at);
             F second = load_kv<kKv>(item.kv->keys, at + kBlock);
@@ -102,17 +114,17 @@ inline void score_block(const Item& item, int64_t position, float (*scores)[kChu
         for (int q = 0; q < kQueries; q++) {
             F score = add(even[q], odd[q]);
             if (kKv == SHOAL_KV_INT8)
-                score = mul(score, load(item.kv->key_scales + head * kBlock + half * kWidth));
+                score = mul(score, load(item.kv->key_scales + place * kBlock + half * kWidth));
             if (float cap = model.attention_softcap; cap > 0.f)
                 score = mul(set1(cap), hyperbolic_tangent(mul(score, set1(1.f / cap))));
-            store(scores[q] + position_in_chunk + half * kWidth, score);
+            store(scores[q] + column + half * kWidth, score);
         }
     }
     for (int q = 0; q < kQueries; q++) // the edges of what a query sees
         if (position < item.seen_from[q] || position + kBlock > item.seen_to[q])
             for (int i = 0; i < kBlock; i++)
                 if (position + i < item.seen_from[q] || position + i >= item.seen_to[q])
-                    scores[q][position_in_chunk + i] = -INFINITY;
+                    scores[q][column + i] = -INFINITY;
 }
 
 // Scores to weights e**(score - most); returns what earlier sums shrink by.
@@ -143,82 +155,91 @@ inline float weigh(float* scores, int64_t n, float* most, float* total) {
     return shrink;
 }
 
-// Adds weighted values of some keys to dimensions [d, d + 16 n) of the sums. `kVectors` of them are
-// whole, and `rest` values follow.
+// Adds weighted values of some keys of a block to dimensions of the sums from d on: `kVectors`
+// whole ones, or `rest` values.
 template <int kKv, int kQueries, int kVectors>
-inline void add_slice(const Item& item, int64_t from, int64_t to, const float (*weights)[kChunk],
-                      const float* shrink, int64_t d, int rest) {
+inline void add_slice(const Item& item, int64_t place, int64_t from, int64_t to, float* out,
+                      const float (*weights)[kChunk], int64_t d, int rest) {
     constexpr int kAll = kVectors ? kVectors : 1;
-    const shoal_model& model = *item.model;
-    int64_t head_dim = model.head_dim, stride = head_dim + kLanes;
+    int64_t head_dim = item.model->head_dim, stride = head_dim + kLanes;
     F sums[kQueries][kAll];
 #pragma GCC unroll 8
     for (int q = 0; q < kQueries; q++)
 #pragma GCC unroll 4
-        for (int v = 0; v < kAll; v++)
-            sums[q][v] = mul(load(item.out + q * stride + d + v * kWidth), set1(shrink[q]));
-    for (int64_t key = from; key < to;) {
-        int64_t head = item.blocks[key / kBlock] * model.num_kv_heads + item.kv_head;
-        int64_t at = (head * kBlock + key % kBlock) * head_dim + d;
-        int64_t end = key / kBlock * kBlock + kBlock;
-        for (end = end < to ? end : to; key < end; key++, at += head_dim) {
-            F values[kAll];
-            if (kVectors) {
+        for (int v = 0; v < kAll; v++) sums[q][v] = load(out + q * stride + d + v * kWidth);
+    int64_t at = (place * kBlock + from % kBlock) * head_dim + d, column = from % kChunk;
+    for (int64_t key = from; key < to; key++, column++, at += head_dim) {
+        F values[kAll];
+        if (kVectors) {
 #pragma GCC unroll 4
-                for (int v = 0; v < kAll; v++) values[v] = load_kv<kKv>(item.kv->values, at + v * kWidth);
-            } else {
-                values[0] = load_kv_some<kKv>(item.kv->values, at, rest);
-            }
+            for (int v = 0; v < kAll; v++) values[v] = load_kv<kKv>(item.kv->values, at + v * kWidth);
+        } else {
+            values[0] = load_kv_some<kKv>(item.kv->values, at, rest);
+        }
 #pragma GCC unroll 8
-            for (int q = 0; q < kQueries; q++) {
-                F weight = set1(weights[q][key % kChunk]);
+        for (int q = 0; q < kQueries; q++) {
+            F weight = set1(weights[q][column]);
 #pragma GCC unroll 4
-                for (int v = 0; v < kAll; v++) sums[q][v] = fma(values[v], weight, sums[q][v]);
-            }
+            for (int v = 0; v < kAll; v++) sums[q][v] = fma(values[v], weight, sums[q][v]);
         }
     }
 #pragma GCC unroll 8
     for (int q = 0; q < kQueries; q++)
 #pragma GCC unroll 4
-        for (int v = 0; v < kAll; v++) store(item.out + q * stride + d + v * kWidth, sums[q][v]);
+        for (int v = 0; v < kAll; v++) store(out + q * stride + d + v * kWidth, sums[q][v]);
 }
 
+// Adds the weighted values of keys [from, to), of one block, for one KV head's queries.
 template <int kKv, int kQueries>
-inline void add_values(const Item& item, int64_t from, int64_t to, const float (*weights)[kChunk],
-                       const float* shrink) {
+inline void add_values(const Item& item, int kv_head, int64_t from, int64_t to,
+                       const float (*weights)[kChunk]) {
     constexpr int kVectors = kWidth == 16 ? 4 : 2; // as many as leave the sums in registers
-    int64_t head_dim = item.model->head_dim, d = 0;
+    int64_t head_dim = item.model->head_dim, d = 0, place = item.place(from, kv_head);
+    float* out = item.out + kv_head * kQueries * (head_dim + kLanes);
     for (; d + kVectors * kWidth <= head_dim; d += kVectors * kWidth)
-        add_slice<kKv, kQueries, kVectors>(item, from, to, weights, shrink, d, 0);
+        add_slice<kKv, kQueries, kVectors>(item, place, from, to, out, weights, d, 0);
     for (; d + kWidth <= head_dim; d += kWidth)
-        add_slice<kKv, kQueries, 1>(item, from, to, weights, shrink, d, 0);
+        add_slice<kKv, kQueries, 1>(item, place, from, to, out, weights, d, 0);
     if (d < head_dim)
-        add_slice<kKv, kQueries, 0>(item, from, to, weights, shrink, d, int(head_dim - d));
+        add_slice<kKv, kQueries, 0>(item, place, from, to, out, weights, d, int(head_dim - d));
+}
+
+// Turns a chunk's scores of one KV head into weights, and shrinks its earlier sums to match.
+template <int kKv, int kQueries>
+inline void weigh_chunk(Item& item, int kv_head, int64_t start, int64_t padded,
+                        float (*scores)[kChunk]) {
+    int64_t stride = item.model->head_dim + kLanes;
+    for (int q = 0; q < kQueries; q++) {
+        float shrink = weigh(scores[q], padded, &item.most[kv_head][q], &item.total[kv_head][q]);
+        float* out = item.out + (kv_head * kQueries + q) * stride;
+        if (shrink != 1.f)
+            for (int64_t d = 0; d < item.model->head_dim; d += kWidth) store(out + d, mul(load(out + d), set1(shrink)));
+    }
+    if (kKv != SHOAL_KV_INT8) return;
+    for (int64_t at = 0; at < padded; at += kWidth) {
+        int64_t place = item.place(start + at, kv_head);
+        F scale = load(item.kv->value_scales + place * kBlock + at % kBlock);
+        for (int q = 0; q < kQueries; q++)
+            store(scores[q] + at, mul(load(scores[q] + at), scale));
+    }
 }
 
 template <int kKv, int kQueries> void attend(Item& item) {
-    const shoal_model& model = *item.model;
-    int64_t start = item.first_key / kChunk * kChunk;
-    alignas(64) float scores[kQueries][kChunk];
-    float shrink[kQueries];
-    for (; start < item.end_key; start += kChunk) {
+    alignas(64) float scores[kMaxKvHeads][kQueries][kChunk];
+    for (int64_t start = item.first_key / kChunk * kChunk; start < item.end_key; start += kChunk) {
         int64_t end = start + kChunk < item.end_key ? start + kChunk : item.end_key;
-        int64_t padded = round_up(end - start, kBlock);
-        for (int64_t at = 0; at < padded; at += kBlock)
-            score_block<kKv, kQueries>(item, start + at, scores, at);
-        for (int q = 0; q < kQueries; q++)
-            shrink[q] = weigh(scores[q], padded, &item.most[q], &item.total[q]);
-        if (kKv == SHOAL_KV_INT8) {
-            for (int64_t at = 0; at < padded; at += kWidth) {
-                int64_t block = item.blocks[(start + at) / kBlock];
-                int64_t head = block * model.num_kv_heads + item.kv_head;
-                F scale = load(item.kv->value_scales + head * kBlock + at % kBlock);
-                for (int q = 0; q < kQueries; q++)
-                    store(scores[q] + at, mul(load(scores[q] + at), scale));
-            }
+        for (int64_t at = start; at < end; at += kBlock)
+            for (int h = 0; h < item.kv_heads; h++)
+                score_block<kKv, kQueries>(item, h, at, scores[h]);
+        for (int h = 0; h < item.kv_heads; h++)
+            weigh_chunk<kKv, kQueries>(item, h, start, round_up(end - start, kBlock), scores[h]);
+        for (int64_t at = start; at < end; at += kBlock) {
+            int64_t from = at < item.first_key ? item.first_key : at;
+            int64_t to = at + kBlock < end ? at + kBlock : end;
+            if (from >= to) continue; // a whole block that no query sees
+            for (int h = 0; h < item.kv_heads; h++)
+                add_values<kKv, kQueries>(item, h, from, to, scores[h]);
         }
-        int64_t from = start < item.first_key ? item.first_key : start;
-        add_values<kKv, kQueries>(item, from, end, scores, shrink);
     }
 }
 
@@ -250,52 +271,67 @@ inline void run_item(const Forward& f, const shoal_layer& layer, const shoal_lay
     int64_t part = index % items.parts, rest = index / items.parts;
     int64_t query_group = rest % items.query_groups;
     rest /= items.query_groups;
-    int64_t head_group = rest % items.head_groups, kv_head = rest / items.head_groups;
+    int64_t head_group = rest % items.head_groups, kv_group = rest / items.head_groups;
 
     int group = model.num_heads / model.num_kv_heads;
     int64_t first_head = head_group * items.heads, first_token = query_group * items.tokens;
-    int heads = int(first_head + items.heads <= group ? items.heads : group - first_head);
-    int tokens = int(first_token + items.tokens <= query_len ? items.tokens : query_len - first_token);
+    int64_t first_kv_head = kv_group * items.kv_heads;
+    auto at_most = [](int64_t wanted, int64_t left) { return int(wanted < left ? wanted : left); };
+    int heads = at_most(items.heads, group - first_head);
+    int tokens = at_most(items.tokens, query_len - first_token);
+    int kv_heads = at_most(items.kv_heads, model.num_kv_heads - first_kv_head);
     if (heads <= 0) return;
     int queries = heads * tokens;
     int64_t from = items.parts > 1 ? part * kPart : 0;
     int64_t to = items.parts > 1 && from + kPart < context_len ? from + kPart : context_len;
 
-    Item item = {&model, &kv, f.batch->block_tables[row], kv_head,
+    Item item = {&model, &kv, f.batch->block_tables[row], first_kv_head, kv_heads,
                  to, from, {}, {}, nullptr, nullptr, {}, {}};
-    int64_t stride = model.head_dim + kLanes;
-    alignas(64) float transposed[kMaxHeadDim * kMaxQueries];
-    alignas(64) float out[kMaxQueries * (kMaxHeadDim + kLanes)];
-    memset(out, 0, size_t(queries) * size_t(stride) * 4);
-    int64_t qkv_stride = int64_t(model.num_heads + 2 * model.num_kv_heads) * model.head_dim;
     for (int q = 0; q < queries; q++) {
-        int64_t token = first_token + q / heads, head = kv_head * group + first_head + q % heads;
-        int64_t position = context_len - query_len + token;
+        int64_t position = context_len - query_len + first_token + q / heads;
         int64_t oldest = layer.window > 0 && position >= layer.window ? position - layer.window + 1 : 0;
         item.seen_from[q] = oldest > from ? oldest : from;
         item.seen_to[q] = position + 1 < to ? position + 1 : to;
         if (item.seen_from[q] < item.first_key) item.first_key = item.seen_from[q];
         if (item.seen_to[q] > item.end_key) item.end_key = item.seen_to[q];
-        item.most[q] = -INFINITY;
-        const float* query = f.scratch.qkv + (f.scratch.row_starts[row] + token) * qkv_stride +
-                             head * model.head_dim;
-        for (int64_t d = 0; d < model.head_dim; d++) transposed[d * queries + q] = query[d];
+    }
+    // Token and head (among all) of a query of a KV head.
+    auto token_of = [&](int q) { return first_token + q / heads; };
+    auto head_of = [&](int h, int q) { return (first_kv_head + h) * group + first_head + q % heads; };
+
+    int64_t stride = model.head_dim + kLanes, first_row = f.scratch.row_starts[row];
+    int64_t qkv_stride = int64_t(model.num_heads + 2 * model.num_kv_heads) * model.head_dim;
+    alignas(64) float transposed[kMaxKvHeads * kMaxQueries * kMaxHeadDim];
+    alignas(64) float out[kMaxKvHeads * kMaxQueries * (kMaxHeadDim + kLanes)];
+    memset(out, 0, size_t(kv_heads * queries * stride) * 4);
+    for (int h = 0; h < kv_heads; h++) {
+        for (int q = 0; q < queries; q++) {
+            item.most[h][q] = -INFINITY;
+            const float* query = f.scratch.qkv + (first_row + token_of(q)) * qkv_stride +
+                                 head_of(h, q) * model.head_dim;
+            float* column = transposed + h * model.head_dim * queries + q;
+            for (int64_t d = 0; d < model.head_dim; d++) column[d * queries] = query[d];
+        }
     }
     item.queries = transposed, item.out = out;
     if (item.first_key < item.end_key) kAttend[model.kv_format][queries - 1](item);
 
-    for (int q = 0; q < queries; q++) {
-        int64_t token = first_token + q / heads, head = kv_head * group + first_head + q % heads;
-        if (items.parts > 1) {
-            float* to_part = part_of(f, row, items, token, head, part);
-            memcpy(to_part, out + q * stride, size_t(model.head_dim) * 4);
-            to_part[model.head_dim] = item.most[q], to_part[model.head_dim + 1] = item.total[q];
-            continue;
+    for (int h = 0; h < kv_heads; h++) {
+        for (int q = 0; q < queries; q++) {
+            const float* sums = out + (h * queries + q) * stride;
+            int64_t token = token_of(q), head = head_of(h, q);
+            if (items.parts > 1) {
+                float* to_part = part_of(f, row, items, token, head, part);
+                memcpy(to_part, sums, size_t(model.head_dim) * 4);
+                to_part[model.head_dim] = item.most[h][q];
+                to_part[model.head_dim + 1] = item.total[h][q];
+                continue;
+            }
+            float* to_token =
+                f.scratch.attention + ((first_row + token) * model.num_heads + head) * model.head_dim;
+            float inverse = 1.f / item.total[h][q];
+            for (int64_t d = 0; d < model.head_dim; d++) to_token[d] = sums[d] * inverse;
         }
-        float* to_token = f.scratch.attention +
-                          ((f.scratch.row_starts[row] + token) * model.num_heads + head) * model.head_dim;
-        float inverse = 1.f / item.total[q];
-        for (int64_t d = 0; d < model.head_dim; d++) to_token[d] = out[q * stride + d] * inverse;
     }
 }
 

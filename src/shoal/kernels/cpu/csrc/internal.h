@@ -12,7 +12,12 @@ class Team;
 Team* team_create(int num_threads);
 void team_destroy(Team*);
 void team_run(Team*, void (*function)(void* argument, int thread), void* argument);
-void team_barrier(Team*); // inside a function that the team runs
+// Inside a function that the team runs: wait until all have come here; or come, do something
+// else while the others are under way, and wait then.
+void team_barrier(Team*);
+uint32_t team_arrive(Team*);
+bool team_is_over(Team*, uint32_t round);
+void team_wait(Team*, uint32_t round);
 int team_size(const Team*);
 
 // A number of equal pieces of work that threads take from until none is left.

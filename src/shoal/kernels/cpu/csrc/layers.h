@@ -9,10 +9,14 @@
 
 namespace {
 
+constexpr int64_t kReadAheadBytes = 256 << 10; // of a core's own cache
+constexpr int64_t kReadAheadTokens = 16;       // beyond, a step is bound by arithmetic
+
 struct Pass {
     const Forward& f;
     int thread, threads;
     Work* work; // of the next phase
+    const uint8_t *ahead, *ahead_end; // what this thread reads first in the next product
 
     // Runs `piece` for 0 <= i < total, spread over the team, and waits for all of it.
     template <typename Piece> void phase(int64_t total, Piece piece) {
@@ -22,9 +26,22 @@ struct Pass {
         end();
     }
 
+    // Waits for the others, and reads ahead meanwhile: a step is bound by reading weights.
     void end() {
         work++;
-        team_barrier(f.team);
+        uint32_t round = team_arrive(f.team);
+        for (; ahead < ahead_end && !team_is_over(f.team, round); ahead += 256)
+            for (int line = 0; line < 256; line += 64) prefetch_far(ahead + line);
+        team_wait(f.team, round);
+    }
+
+    void expect(const shoal_weight* weight, Into into) {
+        ahead = ahead_end = nullptr;
+        if (!weight || f.batch->num_tokens > kReadAheadTokens) return;
+        Shares shares(*weight, into, threads);
+        int64_t bytes = shares.own * shares.panels * panel_bytes(weight->format, weight->cols);
+        ahead = weight->data + thread * bytes;
+        ahead_end = ahead + (bytes < kReadAheadBytes ? bytes : kReadAheadBytes);
     }
 
     float* row() const { return f.scratch.row + thread * f.scratch.row_floats; }
@@ -39,8 +56,11 @@ struct Pass {
         });
     }
 
-    void product(const shoal_weight& weight, int64_t tokens, const Output& to) {
-        multiply(weight, f.scratch.inputs, tokens, to, work, threads);
+    // `next`: the weight of the next product, if there is one.
+    void product(const shoal_weight& weight, int64_t tokens, const Output& to,
+                 const shoal_weight* next, Into next_into = Into::kStore) {
+        multiply(weight, f.scratch.inputs, tokens, to, work, thread, threads);
+        expect(next, next_into);
         end();
     }
 };
@@ -164,7 +184,8 @@ inline void attention_half(Pass& pass, const shoal_layer& layer, const shoal_lay
         rms_norm(f.hidden + token * n, layer.attention_norm, n, model.norm_eps, pass.row());
         return pass.row();
     });
-    pass.product(layer.qkv, tokens, {Into::kStore, f.scratch.qkv, head_cols, head_cols, layer.qkv_bias, 0});
+    pass.product(layer.qkv, tokens, {Into::kStore, f.scratch.qkv, head_cols, head_cols, layer.qkv_bias, 0},
+                 &layer.o);
     pass.phase(tokens * heads, [&](int64_t i) { finish_head(f, layer, kv, i / heads, i % heads); });
     const int64_t* starts = f.scratch.item_starts;
     pass.phase(starts[f.batch->num_rows], [&](int64_t i) {
@@ -176,10 +197,11 @@ inline void attention_half(Pass& pass, const shoal_layer& layer, const shoal_lay
         merge_parts(f, token);
         return f.scratch.attention + token * model.num_heads * model.head_dim;
     });
-    pass.product(layer.o, tokens, branch_output(f, layer.post_attention_norm, layer.o_bias));
+    pass.product(layer.o, tokens, branch_output(f, layer.post_attention_norm, layer.o_bias),
+                 &layer.gate_up, Into::kGate);
 }
 
-inline void mlp_half(Pass& pass, const shoal_layer& layer) {
+inline void mlp_half(Pass& pass, const shoal_layer& layer, const shoal_weight* next) {
     const Forward& f = pass.f;
     const shoal_model& model = *f.model;
     int64_t tokens = f.batch->num_tokens, n = model.hidden, ffn = model.ffn;
@@ -189,9 +211,10 @@ inline void mlp_half(Pass& pass, const shoal_layer& layer) {
         return pass.row();
     });
     pass.product(layer.gate_up, tokens,
-                 {Into::kGate, f.scratch.gated, ffn, ffn, layer.gate_up_bias, model.activation});
+                 {Into::kGate, f.scratch.gated, ffn, ffn, layer.gate_up_bias, model.activation},
+                 &layer.down);
     pass.inputs(layer.down, tokens, [&](int64_t token) { return f.scratch.gated + token * ffn; });
-    pass.product(layer.down, tokens, branch_output(f, layer.post_ffn_norm, layer.down_bias));
+    pass.product(layer.down, tokens, branch_output(f, layer.post_ffn_norm, layer.down_bias), next);
 }
 
 // Where x is largest, the first of equals.
@@ -226,7 +249,7 @@ inline void sample(Pass& pass) {
     int64_t n = ends.head->rows, samples = ends.num_samples;
     pass.inputs(*ends.head, samples,
                 [&](int64_t i) { return f.hidden + ends.samples[i] * f.model->hidden; });
-    pass.product(*ends.head, samples, {Into::kStore, ends.logits, n, n, nullptr, 0});
+    pass.product(*ends.head, samples, {Into::kStore, ends.logits, n, n, nullptr, 0}, nullptr);
     pass.phase(samples, [&](int64_t i) { ends.best[i] = argmax(ends.logits + i * n, n); });
 }
 
@@ -234,7 +257,9 @@ void forward(void* argument, int thread) {
     const Forward& f = *static_cast<const Forward*>(argument);
     const shoal_model& model = *f.model;
     int64_t tokens = f.batch->num_tokens, angles = tokens * model.num_ropes;
-    Pass pass = {f, thread, team_size(f.team), f.scratch.work};
+    const shoal_weight* head = f.ends->num_samples ? f.ends->head : nullptr;
+    Pass pass = {f, thread, team_size(f.team), f.scratch.work, nullptr, nullptr};
+    if (model.num_layers) pass.expect(&model.layers[0].qkv, Into::kStore);
     pass.phase(angles + (f.ends->embedding ? tokens : 0), [&](int64_t i) {
         if (i < angles) make_angles(f, i / tokens, i % tokens);
         else embed(f, i - angles);
@@ -242,7 +267,7 @@ void forward(void* argument, int thread) {
     const float* norm_before = nullptr;
     for (int64_t i = 0; i < model.num_layers; i++) {
         attention_half(pass, model.layers[i], f.kv[i], norm_before);
-        mlp_half(pass, model.layers[i]);
+        mlp_half(pass, model.layers[i], i + 1 < model.num_layers ? &model.layers[i + 1].qkv : head);
         norm_before = model.layers[i].post_ffn_norm;
     }
     pass.phase(tokens, [&](int64_t token) {
@@ -250,10 +275,10 @@ void forward(void* argument, int thread) {
         add_branch(f, norm_before, token, pass.row());
         if (model.final_norm) rms_norm(x, model.final_norm, model.hidden, model.norm_eps, x);
     });
-    if (f.ends->head && f.ends->num_samples) sample(pass);
+    if (head) sample(pass);
 }
 
-void linear(void* argument, int) {
+void linear(void* argument, int thread) {
     const Linear& l = *static_cast<const Linear*>(argument);
     int threads = team_size(l.team);
     Tiles tiles(l.num_tokens);
@@ -266,7 +291,7 @@ void linear(void* argument, int) {
     team_barrier(l.team);
     multiply(*l.weight, l.scratch.inputs, l.num_tokens,
              {Into::kStore, l.out, l.weight->rows, l.weight->rows, nullptr, 0}, l.scratch.work + 1,
-             threads);
+             thread, threads);
 }
 
 int64_t input_bytes(int64_t tokens, int64_t cols) { return tokens * token_bytes(cols); }

@@ -315,29 +315,45 @@ inline void put_output(const Output& to, int64_t row, int64_t token, const float
     }
 }
 
-// Multiplies inputs made by `put_input`; every thread takes panels until none is left.
-inline void multiply(const shoal_weight& weight, const uint8_t* inputs, int64_t tokens,
-                     const Output& to, Work* work, int threads) {
+// How a product's panels are shared out: half of them thread by thread, so that a thread knows
+// where it will begin and can read ahead; the rest to whoever is free.
+struct Shares {
+    int64_t panels; // to a unit: gate and up go together
+    int64_t units, own;
+    Shares(const shoal_weight& weight, Into into, int threads)
+        : panels(into == Into::kGate ? 2 : 1),
+          units((weight.rows + kLanes * panels - 1) / (kLanes * panels)),
+          own(units / (2 * threads)) {}
+};
+
+// Multiplies units [first, last) with all tokens.
+inline void multiply_units(const shoal_weight& weight, const uint8_t* inputs, int64_t tokens,
+                           const Output& to, int64_t panels, int64_t first, int64_t last) {
     Tiles tiles(tokens);
     int64_t bytes = panel_bytes(weight.format, weight.cols);
-    int panels = to.into == Into::kGate ? 2 : 1; // taken together
-    int64_t total = (weight.rows + kLanes * panels - 1) / (kLanes * panels), first, last;
     float sums[2][kMaxTile][kLanes];
-    while (take(work, total, threads, &first, &last)) {
-        for (int64_t i = first; i < last; i++) {
-            const uint8_t* panel = weight.data + i * panels * bytes;
-            const float* bias = to.bias ? to.bias + i * panels * kLanes : nullptr;
-            for (int64_t t = 0; t < tiles.count; t++) {
-                Tile tile = tiles[t];
-                const uint8_t* input = inputs + tile.first * token_bytes(weight.cols);
-                Product run = kProducts[weight.format][tile.size - 1];
-                for (int p = 0; p < panels; p++)
-                    run(panel + p * bytes, weight.cols, input, sums[p][0]);
-                for (int m = 0; m < tile.size; m++)
-                    put_output(to, i * kLanes, tile.first + m, sums[0][m], sums[1][m], bias);
-            }
+    for (int64_t i = first; i < last; i++) {
+        const uint8_t* panel = weight.data + i * panels * bytes;
+        const float* bias = to.bias ? to.bias + i * panels * kLanes : nullptr;
+        for (int64_t t = 0; t < tiles.count; t++) {
+            Tile tile = tiles[t];
+            const uint8_t* input = inputs + tile.first * token_bytes(weight.cols);
+            Product run = kProducts[weight.format][tile.size - 1];
+            for (int p = 0; p < panels; p++) run(panel + p * bytes, weight.cols, input, sums[p][0]);
+            for (int m = 0; m < tile.size; m++)
+                put_output(to, i * kLanes, tile.first + m, sums[0][m], sums[1][m], bias);
         }
     }
+}
+
+// Multiplies inputs made by `put_input`; every thread takes part until nothing is left.
+inline void multiply(const shoal_weight& weight, const uint8_t* inputs, int64_t tokens,
+                     const Output& to, Work* work, int thread, int threads) {
+    Shares shares(weight, to.into, threads);
+    int64_t own = thread * shares.own, shared = threads * shares.own, first, last;
+    multiply_units(weight, inputs, tokens, to, shares.panels, own, own + shares.own);
+    while (take(work, shares.units - shared, threads, &first, &last))
+        multiply_units(weight, inputs, tokens, to, shares.panels, shared + first, shared + last);
 }
 
 } // namespace

@@ -33,14 +33,15 @@ void wait_while(const std::atomic<uint32_t>& value, uint32_t old, int spins) {
 class Team {
   public:
     explicit Team(int size) : size_(size) {
-        for (int i = 1; i < size; i++) threads_.emplace_back([this, i] { work(i); });
+        try {
+            for (int i = 1; i < size; i++) threads_.emplace_back([this, i] { work(i); });
+        } catch (...) { // fewer threads than asked for are allowed here
+            end();
+            throw;
+        }
     }
 
-    ~Team() {
-        function_ = nullptr;
-        start();
-        for (auto& thread : threads_) thread.join();
-    }
+    ~Team() { end(); }
 
     void run(void (*function)(void*, int), void* argument) {
         function_ = function, argument_ = argument;
@@ -49,20 +50,31 @@ class Team {
         barrier(); // all have returned
     }
 
-    void barrier() {
+    uint32_t arrive() {
         uint32_t round = round_.load(std::memory_order_relaxed);
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
             arrived_.store(0, std::memory_order_relaxed);
-            round_.store(round + 1, std::memory_order_release);
+            round_.fetch_add(1); // in one order with the waiters' count, or a sleeper is missed
             round_.notify_all();
-        } else {
-            wait_while(round_, round, kBarrierSpins);
         }
+        return round;
     }
+
+    bool is_over(uint32_t round) const { return round_.load(std::memory_order_acquire) != round; }
+
+    void wait(uint32_t round) { wait_while(round_, round, kBarrierSpins); }
+
+    void barrier() { wait(arrive()); }
 
     int size() const { return size_; }
 
   private:
+    void end() {
+        function_ = nullptr;
+        start();
+        for (auto& thread : threads_) thread.join();
+    }
+
     void start() {
         started_.fetch_add(1, std::memory_order_release);
         started_.notify_all();
@@ -96,6 +108,9 @@ Team* team_create(int num_threads) {
 void team_destroy(Team* team) { delete team; }
 void team_run(Team* team, void (*function)(void*, int), void* argument) { team->run(function, argument); }
 void team_barrier(Team* team) { team->barrier(); }
+uint32_t team_arrive(Team* team) { return team->arrive(); }
+bool team_is_over(Team* team, uint32_t round) { return team->is_over(round); }
+void team_wait(Team* team, uint32_t round) { team->wait(round); }
 int team_size(const Team* team) { return team->size(); }
 
 } // namespace shoal

@@ -200,6 +200,7 @@ inline F dot_bf16(F total, I, I) { return total; }
 constexpr int kHalves = kLanes / kWidth; // vectors to a panel's 16 rows
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 // e**x to about 2 ulp (Cephes' expf); 0 far below, large but finite far above.
 inline F exponential(F x) {

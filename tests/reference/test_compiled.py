@@ -20,6 +20,7 @@ from shoal.kernels.cpu import library
 from shoal.kernels.cpu.arena import Arena, PackedFormat, PackedWeight, packed_bytes
 from shoal.kernels.cpu.step import Session
 from shoal.kernels.quantized import QuantizedWeight, WeightFormat, quantize
+from shoal.model.draw import add_noise
 from shoal.model.gguf_source import GGUFSource
 from shoal.model.names import gguf_names
 from shoal.model.packed_decoder import PackedDecoder
@@ -213,6 +214,18 @@ def test_int8_products_at_their_largest(isa: str) -> None:
         x = torch.full((3, 64), -127.0)
         got = session.linear(x, _packed(session, "int8", weight))
         assert got.eq(-64 * 127 * 127 * sign).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_noise_is_that_of_the_reference(isa: str) -> None:
+    seeds = [0, 1, 2**63 + 12345, 2**64 - 1]
+    positions = [0, 7, 2**31 + 3, 2**40]
+    for size in (1, 63, 64, 5003, 49152):
+        expected, got = torch.zeros(4, size), torch.zeros(4, size)
+        add_noise(expected, seeds, positions)
+        SESSIONS[isa].add_noise(got, seeds, positions)
+        assert (expected - got).abs().max() < 1e-5
+        assert got.isfinite().all()
 
 
 def test_zeros_and_nothing() -> None:

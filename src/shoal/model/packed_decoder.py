@@ -9,6 +9,7 @@ int8 and int4 weights are rounded to int8 in groups of 32. No I/O, no names of m
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -63,6 +64,10 @@ class PackedDecoder:
     def logits(self, hidden_NE: Tensor) -> Tensor:
         """fp32 logits [N, V] of the tokens that follow."""
         return self._capped(self._session.linear(hidden_NE, self._head))
+
+    def add_noise(self, logits_RV: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> None:
+        """As `draw.add_noise`, on the session's threads."""
+        self._session.add_noise(logits_RV, seeds, positions)
 
     def _capped(self, logits_NV: Tensor) -> Tensor:
         cap = self.spec.final_softcap

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from torch import Tensor
 from shoal.core.request import SamplingParams, TokenLogprobs
 from shoal.core.step import SequenceStart
 from shoal.model import logits as process
-from shoal.model.draw import draw
+from shoal.model.draw import AddNoise, add_noise, draw
 from shoal.model.logits import to_device
 from shoal.model.logprobs import HostCopy, PendingLogprobs
 
@@ -120,6 +121,7 @@ def sample(
     positions: Sequence[int],
     masks: Sequence[bytes | None],
     best_N: Tensor | None = None,
+    noise: AddNoise = add_noise,
 ) -> SampledBatch:
     """Choose the token of each row and append it to its sequence's state.
 
@@ -130,13 +132,14 @@ def sample(
         positions: absolute position of the token to choose (`StepRow.end`).
         masks: allowed token ids (`StepRow.mask`).
         best_N: where each row's raw logits are largest, if that is known.
+        noise: a faster way to add it, where there is one.
     """
     rows = [_Row(*row) for row in zip(sequences, positions, masks, strict=True)]
     plain = [row.is_plain for row in rows]
     if best_N is not None and all(plain):
         token_ids_N = best_N
     else:
-        token_ids_N = _argmax_or(_process, logits_NV, rows, plain)
+        token_ids_N = _argmax_or(partial(_process, noise=noise), logits_NV, rows, plain)
     for i, sequence in enumerate(sequences):
         sequence.append(token_ids_N[i : i + 1])
     return SampledBatch(
@@ -164,7 +167,7 @@ def _argmax_or(
     return token_ids_N
 
 
-def _process(logits_RV: Tensor, rows: Sequence[_Row]) -> Tensor:
+def _process(logits_RV: Tensor, rows: Sequence[_Row], noise: AddNoise) -> Tensor:
     """Tokens of rows that need more than an argmax of raw logits. Overwrites the logits."""
     process.finite_(logits_RV)
     masked = [(i, row.mask) for i, row in enumerate(rows) if row.mask is not None]
@@ -177,12 +180,13 @@ def _process(logits_RV: Tensor, rows: Sequence[_Row]) -> Tensor:
     if banned:
         process.ban_(logits_RV, *zip(*banned, strict=True))
     _penalise(logits_RV, [row.sequence for row in rows])
-    return _argmax_or(_draw, logits_RV, rows, [row.sequence.greedy for row in rows])
+    greedy = [row.sequence.greedy for row in rows]
+    return _argmax_or(partial(_draw, noise=noise), logits_RV, rows, greedy)
 
 
-def _draw(logits_RV: Tensor, rows: Sequence[_Row]) -> Tensor:
+def _draw(logits_RV: Tensor, rows: Sequence[_Row], noise: AddNoise) -> Tensor:
     sampling = [row.sequence.sampling for row in rows]
-    return draw(logits_RV, sampling, [row.position for row in rows])
+    return draw(logits_RV, sampling, [row.position for row in rows], noise)
 
 
 def _penalise(logits_RV: Tensor, sequences: Sequence[SequenceSampler]) -> None:

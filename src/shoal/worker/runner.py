@@ -20,6 +20,7 @@ from torch import Tensor
 from shoal.core.request import TokenLogprobs
 from shoal.core.step import RowResult, Step, StepResult, StepRow
 from shoal.model.decoder import Decoder
+from shoal.model.draw import add_noise
 from shoal.model.logprobs import prompt_logprobs
 from shoal.model.packed_decoder import PackedDecoder
 from shoal.model.sampling import SampledBatch, SequenceSampler, sample
@@ -223,6 +224,7 @@ class Worker:
             [row.end for _, row in rows],
             [row.mask for _, row in rows],
             best_S,
+            self._decoder.add_noise if isinstance(self._decoder, PackedDecoder) else add_noise,
         )
         self._sampled[step.step_id] = _Sampled(
             sampled.token_ids_N, {i: index for index, (i, _) in enumerate(rows)}

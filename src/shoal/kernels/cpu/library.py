@@ -13,7 +13,7 @@ from pathlib import Path
 
 _ABI = 1
 _NO_BUILD = (
-    "the compiled CPU kernels are not built (they are for x86-64, and need a C++ compiler when shoal "
+    "the compiled CPU kernels are not built (they are for x86-64 and need g++ or clang++ when shoal "
     "is installed); "
     "install g++ and run `pip install --force-reinstall --no-deps --no-cache-dir shoal`, or "
     "`make clean setup` in a clone"
@@ -97,6 +97,7 @@ _FUNCTIONS = {
         (c_void_p, POINTER(Model), POINTER(LayerKV), POINTER(Batch), POINTER(Ends), c_void_p),
     ),
     "linear": (c_int32, (c_void_p, POINTER(Weight), c_void_p, c_int32, c_void_p)),
+    "add_gumbel": (None, (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p)),
     "packed_bytes": (c_int64, (c_int32, c_int64, c_int64)),
     "pack": (
         c_int32,

@@ -137,6 +137,18 @@ class Session:
             raise MemoryError(f"no memory for a product of {len(x_NE)} tokens")
         return out_NV
 
+    def add_noise(self, logits_RV: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> None:
+        """Adds Gumbel noise to fp32 logits in place (as `model/philox.py` defines it)."""
+        assert logits_RV.is_contiguous()
+        keys, places = array("Q", seeds), array("q", positions)
+        self.library.shoal_cpu_add_gumbel(
+            self._context,
+            logits_RV.data_ptr(),
+            *logits_RV.shape,
+            keys.buffer_info()[0],
+            places.buffer_info()[0],
+        )
+
     def read(self, data: Tensor) -> None:
         """Read memory once, with every thread: what a bandwidth is measured with."""
         self.library.shoal_cpu_read(self._context, data.data_ptr(), data.nbytes)

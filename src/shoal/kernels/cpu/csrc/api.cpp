@@ -152,6 +152,38 @@ int32_t shoal_cpu_linear(shoal_context* context, const shoal_weight* weight, con
 
 namespace {
 
+constexpr int64_t kNoiseRun = 4096; // token ids that a thread takes at once
+
+struct Noise {
+    const KernelTable* table;
+    Team* team;
+    float* logits;
+    int64_t num_rows, n;
+    const uint64_t* seeds;
+    const int64_t* positions;
+};
+
+void noise_share(void* argument, int thread) {
+    auto& noise = *static_cast<Noise*>(argument);
+    int64_t runs = (noise.n + kNoiseRun - 1) / kNoiseRun;
+    for (int64_t i = thread; i < noise.num_rows * runs; i += team_size(noise.team)) {
+        int64_t row = i / runs, first = i % runs * kNoiseRun, left = noise.n - first;
+        noise.table->add_gumbel(noise.logits + row * noise.n + first, first,
+                                left < kNoiseRun ? left : kNoiseRun, noise.seeds[row],
+                                noise.positions[row]);
+    }
+}
+
+} // namespace
+
+void shoal_cpu_add_gumbel(shoal_context* context, float* logits, int64_t num_rows, int64_t n,
+                          const uint64_t* seeds, const int64_t* positions) {
+    Noise noise = {context->table, context->team, logits, num_rows, n, seeds, positions};
+    team_run(context->team, noise_share, &noise);
+}
+
+namespace {
+
 struct Read {
     Team* team;
     const uint64_t* data;

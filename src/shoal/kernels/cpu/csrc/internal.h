@@ -65,6 +65,7 @@ struct KernelTable {
     const char* name;
     void (*forward)(void* forward, int thread);
     void (*linear)(void* linear, int thread);
+    void (*add_gumbel)(float* logits, int64_t first, int64_t n, uint64_t seed, int64_t position);
     int64_t (*input_bytes)(int64_t tokens, int64_t cols); // of Scratch::inputs, any format
     // Fills row_starts, item_starts and part_starts; returns the floats of Scratch::partial.
     int64_t (*plan)(const shoal_model*, const shoal_batch*, Scratch*);

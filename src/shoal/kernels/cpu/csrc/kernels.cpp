@@ -1,5 +1,6 @@
 // One instruction set's kernels: compiled once for each, with its flags and SHOAL_TABLE as name.
 #include "layers.h"
+#include "noise.h"
 
 #define SHOAL_STRING(x) #x
 #define SHOAL_NAME(x) SHOAL_STRING(x)
@@ -8,6 +9,6 @@
 
 namespace shoal {
 extern const KernelTable SHOAL_SYMBOL(SHOAL_TABLE);
-const KernelTable SHOAL_SYMBOL(SHOAL_TABLE) = {SHOAL_NAME(SHOAL_TABLE), forward, linear, input_bytes,
-                                               plan};
+const KernelTable SHOAL_SYMBOL(SHOAL_TABLE) = {SHOAL_NAME(SHOAL_TABLE), forward, linear, add_gumbel,
+                                               input_bytes, plan};
 } // namespace shoal

@@ -88,6 +88,10 @@ int32_t shoal_cpu_forward(shoal_context*, const shoal_model*, const shoal_layer_
 int32_t shoal_cpu_linear(shoal_context*, const shoal_weight*, const float* x, int32_t num_tokens,
                          float* out);
 
+// Adds Gumbel noise to logits [num_rows, n], in place; a row has its seed and position.
+void shoal_cpu_add_gumbel(shoal_context*, float* logits, int64_t num_rows, int64_t n,
+                          const uint64_t* seeds, const int64_t* positions);
+
 // Bytes of a packed weight.
 int64_t shoal_cpu_packed_bytes(int32_t format, int64_t rows, int64_t cols);
 

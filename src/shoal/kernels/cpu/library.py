@@ -13,7 +13,7 @@ from pathlib import Path
 
 _ABI = 1
 _NO_BUILD = (
-    "the compiled CPU kernels are not built (they are for x86-64 and need g++ or clang++ when shoal "
+    "the compiled CPU kernels are not built (they are for x86-64 and need a compiler when shoal "
     "is installed); "
     "install g++ and run `pip install --force-reinstall --no-deps --no-cache-dir shoal`, or "
     "`make clean setup` in a clone"

@@ -52,7 +52,8 @@ class PackedDecoder:
 
     def forward(self, token_ids: array[int], batch: HostBatch, kv: KVCache) -> Tensor:
         """Hidden states [T, E] after the final norm; writes the tokens' KV on the way."""
-        return self._session.forward(self._model, token_ids, batch, kv, array("q")).hidden_TE
+        out = self._session.forward(self._model, token_ids, batch, kv, array("q"))
+        return out.hidden_TE.clone()  # the session's own are overwritten by its next step
 
     def step(
         self, token_ids: array[int], batch: HostBatch, kv: KVCache, samples: array[int]

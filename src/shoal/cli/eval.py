@@ -220,6 +220,7 @@ def _report(
         {
             **asdict(side),
             "precision": worker.dtype,
+            "kernels": worker.kernels,
             "device": worker.device,
             "perplexity": perplexity.value,
             "perplexity_error": perplexity.error,

@@ -122,6 +122,26 @@ def quantize(
     return QuantizedWeight(format, codes, scales_FG)
 
 
+def quantize_with_minimums(weight_FK: Tensor) -> QuantizedWeight:
+    """The weight in int4 with minimums, as GGUF's Q4_1: 16 even steps from least to largest.
+
+    Raises:
+        ValueError: columns that are no whole groups of 32, values that are not finite.
+    """
+    rows, columns = weight_FK.shape
+    if columns % GROUP_SIZE:
+        raise ValueError(f"{columns} columns are no whole groups of {GROUP_SIZE}")
+    values_FGS = weight_FK.float().view(rows, -1, GROUP_SIZE)
+    _largest(values_FGS.flatten(0, 1).t())
+    minimums_FG = values_FGS.amin(-1).clamp_(-_FP16_MAX, _FP16_MAX).half()
+    scales_FG = ((values_FGS.amax(-1) - values_FGS.amin(-1)) / 15).clamp_(max=_FP16_MAX).half()
+    steps_FGS = (values_FGS - minimums_FG.float()[..., None]) * _inverse(scales_FG.float())[
+        ..., None
+    ]
+    codes_FK = steps_FGS.round_().clamp_(0, 15).to(torch.uint8).view(rows, columns)
+    return QuantizedWeight("int4", pack_int4(codes_FK), scales_FG, minimums_FG)
+
+
 _STORED = {
     "int8": (1, torch.int8, torch.float16),
     "int4": (2, torch.uint8, torch.float16),

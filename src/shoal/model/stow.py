@@ -13,7 +13,13 @@ from torch import Tensor
 
 from shoal.core.errors import WeightsError
 from shoal.kernels.cpu.arena import Arena, PackedWeight
-from shoal.kernels.quantized import GROUP_SIZE, QuantizedWeight, WeightFormat, quantize
+from shoal.kernels.quantized import (
+    GROUP_SIZE,
+    QuantizedWeight,
+    WeightFormat,
+    quantize,
+    quantize_with_minimums,
+)
 from shoal.model.parameters import Placement
 from shoal.model.sources import WeightSource
 
@@ -105,7 +111,8 @@ def _codes(
         rows = source.quantized_rows(name, start, stop)
     if rows is None or rows.group_size % group_size:
         try:
-            rows = quantize(source.rows(name, start, stop).float(), weight_format)
+            values = source.rows(name, start, stop).float()
+            rows = quantize_with_minimums(values) if minimums else quantize(values, weight_format)
         except ValueError as error:
             raise WeightsError(f"{name}: {error}") from error
     assert minimums or rows.minimums_FG is None, "a format with minimums was to be chosen"

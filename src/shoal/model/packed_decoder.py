@@ -60,6 +60,8 @@ class PackedDecoder:
     ) -> StepOutput:
         """As `forward`, with the logits of some tokens (indices into the batch)."""
         out = self._session.forward(self._model, token_ids, batch, kv, samples)
+        if self.spec.final_softcap is None:
+            return out
         return replace(out, logits_NV=self._capped(out.logits_NV))
 
     def logits(self, hidden_NE: Tensor) -> Tensor:

@@ -166,7 +166,7 @@ def _packed(
     session: Session, kind: PackedFormat, rows: torch.Tensor | QuantizedWeight
 ) -> PackedWeight:
     num_rows, columns = rows.shape
-    arena = Arena(session.library, packed_bytes(session.library, kind, num_rows, columns))
+    arena = Arena(session.native, packed_bytes(session.native, kind, num_rows, columns))
     weight = arena.take(kind, num_rows, columns)
     arena.put(weight, torch.arange(num_rows), rows)
     return weight
@@ -265,7 +265,7 @@ def test_members_of_a_fused_weight_that_differ(tmp_path: Path) -> None:
         if wanted is None:
             continue
         session = Session(1)
-        arena = Arena(session.library, packed_bytes(session.library, wanted, 64, 64))  # type: ignore[arg-type]
+        arena = Arena(session.native, packed_bytes(session.native, wanted, 64, 64))  # type: ignore[arg-type]
         target = arena.take(wanted, 64, 64)  # type: ignore[arg-type]
         name = "blk.0.attn_v.weight"
         stow(Placement(name, (64, 64), target, torch.arange(64)), 0, 64, source, arena)

@@ -121,11 +121,11 @@ def _arena(spec: ModelSpec, formats: WeightFormats, dtype: torch.dtype, session:
     tables = [formats.head] if spec.tied_embeddings else [formats.head, formats.embedding]
     wanted += [("table", weight_format) for weight_format in tables]
     size = sum(
-        packed_bytes(session.library, packed_format(weight_format, dtype), *shapes[part])
+        packed_bytes(session.native, packed_format(weight_format, dtype), *shapes[part])
         for part, weight_format in wanted
     )
     try:
-        return Arena(session.library, size)
+        return Arena(session.native, size)
     except (OSError, MemoryError, OverflowError) as error:
         raise DeviceError(
             f"no memory for {size / 2**30:.1f} GiB of weights; use --quantize int4, or a smaller "

@@ -65,17 +65,17 @@ class Session:
     """
 
     def __init__(self, num_threads: int, isa: str | None = None) -> None:
-        self.library = c.load_library()
-        best = self.library.shoal_cpu_best_isa()
+        self.native = c.load_library()
+        best = self.native.shoal_cpu_best_isa()
         if best is None:
             raise OSError("this CPU lacks AVX2, FMA or F16C, which the compiled kernels need")
         self.isa = isa or best.decode()
-        self._context = self.library.shoal_cpu_create(num_threads, self.isa.encode())
+        self._context = self.native.shoal_cpu_create(num_threads, self.isa.encode())
         if not self._context:
             raise OSError(f"no team of {num_threads} threads for {self.isa} on this machine")
         self._buffers: dict[str, Tensor] = {}
         self._views: dict[tuple[str, int, int], Tensor] = {}
-        weakref.finalize(self, self.library.shoal_cpu_destroy, self._context)
+        weakref.finalize(self, self.native.shoal_cpu_destroy, self._context)
 
     def forward(
         self,
@@ -114,7 +114,7 @@ class Session:
             logits_NV.data_ptr(),
             best.buffer_info()[0],
         )
-        code = self.library.shoal_cpu_forward(
+        code = self.native.shoal_cpu_forward(
             self._context, model.c_model(kv), model.c_kv(kv), rows, ends, hidden_TE.data_ptr()
         )
         if code != 0:
@@ -126,7 +126,7 @@ class Session:
         """x @ weight.T in fp32, [N, V]."""
         x_NE = x_NE.contiguous()
         out_NV = torch.empty(len(x_NE), weight.rows)
-        code = self.library.shoal_cpu_linear(
+        code = self.native.shoal_cpu_linear(
             self._context,
             ctypes.byref(weight.as_c()),
             x_NE.data_ptr(),
@@ -141,7 +141,7 @@ class Session:
         """Adds Gumbel noise to fp32 logits in place (as `model/philox.py` defines it)."""
         assert logits_RV.is_contiguous()
         keys, places = array("Q", seeds), array("q", positions)
-        self.library.shoal_cpu_add_gumbel(
+        self.native.shoal_cpu_add_gumbel(
             self._context,
             logits_RV.data_ptr(),
             *logits_RV.shape,
@@ -151,7 +151,7 @@ class Session:
 
     def read(self, data: Tensor) -> None:
         """Read memory once, with every thread: what a bandwidth is measured with."""
-        self.library.shoal_cpu_read(self._context, data.data_ptr(), data.nbytes)
+        self.native.shoal_cpu_read(self._context, data.data_ptr(), data.nbytes)
 
     def _buffer(self, name: str, rows: int, columns: int) -> Tensor:
         """Kept between calls: fresh memory would cost a page fault for every 4 KiB.

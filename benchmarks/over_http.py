@@ -2,12 +2,13 @@
 
     python benchmarks/over_http.py --rounds 5                  # a real model
     python benchmarks/over_http.py --rounds 5 --step-ms 20     # an engine that only pretends
+    python benchmarks/over_http.py --rounds 5 --before SRC     # beside another version of shoal
 
 Each round, interleaved, over the same greedy requests (token ids in, --max-tokens each): all
 streams at once over HTTP from a client that only counts; then `LLM.generate` in this process
-(real models only). CPU is user + system of the server's process, engine processes not
+(real models only). CPU is what the threads of the server's process ran, engine processes not
 included, over all tokens of a round, so parsing the requests is in it. Medians go to
-`benchmarks/results/`.
+`benchmarks/results/`, as JSON and as a table. Linux only.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import platform
 import random
 import re
@@ -44,6 +46,8 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--step-ms", type=float, default=None, help="no model: a pretended step")
+    parser.add_argument("--quantize", default="auto", help="weights of a real model")
+    parser.add_argument("--before", type=Path, help="a src folder with the shoal to compare with")
     parser.add_argument("--serve-pretend", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=None, help="a file for the JSON")
     args = parser.parse_args()
@@ -61,22 +65,27 @@ def main() -> None:
     text = json.dumps(report, indent=1)
     if args.output is not None:
         args.output.write_text(text + "\n")
+        args.output.with_suffix(".md").write_text(as_table(report))
     sys.stdout.write(text + "\n")
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, float]]:
     """One row a round; a round before them warms everything up."""
     command = [sys.executable, "-m", "shoal", "serve", args.model, "--port", "0"]
+    command += ["--quantize", args.quantize]
     if args.step_ms is not None:
         command = [sys.executable, *sys.argv, "--serve-pretend"]
     rng = random.Random(0)
     with contextlib.ExitStack() as stack:
         process, url = stack.enter_context(running(command))
+        earlier = None
+        if args.before is not None:
+            earlier = stack.enter_context(running(command, args.before))
         llm = None
         if args.step_ms is None:
             from shoal import LLM
 
-            llm = stack.enter_context(LLM(args.model))
+            llm = stack.enter_context(LLM(args.model, quantize=args.quantize))
         for number in range(-1, args.rounds):
             # New ones each round, the same for both: no prefix is found cached.
             prompts = [
@@ -84,6 +93,9 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, float]]:
                 for _ in range(args.streams)
             ]
             row = over_http(process, url, prompts, args.max_tokens)
+            if earlier is not None:
+                before = over_http(*earlier, prompts, args.max_tokens)
+                row |= {f"before_{key}": value for key, value in before.items()}
             if llm is not None:
                 row["llm_tokens_per_s"] = in_process(llm, prompts, args.max_tokens)
                 row["http_over_llm"] = row["http_tokens_per_s"] / row["llm_tokens_per_s"]
@@ -108,21 +120,22 @@ def over_http(
         ).encode()
         for prompt in prompts
     ]
-    before, started_s = process.cpu_times(), time.perf_counter()
+    before_s, started_s = cpu_s(process), time.perf_counter()
     num_events = asyncio.run(stream_all(url, bodies))
-    after, taken_s = process.cpu_times(), time.perf_counter() - started_s
+    used_s, taken_s = cpu_s(process) - before_s, time.perf_counter() - started_s
     num_tokens = max_tokens * len(prompts)
-    user_us, system_us = (
-        1e6 * (later - earlier) / num_tokens
-        for later, earlier in ((after.user, before.user), (after.system, before.system))
-    )
     return {
         "http_tokens_per_s": num_tokens / taken_s,
-        "server_cpu_us_per_token": user_us + system_us,
-        "of_which_system_us": system_us,
+        "server_cpu_us_per_token": 1e6 * used_s / num_tokens,
         "events_per_token": num_events / num_tokens,
         "loop_ns": loop_ns(),
     }
+
+
+def cpu_s(process: psutil.Process) -> float:
+    """What its threads have run, to the nanosecond: a process's times come in steps of 10 ms."""
+    threads = Path(f"/proc/{process.pid}/task").glob("*/schedstat")
+    return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
 
 
 def in_process(llm: Any, prompts: list[list[int]], max_tokens: int) -> float:
@@ -172,9 +185,10 @@ async def stream_all(url: str, bodies: list[bytes]) -> int:
 
 
 @contextlib.contextmanager
-def running(command: list[str]) -> Iterator[tuple[psutil.Process, str]]:
-    """A server's process and URL."""
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+def running(command: list[str], source: Path | None = None) -> Iterator[tuple[psutil.Process, str]]:
+    """A server's process and URL; `source`: where its shoal is."""
+    env = dict(os.environ) if source is None else {**os.environ, "PYTHONPATH": str(source)}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
     try:
         assert process.stderr is not None
         url = next(match[1] for line in process.stderr if (match := _READY.match(line)))
@@ -211,9 +225,35 @@ def loop_ns() -> float:
     return 1e9 * (time.process_time() - started_s) / turns
 
 
+def as_table(report: dict[str, Any]) -> str:
+    """Medians for people; what was measured `before` in a column of its own."""
+    medians = report["medians"]
+    keys = [key for key in medians if not key.startswith("before_")]
+    rows = [
+        f"| {key} | {medians[key]:.3g} | {_number(medians.get(f'before_{key}'))} |" for key in keys
+    ]
+    return "\n".join(
+        [
+            "# Over HTTP",
+            "",
+            f"`{report['command']}` at {report['commit']} on {report['machine']}; medians of "
+            f"{len(report['rounds'])} rounds.",
+            "",
+            "| | now | before |",
+            "|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+def _number(value: float | None) -> str:
+    return "—" if value is None else f"{value:.3g}"
+
+
 def commit() -> str:
     result = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     )
     return result.stdout.strip()
 

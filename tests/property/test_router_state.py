@@ -68,13 +68,17 @@ class Fleet:
                     ]
                 case CancelAt(replica, request_id):
                     self.running.pop((replica, request_id), None)
-                case Deliver(output):
-                    assert output.request_id not in self.finished
-                    self.last = output
-                    self.delivered.setdefault(output.request_id, []).extend(output.token_ids)
-                    if output.finish is not None:
-                        self.finished[output.request_id] = output
+                case Deliver(outputs):
+                    for output in outputs:
+                        self.take(output)
         self.state.check_integrity()
+
+    def take(self, output: Output) -> None:
+        assert output.request_id not in self.finished
+        self.last = output
+        self.delivered.setdefault(output.request_id, []).extend(output.token_ids)
+        if output.finish is not None:
+            self.finished[output.request_id] = output
 
     def up(self, name: str) -> None:
         self.live.add(name)

@@ -9,7 +9,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ class FakeRouter:
         refusal: the first and only output.
         failure: the output in place of the token at position `failure_at`.
         left: ids of requests whose stream was closed before its end.
+        num_taken: outputs that the server took without its reader.
     """
 
     answer: tuple[int, ...] = tuple(b"Hi there")
@@ -72,11 +73,14 @@ class FakeRouter:
     requests: list[GenerateRequest] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     num_running: int = 0
+    num_taken: int = 0
 
     def stats(self) -> Mapping[str, EngineStats]:
         return {"replica-0": EngineStats(num_running=self.num_running, num_blocks=8)}
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
+    async def generate(
+        self, request: GenerateRequest, take: Callable[[Output, float], bool] | None = None
+    ) -> AsyncGenerator[Output, None]:
         self.requests.append(request)
         self.num_running += 1
         ended = False
@@ -84,7 +88,10 @@ class FakeRouter:
             for output in self._outputs(request):
                 await asyncio.sleep(self.delay_s)
                 ended = output.finish is not None
-                yield output
+                if take is not None and take(output, time.monotonic()):
+                    self.num_taken += 1
+                else:
+                    yield output
         finally:
             self.num_running -= 1
             if not ended:

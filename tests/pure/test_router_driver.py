@@ -29,7 +29,7 @@ def read_all(outputs: list[Output]) -> list[Output]:
     async def read() -> list[Output]:
         inbox = Inbox()
         for output in outputs:
-            inbox.put(output)
+            inbox.put(output, 0.0)
         read = [await inbox.get()]
         while read[-1].finish is None:
             read.append(await inbox.get())
@@ -77,11 +77,41 @@ def test_a_reader_that_keeps_up_gets_each_as_it_comes() -> None:
         for output in outputs:
             reading = asyncio.create_task(inbox.get())
             await asyncio.sleep(0)
-            inbox.put(output)
+            inbox.put(output, 0.0)
             got.append(await reading)
         return got
 
     assert asyncio.run(read()) == outputs
+
+
+def test_a_reader_that_waits_is_woken_only_for_what_was_not_taken() -> None:
+    outputs = [Output(request_id="q", token_ids=(token,)) for token in range(6)]
+    asked: list[tuple[int, ...]] = []
+
+    def take(output: Output, now: float) -> bool:
+        assert now == 7.0
+        asked.append(output.token_ids)
+        return output.token_ids != (3,)
+
+    async def read() -> list[Output]:
+        inbox = Inbox(take)
+        inbox.put(outputs[0], 7.0)  # nobody waits
+        got = [await inbox.get()]
+        reading = asyncio.create_task(inbox.get())
+        await asyncio.sleep(0)
+        for output in outputs[1:5]:  # the one after 3 must not overtake it
+            inbox.put(output, 7.0)
+        got.append(await reading)
+        reading = asyncio.create_task(inbox.get())
+        await asyncio.sleep(0)
+        reading.cancel()
+        await asyncio.sleep(0)
+        inbox.put(outputs[5], 7.0)  # nobody waits any more
+        return [*got, await inbox.get()]
+
+    got = asyncio.run(read())
+    assert [output.token_ids for output in got] == [(0,), (3, 4), (5,)]
+    assert asked == [(1,), (2,), (3,)]
 
 
 def test_an_engine_is_ended_for_silence_and_for_steps_that_hang() -> None:

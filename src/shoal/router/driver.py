@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
 from shoal.core.clock import Clock
@@ -29,7 +29,7 @@ from shoal.router.events import (
     Submit,
     Tick,
 )
-from shoal.router.inbox import Inbox
+from shoal.router.inbox import Inbox, Take
 from shoal.router.state import RouterState
 
 log = logging.getLogger(__name__)
@@ -84,12 +84,17 @@ class Router:
 
     # --- for the server ---
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
+    async def generate(
+        self, request: GenerateRequest, take: Take | None = None
+    ) -> AsyncGenerator[Output, None]:
         """Outputs of a request; the last one has `finish`. Leaving early cancels it.
 
         Whoever falls behind gets what came meanwhile as one output.
+
+        Args:
+            take: asked first about what comes while the reader waits; must not raise.
         """
-        inbox = Inbox()
+        inbox = Inbox(take)
         if request.request_id in self._inboxes:
             raise ValueError(f"request id {request.request_id!r} is in use")
         self._inboxes[request.request_id] = inbox
@@ -151,16 +156,20 @@ class Router:
         now = self._clock.now()
         for effect in self._state.handle(event, now):
             match effect:
-                case Deliver(output):
-                    if output.token_ids:
-                        self._last_token_s = now
-                    inbox = self._inboxes.get(output.request_id)
-                    if inbox is not None:
-                        inbox.put(output)
+                case Deliver(outputs):
+                    self._deliver(outputs, now)
                 case Send(replica, request):
                     self._clients[replica].send(request)
                 case CancelAt(replica, request_id):
                     self._clients[replica].cancel(request_id)
+
+    def _deliver(self, outputs: Sequence[Output], now: float) -> None:
+        for output in outputs:
+            if output.token_ids:
+                self._last_token_s = now
+            inbox = self._inboxes.get(output.request_id)
+            if inbox is not None:
+                inbox.put(output, now)
 
     async def _run_client(self, client: ReplicaClient) -> None:
         try:

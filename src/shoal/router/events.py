@@ -85,9 +85,9 @@ class CancelAt:
 
 @dataclass(frozen=True, slots=True)
 class Deliver:
-    """News for whoever made the request."""
+    """News for whoever made the requests: a Step's come together."""
 
-    output: Output
+    outputs: Sequence[Output]
 
 
 Effect = Send | CancelAt | Deliver

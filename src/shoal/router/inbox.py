@@ -1,33 +1,47 @@
 """Outputs of one request on their way from the router to the one task that reads them.
 
 A reader that keeps up gets every output as it came. One that fell behind (a slow client, a busy
-server) gets those that wait as one, so that work per token falls as load rises. Knows nothing
-of replicas.
+server) gets those that wait as one, so that work per token falls as load rises. A reader that
+waits may have left word what to do with most outputs (`Take`), and is woken for the others
+only: a task woken for every token costs more than all that is done with the token. Knows
+nothing of replicas.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from shoal.core.request import Output
 
+Take = Callable[[Output, float], bool]
+"""Told the time too. Does all there is to do about an output, at once, or returns False and
+leaves it alone."""
+
 
 class Inbox:
-    """An unbounded queue with one reader; a request bounds its outputs itself."""
+    """An unbounded queue with one reader; a request bounds its outputs itself.
 
-    __slots__ = ("_loop", "_outputs", "_waiter")
+    Args:
+        take: asked first while the reader waits, which has then seen all that came before.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_loop", "_outputs", "_take", "_waiter")
+
+    def __init__(self, take: Take | None = None) -> None:
         # Asking for it at every token costs a system call each time.
         self._loop = asyncio.get_running_loop()
+        self._take = take
         self._outputs: list[Output] = []
         self._waiter: asyncio.Future[None] | None = None
 
-    def put(self, output: Output) -> None:
-        self._outputs.append(output)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+    def put(self, output: Output, now: float) -> None:
+        waiter = self._waiter
+        if waiter is None or waiter.done():
+            self._outputs.append(output)
+        elif self._take is None or not self._take(output, now):
+            self._outputs.append(output)
+            waiter.set_result(None)
 
     async def get(self) -> Output:
         """What there is, as one output; waits while there is nothing."""

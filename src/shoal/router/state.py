@@ -170,7 +170,7 @@ class RouterState:
             return []
         return [
             *self._withdraw(request_id),
-            Deliver(Output(request_id=request_id, finish="cancelled")),
+            Deliver([Output(request_id=request_id, finish="cancelled")]),
         ]
 
     def _ready(self, event: ReplicaReady, now: float) -> list[Effect]:
@@ -212,7 +212,7 @@ class RouterState:
     def _outputs(self, event: ReplicaOutputs) -> list[Effect]:
         if event.incarnation != self._replicas[event.replica].incarnation:
             return []
-        effects: list[Effect] = []
+        outputs = []
         for output in event.outputs:
             entry = self._entries.get(output.request_id)
             if entry is None or entry.replica != event.replica:
@@ -223,8 +223,8 @@ class RouterState:
             entry.output_ids += output.token_ids
             if output.finish is not None:
                 self._forget(output.request_id)
-            effects.append(Deliver(output))
-        return effects
+            outputs.append(output)
+        return [Deliver(outputs)]
 
     def _abandon(self) -> list[Effect]:
         error = UnavailableError("the server is shutting down", code="shutting_down")
@@ -320,4 +320,4 @@ def _no_replica(reason: str) -> UnavailableError:
 
 
 def _failed(request_id: str, error: RequestError) -> Deliver:
-    return Deliver(Output(request_id=request_id, finish="error", error=ErrorInfo.of(error)))
+    return Deliver([Output(request_id=request_id, finish="error", error=ErrorInfo.of(error))])

@@ -7,6 +7,7 @@
     prompts.py       text or messages → token ids
     sampling.py      body → SamplingParams → GenerateRequests
     generation.py    GenerateRequests → updates of text
+    express.py       plain text straight from the router to the socket, past all of these
     respond.py       updates → a response; sse.py: event streams, clients that hang up or stall
     responses.py, logprobs.py   the JSON that goes out
     middleware.py, auth.py, limits.py, errors.py   around every request

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 
 from fastapi import FastAPI
+from starlette.types import Receive, Scope, Send
 
 from shoal.core.clock import Clock
 from shoal.observe import ServingMetrics
@@ -18,6 +19,7 @@ from shoal.server.health import health_routes
 from shoal.server.limits import BodyLimit
 from shoal.server.middleware import Envelope
 from shoal.server.models import model_routes
+from shoal.server.sse import SEND_BODY
 from shoal.server.tokenize import tokenize_routes
 from shoal.text import Tokenizer
 
@@ -50,7 +52,7 @@ def create_app(
         wall_clock=wall_clock,
     )
     metrics.watch_replicas(router.stats)
-    app = FastAPI(title="shoal", redirect_slashes=False)
+    app = _App(title="shoal", redirect_slashes=False)
     install_error_handlers(app)
     for make_routes in (
         chat_routes,
@@ -65,3 +67,11 @@ def create_app(
     app.add_middleware(BearerAuth, api_keys=config.api_keys)
     app.add_middleware(Envelope, rng=rng, metrics=metrics)
     return app
+
+
+class _App(FastAPI):
+    """Keeps the server's own `send`: Starlette wraps it before any middleware of ours sees it."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope.setdefault("state", {})[SEND_BODY] = send
+        await super().__call__(scope, receive, send)

@@ -67,8 +67,15 @@ class Router(Protocol):
         """When the last token came, on the app's clock."""
         ...
 
-    def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
-        """Outputs, the last of which has `finish`; closing it early cancels the request."""
+    def generate(
+        self, request: GenerateRequest, take: Callable[[Output, float], bool] | None = None
+    ) -> AsyncGenerator[Output, None]:
+        """Outputs, the last of which has `finish`; closing it early cancels the request.
+
+        Args:
+            take: asked about each output that comes while the reader waits, and told when that
+                is on the app's clock; what it says True to, the reader does not get.
+        """
         ...
 
     def stats(self) -> Mapping[str, EngineStats]:

@@ -18,6 +18,7 @@ import msgspec
 from shoal.core.errors import UnavailableError
 from shoal.core.request import GenerateRequest, Output, SamplingParams, TokenLogprobs
 from shoal.server.config import ServerContext
+from shoal.server.express import Express
 from shoal.text import TextStream
 
 
@@ -60,7 +61,11 @@ class Usage:
 
 
 def updates(
-    requests: Sequence[GenerateRequest], context: ServerContext, *, prompt_only: bool = False
+    requests: Sequence[GenerateRequest],
+    context: ServerContext,
+    *,
+    prompt_only: bool = False,
+    express: Express | None = None,
 ) -> AsyncGenerator[Update, None]:
     """Updates of all completions as they come; closing it cancels what still runs.
 
@@ -68,7 +73,11 @@ def updates(
 
     Args:
         prompt_only: no output is wanted, only what was asked about the prompts.
+        express: of a single request; what it sends is in no update.
     """
+    if express is not None:
+        (request,) = requests
+        return _completion(0, request, context, express)
     complete = _prompt_only if prompt_only else _completion
     streams = [complete(i, request, context) for i, request in enumerate(requests)]
     return streams[0] if len(streams) == 1 else _merged(streams)
@@ -112,7 +121,7 @@ async def _pump(stream: AsyncGenerator[Update, None], queue: _Queue) -> None:
 
 
 async def _completion(
-    index: int, request: GenerateRequest, context: ServerContext
+    index: int, request: GenerateRequest, context: ServerContext, express: Express | None = None
 ) -> AsyncGenerator[Update, None]:
     text = TextStream(context.tokenizer, request.sampling, request.prompt_ids, request.output_ids)
     if text.stop is not None:
@@ -122,8 +131,9 @@ async def _completion(
     timer = context.metrics.completion(len(request.prompt_ids), context.clock.now())
     reason = "cancelled"
     last = None
+    take = None if express is None else express.begin(text, timer)
     try:
-        async with aclosing(context.router.generate(request)) as outputs:
+        async with aclosing(context.router.generate(request, take)) as outputs:
             async for output in outputs:
                 if output.error is not None:
                     reason = output.error.code

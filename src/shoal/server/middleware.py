@@ -15,7 +15,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shoal.observe import ServingMetrics
 from shoal.server.errors import INTERNAL_ERROR, error_response
-from shoal.server.sse import SEND_BODY
 
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that hung up before the response began."""
@@ -37,8 +36,7 @@ class Envelope:
             await self._app(scope, receive, send)
             return
         request_id = self._request_id(Headers(scope=scope).get("x-request-id", ""))
-        state = scope.setdefault("state", {})
-        state["request_id"], state[SEND_BODY] = request_id, send
+        scope.setdefault("state", {})["request_id"] = request_id
         begun = False
 
         async def send_with_id(message: Message) -> None:

@@ -53,6 +53,8 @@ def given_texts(body: CompletionRequest) -> list[str | None]:
     """Each prompt as it was given, if it was given as text."""
     if isinstance(body.prompt, str):
         return [body.prompt]
+    if num_prompts(body) == 1 and not isinstance(body.prompt[0], str):
+        return [None]
     texts = [prompt if isinstance(prompt, str) else None for prompt in body.prompt]
     return texts[: num_prompts(body)]
 

@@ -20,6 +20,7 @@ from shoal.core.errors import InvalidRequestError, NotFoundError, UnavailableErr
 from shoal.core.request import GenerateRequest
 from shoal.core.stats import EngineInfo
 from shoal.server.config import ServerContext
+from shoal.server.express import Express
 from shoal.server.generation import Update, Usage, updates
 from shoal.server.openai_types import GenerationFields
 from shoal.server.responses import PromptTokensDetails, UsageBody
@@ -64,10 +65,12 @@ def respond(body: GenerationFields, job: Job, shape: Shape, context: ServerConte
     """The response to a request; generation begins when the server sends it."""
     if not body.stream:
         return BodyResponse(lambda: _whole(job, shape, context))
+    express = Express() if _is_plain(body, job) else None
     return EventStream(
-        _events(body, job, shape, context),
+        _events(body, job, shape, context, express),
         request_id=job.label,
         stall_timeout_s=context.config.stall_timeout_s,
+        express=express,
     )
 
 
@@ -142,17 +145,36 @@ async def _whole(job: Job, shape: Shape, context: ServerContext) -> bytes:
     return await asyncio.to_thread(encode) if num_logprobs > _MANY_LOGPROBS else encode()
 
 
+def _is_plain(body: GenerationFields, job: Job) -> bool:
+    """Whether all events of the stream but the first and the last tell new text and no more."""
+    if len(job.requests) != 1 or job.prompt_only or _always_tells(body):
+        return False
+    params = job.requests[0].sampling
+    # A stop string ends the output in the middle of what the engine gave.
+    return params.logprobs is None and params.prompt_logprobs is None and not params.stop
+
+
+def _always_tells(body: GenerationFields) -> bool:
+    """Whether there is something to say of a token that shows no text."""
+    return body.return_token_ids or _continuous_usage(body)
+
+
+def _continuous_usage(body: GenerationFields) -> bool:
+    options = body.stream_options
+    return options is not None and options.include_usage and options.continuous_usage_stats
+
+
 async def _events(
-    body: GenerationFields, job: Job, shape: Shape, context: ServerContext
+    body: GenerationFields, job: Job, shape: Shape, context: ServerContext, express: Express | None
 ) -> AsyncGenerator[bytes, None]:
     usage = Usage(job.requests, job.num_per_prompt)
-    options = body.stream_options
-    include_usage = options is not None and options.include_usage
-    continuous = include_usage and options is not None and options.continuous_usage_stats
+    include_usage = body.stream_options is not None and body.stream_options.include_usage
+    continuous = _continuous_usage(body)
     texts = _TextChunks(shape, None if include_usage else UNSET)
-    always_tells = continuous or body.return_token_ids
+    always_tells = _always_tells(body)
     begun: set[int] = set()
-    async with aclosing(updates(job.requests, context, prompt_only=job.prompt_only)) as news:
+    news = updates(job.requests, context, prompt_only=job.prompt_only, express=express)
+    async with aclosing(news):
         async for update in news:
             usage.add(update)
             # The first chunk goes out whatever it says: it is the client's first token.
@@ -165,8 +187,13 @@ async def _events(
             if update.prompt_logprobs:
                 yield await asyncio.to_thread(_encoded_chunk, shape, update, field)
             else:
-                yield _encoded_chunk(shape, update, field)
+                chunk = _encoded_chunk(shape, update, field)
+                if express is not None:
+                    express.chunks_are(*texts.halves(update.index))
+                yield chunk
     if include_usage:
+        if express is not None:
+            usage.completion_tokens += express.num_tokens
         yield msgspec.json.encode(shape.usage_chunk(_body(usage)))
 
 
@@ -183,12 +210,17 @@ class _TextChunks:
 
     def chunk(self, index: int, text: str) -> bytes:
         """An event of the completion `index`, whose first one went out before."""
+        before, after = self.halves(index)
+        return b"%b%b%b" % (before, _ENCODER.encode(text), after)
+
+    def halves(self, index: int) -> tuple[bytes, bytes]:
+        """What stands before and after the text, a JSON string, in such an event."""
         halves = self._halves.get(index)
         if halves is None:
             whole = _encoded_chunk(self._shape, Update(index=index, text=_MARK), self._usage)
             before, _, after = whole.partition(msgspec.json.encode(_MARK))
             halves = self._halves[index] = (before, after)
-        return b"%b%b%b" % (halves[0], _ENCODER.encode(text), halves[1])
+        return halves
 
 
 _MARK = "\x00"  # in no id and no model's name

@@ -157,6 +157,8 @@ def check_token_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
 
 
 def _single(params: SamplingParams, choice: int) -> SamplingParams:
+    if params.n == 1:
+        return params
     seed = None if params.seed is None else seed_of_choice(params.seed, choice)
     return dataclasses.replace(params, n=1, seed=seed)
 

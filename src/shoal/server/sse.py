@@ -2,7 +2,8 @@
 
 Backpressure: an event is sent when the one before it went out; uvicorn makes `send` wait
 while the socket is full. Meanwhile tokens wait in the router, a request's worth at most, and
-no longer than `stall_timeout_s`. Knows nothing of what the events say.
+no longer than `stall_timeout_s`; the short way (express.py) is closed then. Knows nothing of
+what the events say.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 from shoal.core.errors import RequestError
 from shoal.core.request import ErrorInfo
 from shoal.server.errors import INTERNAL_ERROR, error_payload
+from shoal.server.express import Express
 
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -51,15 +53,24 @@ class EventStream(Response):
 
     Headers go out with the first event, so whatever is refused before it is a true 4xx. An
     error after it becomes an event of its own, and nothing that looks like an end follows.
+
+    Args:
+        express: sends what `events` will not give, from the first event on.
     """
 
     def __init__(
-        self, events: AsyncGenerator[bytes, None], *, request_id: str, stall_timeout_s: float
+        self,
+        events: AsyncGenerator[bytes, None],
+        *,
+        request_id: str,
+        stall_timeout_s: float,
+        express: Express | None = None,
     ) -> None:
         super().__init__()
         self._events = events
         self._request_id = request_id
         self._stall_timeout_s = stall_timeout_s
+        self._express = express
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         send_body = scope.get("state", {}).get(SEND_BODY, send)
@@ -86,6 +97,8 @@ class EventStream(Response):
         watch.begin()
         await send(_body(first))
         watch.end()
+        if self._express is not None:
+            self._express.open(send)
         end = b"[DONE]"
         try:
             async for event in self._events:

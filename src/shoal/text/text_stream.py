@@ -89,6 +89,8 @@ class TextStream:
         """
         ids = tuple(token_ids)
         last_hides = stop_token and not self._params.include_stop_str_in_output
+        if len(ids) == 1 and self._stop is None:
+            return self._push_one(ids[0], last_hides)
         deltas: list[TextDelta] = []
         for index, token_id in enumerate(ids, start=1):
             if self._stop is not None:

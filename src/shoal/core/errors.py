@@ -12,7 +12,8 @@
     │   ├── NotFoundError         no such model or address (404)
     │   ├── QueueFullError        no room; try again later (429)
     │   └── UnavailableError      draining, or no replica is alive (503)
-    └── WireError             a message that is too large, malformed or cut short
+    ├── WireError             a message that is too large, malformed or cut short
+    └── CommError             a collective or transfer among workers that did not happen
 
 Knows nothing of HTTP beyond the numbers; `server/` gives them OpenAI's shape.
 """
@@ -106,3 +107,7 @@ class RequestTimeoutError(RequestError):
 
 class WireError(ShoalError):
     """A message that is too large, malformed or cut short."""
+
+
+class CommError(ShoalError):
+    """A collective or a transfer among workers that was aborted, or ran past its deadline."""

@@ -91,13 +91,3 @@ class ModelSpec:
     attention_softcap: float | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
-
-    def kv_bytes_per_token(self, element_bytes: int, scale_bytes: int = 0) -> int:
-        """KV of one token over all layers: keys and values of every KV head.
-
-        Args:
-            scale_bytes: of each head's scale, where KV is kept as codes (int8, fp8).
-        """
-        return (
-            2 * self.num_layers * self.num_kv_heads * (self.head_dim * element_bytes + scale_bytes)
-        )

@@ -31,7 +31,11 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """Gauges now, and counters since the engine began."""
+    """Gauges now, and counters since the engine began.
+
+    `num_blocks`, `num_blocks_used` are of the instance whose share in use is the largest;
+    `recovering`: an instance is down, so that no Step coming back is no sign of a hang.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
@@ -43,3 +47,4 @@ class EngineStats:
     preemptions: int = 0
     steps: int = 0
     busy_s: float = 0.0
+    recovering: bool = False

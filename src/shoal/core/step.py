@@ -51,7 +51,8 @@ class StepRow:
         start: absolute position of the first new token.
         token_ids: new tokens that are known.
         token_ref: one more new token, after `token_ids`, still in flight.
-        block_ids: physical KV blocks covering positions [0, start + num_tokens).
+        block_ids: for each hop of the Step's route, the physical KV blocks of its instance that
+            cover positions [0, start + num_tokens).
         samples: sample the token that follows the last new one.
         mask: allowed token ids as a little-endian bitmask of the vocabulary; None: all.
         start_state: the sampler's state, when the worker does not have it.
@@ -60,7 +61,7 @@ class StepRow:
     sequence_id: int
     start: int
     token_ids: tuple[int, ...]
-    block_ids: tuple[int, ...]
+    block_ids: tuple[tuple[int, ...], ...]
     token_ref: TokenRef | None = None
     samples: bool = False
     mask: bytes | None = None
@@ -81,10 +82,12 @@ class Step:
 
     Attributes:
         step_id: counts up from 0 within an incarnation.
-        incarnation: of the worker group; a Step for an older one is dropped.
+        incarnation: of the workers; a Step for an older one is dropped.
         weights_version, route: which weights, and which chain of instances, it runs on.
         rows: at most one per sequence.
         released: sequences whose sampler state may go; no later Step names them.
+        num_hops: only so many hops of the route are run, and nothing is sampled (the KV of a
+            lost instance is rebuilt); None: all of them.
     """
 
     step_id: int
@@ -93,6 +96,7 @@ class Step:
     incarnation: int = 0
     weights_version: int = 0
     route: int = 0
+    num_hops: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -126,8 +130,27 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepFailure:
-    """A Step that did not finish; everything in flight behind it is lost too."""
+    """Workers failed: everything in flight of this incarnation is lost, and no result of it comes.
 
-    step_id: int
+    Attributes:
+        step_id: the Step to blame; None: none, a worker was lost by itself.
+        lost: instances whose KV is gone; None: all.
+        down: instances that run no Steps until `InstancesReady` says so.
+    """
+
+    step_id: int | None
     reason: str
     incarnation: int = 0
+    lost: tuple[int, ...] | None = None
+    down: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class InstancesReady:
+    """Instances that run Steps again, from the incarnation after the failure's on."""
+
+    instances: tuple[int, ...]
+
+
+ExecutorEvent = StepResult | StepFailure | InstancesReady
+"""What an executor tells its engine."""

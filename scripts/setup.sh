@@ -41,10 +41,11 @@ is_ready() {
 }
 
 key() {
-    # An editable install builds the CPU kernels once: what they are made of counts, and so does
-    # a compiler that was not there the last time.
+    # An editable install compiles once: what the libraries are made of counts, and so does a
+    # compiler that was not there the last time.
     {
-        cat pyproject.toml constraints.txt scripts/setup.sh setup.py src/shoal/kernels/cpu/csrc/*
+        cat pyproject.toml constraints.txt scripts/setup.sh setup.py
+        cat src/shoal/kernels/cpu/csrc/* src/shoal/comm/csrc/*
         compiler || true
     } | cksum
     # The place counts too: an environment that was moved or copied has stale paths inside.
@@ -122,7 +123,8 @@ install() {
     announce_kernels
     : >$unfinished
     # An old build would look like a good one, if this one fails or is for another Python.
-    rm -f $venv/.shoal-serve $venv/.shoal-dev $log src/shoal/kernels/cpu/_library*.so
+    rm -f $venv/.shoal-serve $venv/.shoal-dev $log
+    rm -f src/shoal/kernels/cpu/_library*.so src/shoal/comm/_group*.so
     if ! $venv/bin/python -m pip install --disable-pip-version-check --no-input --log $log \
         -c constraints.txt -e "$package"; then
         explain_failed_install

@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CSRC = "src/shoal/kernels/cpu/csrc"
+GROUP_CSRC = "src/shoal/comm/csrc"
 LIBRARY = "src/shoal/kernels/cpu/_library.stub.so"
 TOOLS = ("sh", "cat", "cksum", "dirname", "df", "awk", "flock", "grep", "ls", "rm", "tail", "touch")
 PIP = f"""#!/bin/sh
@@ -31,7 +32,8 @@ def program(path: Path, text: str) -> None:
 def tree(tmp_path: Path) -> Path:
     """What the script reads, a compiler that works, and nothing else on PATH."""
     tree = tmp_path / "tree"
-    shutil.copytree(ROOT / CSRC, tree / CSRC)
+    for sources in (CSRC, GROUP_CSRC):
+        shutil.copytree(ROOT / sources, tree / sources)
     (tree / "scripts").mkdir()
     for name in ("pyproject.toml", "constraints.txt", "setup.py", "scripts/setup.sh"):
         shutil.copy(ROOT / name, tree / name)
@@ -79,7 +81,10 @@ def test_it_installs_once_and_says_what_takes_long(setup: Setup) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["pyproject.toml", "constraints.txt", "setup.py", f"{CSRC}/team.cpp", f"{CSRC}/layers.h"],
+    [
+        *("pyproject.toml", "constraints.txt", "setup.py"),
+        *(f"{CSRC}/team.cpp", f"{CSRC}/layers.h", f"{GROUP_CSRC}/group.cpp"),
+    ],
 )
 def test_it_installs_again_when_what_is_built_has_changed(
     setup: Setup, tree: Path, name: str

@@ -56,15 +56,16 @@ class PagedRun:
 
     def __init__(
         self,
-        decoder: Decoder | PackedDecoder | PackedDecoder,
+        decoder: Decoder | PackedDecoder,
         num_blocks: int = NUM_BLOCKS,
         kv_dtype: torch.dtype | None = None,
     ) -> None:
         self.decoder = decoder
         self._device = decoder.device
         generator = torch.Generator().manual_seed(1)
-        self._kv = allocate(decoder.spec, num_blocks, kv_dtype or decoder.dtype, self._device).cache
-        _fill_with_garbage(self._kv, generator)
+        dtype = kv_dtype or decoder.dtype
+        self._kv = allocate(decoder.spec, decoder.shard, num_blocks, dtype, self._device).cache
+        fill_with_garbage(self._kv, generator)
         self._free = torch.randperm(num_blocks, generator=generator).tolist()
 
     def add(self, token_ids: Sequence[int], shared: Sequence[int] = ()) -> Paged:
@@ -116,7 +117,7 @@ class PagedRun:
 
 
 def run_mixed_steps(
-    decoder: Decoder | PackedDecoder | PackedDecoder, kv_dtype: torch.dtype | None = None
+    decoder: Decoder | PackedDecoder, kv_dtype: torch.dtype | None = None
 ) -> list[Paged]:
     """Ragged steps with everything at once; every token's logits end up in its sequence.
 
@@ -141,7 +142,7 @@ def run_mixed_steps(
     return [a, b, c, d]
 
 
-def _fill_with_garbage(kv: KVCache, generator: torch.Generator) -> None:
+def fill_with_garbage(kv: KVCache, generator: torch.Generator) -> None:
     """What an unwritten slot holds must never show, in numbers or in scales."""
     for layer in kv.layers:
         for cache in (layer.keys_NBHD, layer.values_NBHD):

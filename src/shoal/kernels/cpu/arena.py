@@ -23,7 +23,9 @@ PackedFormat = Literal["float32", "bfloat16", "int8", "int4", "int4_min"]
 LANES = 16
 """Rows that lie side by side."""
 
-_GROUP = 32
+GROUP = 32
+"""Columns that share a scale."""
+
 _FORMATS: dict[PackedFormat, int] = {
     "float32": 0,
     "bfloat16": 1,
@@ -124,4 +126,4 @@ def packed_bytes(library: ctypes.CDLL, weight_format: PackedFormat, rows: int, c
 
 def groups_fit(weight_cols: int, group_size: int) -> bool:
     """Whether codes with such groups can be packed as they are."""
-    return group_size % _GROUP == 0 or group_size == weight_cols
+    return group_size % GROUP == 0 or group_size == weight_cols

@@ -2,8 +2,8 @@
 
     E hidden size   V vocabulary
 
-Any shapes, any number of layers, any of a model's heads or columns: what is run is what is given.
-Knows nothing of checkpoints.
+Any shapes, any number of layers, any of a model's heads, columns or token ids, or none of them:
+what is run is what is given. Knows nothing of checkpoints, nor of who the other ranks are.
 """
 
 from __future__ import annotations
@@ -31,12 +31,18 @@ KV_DTYPES = frozenset(_KV_FORMATS)
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PackedLayer:
-    """Weights of a layer; vectors are fp32, biases padded to whole panels of their weight."""
+    """Weights of a layer; vectors are fp32, biases padded to whole panels of their weight.
 
-    qkv: PackedWeight
-    o: PackedWeight
-    gate_up: PackedWeight
-    down: PackedWeight
+    Attributes:
+        qkv, o: None without heads.
+        gate_up, down: None without FFN columns.
+        o_lead: columns of o before those of this rank's heads.
+    """
+
+    qkv: PackedWeight | None
+    o: PackedWeight | None
+    gate_up: PackedWeight | None
+    down: PackedWeight | None
     qkv_bias: Tensor | None
     o_bias: Tensor | None
     gate_up_bias: Tensor | None
@@ -48,6 +54,7 @@ class PackedLayer:
     post_ffn_norm: Tensor | None
     window: int | None
     rope: int
+    o_lead: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -55,14 +62,23 @@ class PackedModel:
     """Layers, their shapes, and what stands before and after them.
 
     Attributes:
+        num_heads, num_kv_heads, ffn_size: of this rank; query heads of its first and of its last
+            KV head may be missing.
+        group_size: query heads of a KV head, on all ranks.
+        head_offset: missing query heads of its first KV head.
         inv_freqs: fp32 [ropes, head_dim / 2]; a layer's `rope` is a row of it.
         rope_factors: fp32 [ropes], multiplies cos and sin.
+        final_norm: None: layers end in the residual stream.
+        embedding, head: of the token ids from first_id on; None: of none.
+        reduce: address of a `shoal_reduce` and of its context; None: there is one rank.
     """
 
     hidden_size: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    group_size: int
+    head_offset: int
     ffn_size: int
     activation: Literal["silu", "gelu_tanh"]
     norm_eps: float
@@ -72,17 +88,25 @@ class PackedModel:
     inv_freqs: Tensor
     rope_factors: Tensor
     final_norm: Tensor | None
-    embedding: PackedWeight
+    embedding: PackedWeight | None
     embedding_scale: float
-    head: PackedWeight
+    head: PackedWeight | None
+    first_id: int = 0
+    reduce: tuple[int, int] | None = None
 
 
 class CompiledModel:
-    """`PackedModel` in the library's structs; keeps it alive."""
+    """`PackedModel` in the library's structs; keeps it alive.
+
+    Attributes:
+        c_embedding, c_head: None where it has none.
+        num_ids: token ids that it gives logits of.
+    """
 
     def __init__(self, packed: PackedModel) -> None:
         self._packed = packed
         self._layers = (c.Layer * len(packed.layers))(*map(_layer, packed.layers))
+        reduce, context = packed.reduce or (None, None)
         self._model = c.Model(
             hidden=packed.hidden_size,
             num_heads=packed.num_heads,
@@ -92,25 +116,38 @@ class CompiledModel:
             activation=_ACTIVATIONS[packed.activation],
             num_layers=len(packed.layers),
             num_ropes=len(packed.inv_freqs),
+            group_size=packed.group_size,
+            head_offset=packed.head_offset,
+            attention_width=max((each.o.cols for each in packed.layers if each.o), default=0),
             norm_eps=packed.norm_eps,
             attention_scale=packed.attention_scale,
             attention_softcap=packed.attention_softcap or 0.0,
-            layers=self._layers,
             inv_freqs=packed.inv_freqs.data_ptr(),
             rope_factors=packed.rope_factors.data_ptr(),
-            final_norm=_pointer(packed.final_norm),
+            reduce=reduce,
+            reduce_context=context,
         )
-        self.head = packed.head
+        self._final_norm = _pointer(packed.final_norm)
+        self.num_ids = 0 if packed.head is None else packed.head.rows
         self.embedding_scale = packed.embedding_scale
+        self.first_id = packed.first_id
         self.hidden_size = packed.hidden_size
-        self.c_embedding, self.c_head = packed.embedding.as_c(), packed.head.as_c()
+        self.c_embedding, self.c_head = _reference(packed.embedding), _reference(packed.head)
         self._kv: tuple[KVCache, ctypes.Array[c.LayerKV]] | None = None
 
-    def c_model(self, kv: KVCache) -> c.Model:
-        self._model.kv_format = _KV_FORMATS[kv.layers[0].keys_NBHD.dtype]
-        return self._model
+    def c_model(self, kv: KVCache, first: int, last: int, ends: bool) -> c.Model:
+        """Layers [first, last), with the final norm if `ends`."""
+        model = self._model
+        if kv.layers:
+            model.kv_format = _KV_FORMATS[kv.layers[0].keys_NBHD.dtype]
+        model.num_layers = last - first
+        if first < last:
+            model.layers = ctypes.pointer(self._layers[first])
+        model.final_norm = self._final_norm if ends else None
+        return model
 
-    def c_kv(self, kv: KVCache) -> ctypes.Array[c.LayerKV]:
+    def c_kv(self, kv: KVCache, first: int) -> c.LayerKV | None:
+        """The layers' KV from the first on; None past the last."""
         if self._kv is None or self._kv[0] is not kv:
             layers = (
                 c.LayerKV(
@@ -122,15 +159,15 @@ class CompiledModel:
                 for layer in kv.layers
             )
             self._kv = kv, (c.LayerKV * len(kv.layers))(*layers)
-        return self._kv[1]
+        return self._kv[1][first] if first < len(kv.layers) else None
 
 
 def _layer(layer: PackedLayer) -> c.Layer:
     return c.Layer(
-        qkv=layer.qkv.as_c(),
-        o=layer.o.as_c(),
-        gate_up=layer.gate_up.as_c(),
-        down=layer.down.as_c(),
+        qkv=_weight(layer.qkv),
+        o=_weight(layer.o),
+        gate_up=_weight(layer.gate_up),
+        down=_weight(layer.down),
         qkv_bias=_pointer(layer.qkv_bias),
         o_bias=_pointer(layer.o_bias),
         gate_up_bias=_pointer(layer.gate_up_bias),
@@ -142,7 +179,16 @@ def _layer(layer: PackedLayer) -> c.Layer:
         post_ffn_norm=_pointer(layer.post_ffn_norm),
         window=min(layer.window or 0, _ANY_WINDOW),
         rope=layer.rope,
+        o_lead=layer.o_lead,
     )
+
+
+def _weight(weight: PackedWeight | None) -> c.Weight:
+    return c.Weight() if weight is None else weight.as_c()
+
+
+def _reference(weight: PackedWeight | None) -> ctypes._Pointer[c.Weight] | None:
+    return None if weight is None else ctypes.pointer(weight.as_c())
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

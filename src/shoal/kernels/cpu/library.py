@@ -11,7 +11,11 @@ import sysconfig
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
-_ABI = 1
+_ABI = 2
+
+REDUCE_FAILED = -2
+"""What `forward` returns where a `shoal_reduce` failed."""
+
 _NO_BUILD = (
     "the compiled CPU kernels are not built (they are for x86-64 and need a compiler when shoal "
     "is installed); "
@@ -40,9 +44,12 @@ class Layer(Structure):
         *((name, c_void_p) for name in ("qkv_bias", "o_bias", "gate_up_bias", "down_bias")),
         *((name, c_void_p) for name in ("attention_norm", "qk_norm", "post_attention_norm")),
         *((name, c_void_p) for name in ("ffn_norm", "post_ffn_norm")),
-        ("window", c_int32),
-        ("rope", c_int32),
+        *((name, c_int32) for name in ("window", "rope", "o_lead", "reserved")),
     )
+
+
+REDUCE = ctypes.CFUNCTYPE(c_int32, c_void_p, c_void_p, c_int64)
+"""shoal_reduce: sums floats over the ranks; not 0: it failed."""
 
 
 class Model(Structure):
@@ -52,9 +59,11 @@ class Model(Structure):
         *((name, c_int32) for name in ("hidden", "num_heads", "num_kv_heads", "head_dim")),
         *((name, c_int32) for name in ("ffn", "activation", "num_layers", "num_ropes")),
         *((name, c_float) for name in ("norm_eps", "attention_scale", "attention_softcap")),
-        ("kv_format", c_int32),
+        *((name, c_int32) for name in ("kv_format", "group_size", "head_offset")),
+        *((name, c_int32) for name in ("attention_width", "reserved")),
         ("layers", POINTER(Layer)),
         *((name, c_void_p) for name in ("inv_freqs", "rope_factors", "final_norm")),
+        *((name, c_void_p) for name in ("reduce", "reduce_context")),
     )
 
 
@@ -80,6 +89,7 @@ class Ends(Structure):
     _fields_ = (
         ("embedding", POINTER(Weight)),
         ("token_ids", c_void_p),
+        ("first_id", c_int64),
         ("embedding_scale", c_float),
         ("num_samples", c_int32),
         ("head", POINTER(Weight)),
@@ -97,7 +107,7 @@ _FUNCTIONS = {
         (c_void_p, POINTER(Model), POINTER(LayerKV), POINTER(Batch), POINTER(Ends), c_void_p),
     ),
     "linear": (c_int32, (c_void_p, POINTER(Weight), c_void_p, c_int32, c_void_p)),
-    "add_gumbel": (None, (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p)),
+    "add_gumbel": (None, (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p)),
     "packed_bytes": (c_int64, (c_int32, c_int64, c_int64)),
     "pack": (
         c_int32,

@@ -1,6 +1,6 @@
 """Runs a range of decoder layers, and what stands around them, in one call of the library.
 
-    T tokens   E hidden size   N tokens that are sampled   V vocabulary
+    T tokens   E hidden size   N tokens that are sampled   V vocabulary (a rank's share of it)
 
 A `Session` owns a team of threads and its buffers: one caller at a time. Knows nothing of
 checkpoints or requests.
@@ -43,14 +43,19 @@ class StepOutput:
     """What a call gave; its tensors are the session's, and change with the next call.
 
     Attributes:
-        hidden_TE: fp32, after the final norm.
+        hidden_TE: fp32, after the final norm if the model's last layer ran and it has one.
         logits_NV: fp32, of the tokens asked for.
-        best_N: int64, where each row of the logits is largest, the first of equals.
+        best_N: int64, where each row of the logits is largest, the first of equals; zeros where
+            there are no logits.
     """
 
     hidden_TE: Tensor
     logits_NV: Tensor
     best_N: Tensor
+
+
+class ReduceError(Exception):
+    """A sum over the ranks failed; the pass was given up."""
 
 
 class Session:
@@ -80,20 +85,29 @@ class Session:
     def forward(
         self,
         model: CompiledModel,
-        token_ids: array[int],
+        inputs: array[int] | Tensor,
         batch: HostBatch,
         kv: KVCache,
         samples: array[int],
+        layers: tuple[int, int],
+        ends: bool,
     ) -> StepOutput:
-        """Run a batch from token ids to logits; writes the tokens' KV.
+        """Run layers [first, last) of a batch; writes the tokens' KV.
 
         Args:
-            token_ids: of all rows, one row after another.
+            inputs: of all rows, one row after another: token ids, or hidden states [T, E].
+            kv: of all layers of the model.
             samples: tokens of the batch (indices) whose logits are wanted.
+            ends: whether the final norm follows.
+
+        Raises:
+            ReduceError: a sum over the ranks failed.
         """
-        num_tokens, num_samples = len(token_ids), len(samples)
+        num_tokens, num_samples = len(inputs), len(samples)
         hidden_TE = self._buffer("hidden", num_tokens, model.hidden_size)
-        logits_NV = self._buffer("logits", num_samples, model.head.rows)
+        if isinstance(inputs, Tensor):
+            hidden_TE.copy_(inputs)
+        logits_NV = self._buffer("logits", num_samples, model.num_ids)
         best = array("q", bytes(8 * num_samples))
         tables = [table.buffer_info()[0] for table in batch.block_tables]
         pointers = (ctypes.c_void_p * len(tables))(*tables)
@@ -104,19 +118,27 @@ class Session:
             batch.context_lens.buffer_info()[0],
             ctypes.addressof(pointers),
         )
-        ends = c.Ends(
-            ctypes.pointer(model.c_embedding),
-            token_ids.buffer_info()[0],
+        c_ends = c.Ends(
+            model.c_embedding,
+            None if isinstance(inputs, Tensor) else inputs.buffer_info()[0],
+            model.first_id,
             model.embedding_scale,
             num_samples,
-            ctypes.pointer(model.c_head),
+            model.c_head,
             samples.buffer_info()[0],
             logits_NV.data_ptr(),
             best.buffer_info()[0],
         )
         code = self.native.shoal_cpu_forward(
-            self._context, model.c_model(kv), model.c_kv(kv), rows, ends, hidden_TE.data_ptr()
+            self._context,
+            model.c_model(kv, *layers, ends),
+            model.c_kv(kv, layers[0]),
+            rows,
+            c_ends,
+            hidden_TE.data_ptr(),
         )
+        if code == c.REDUCE_FAILED:
+            raise ReduceError(f"a sum over the ranks failed in a step of {num_tokens} tokens")
         if code != 0:
             raise MemoryError(f"no memory for a step of {num_tokens} tokens")
         best_N = torch.frombuffer(best, dtype=torch.int64) if best else _NOTHING
@@ -137,14 +159,25 @@ class Session:
             raise MemoryError(f"no memory for a product of {len(x_NE)} tokens")
         return out_NV
 
-    def add_noise(self, logits_RV: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> None:
-        """Adds Gumbel noise to fp32 logits in place (as `model/philox.py` defines it)."""
+    def add_noise(
+        self,
+        logits_RV: Tensor,
+        seeds: Sequence[int],
+        positions: Sequence[int],
+        first_id: int = 0,
+    ) -> None:
+        """Adds Gumbel noise to fp32 logits in place (as `model/philox.py` defines it).
+
+        Args:
+            first_id: token id of the first column.
+        """
         assert logits_RV.is_contiguous()
         keys, places = array("Q", seeds), array("q", positions)
         self.native.shoal_cpu_add_gumbel(
             self._context,
             logits_RV.data_ptr(),
             *logits_RV.shape,
+            first_id,
             keys.buffer_info()[0],
             places.buffer_info()[0],
         )

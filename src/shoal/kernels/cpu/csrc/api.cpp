@@ -79,11 +79,12 @@ namespace {
 int64_t carve(Scratch& s, uint8_t* base, const KernelTable& table, const shoal_model& m,
               const shoal_batch& b, int threads) {
     Carver carver = {base};
-    int64_t tokens = b.num_tokens, heads = int64_t(m.num_heads) * m.head_dim;
-    int64_t widest = largest(largest(m.hidden, m.ffn), heads), rows = b.num_rows + 1;
+    int64_t tokens = b.num_tokens, rows = b.num_rows + 1;
+    int64_t heads = int64_t(m.num_heads) + 2 * int64_t(m.num_kv_heads);
+    int64_t widest = largest(m.hidden, largest(m.attention_width, m.ffn));
     s.row_floats = round_up(widest, 16);
-    carver.take(s.qkv, tokens * (heads + 2 * int64_t(m.num_kv_heads) * m.head_dim));
-    carver.take(s.attention, tokens * heads);
+    carver.take(s.qkv, tokens * heads * m.head_dim);
+    carver.take(s.attention, tokens * m.attention_width);
     carver.take(s.gated, tokens * m.ffn);
     carver.take(s.residual, tokens * m.hidden);
     carver.take(s.cosines, tokens * m.num_ropes * (m.head_dim / 2));
@@ -123,7 +124,7 @@ void shoal_cpu_destroy(shoal_context* context) {
 
 int32_t shoal_cpu_forward(shoal_context* context, const shoal_model* model, const shoal_layer_kv* kv,
                           const shoal_batch* batch, const shoal_ends* ends, float* hidden) {
-    Forward f = {context->team, model, kv, batch, ends, hidden, {}};
+    Forward f = {context->team, model, kv, batch, ends, hidden, {}, false};
     const KernelTable& table = *context->table;
     int threads = team_size(context->team);
     int64_t bytes = carve(f.scratch, nullptr, table, *model, *batch, threads);
@@ -133,7 +134,7 @@ int32_t shoal_cpu_forward(shoal_context* context, const shoal_model* model, cons
     if (!context->partial.ensure(table.plan(model, batch, &f.scratch) * 4)) return -1;
     f.scratch.partial = reinterpret_cast<float*>(context->partial.data());
     team_run(context->team, table.forward, &f);
-    return 0;
+    return f.failed ? -2 : 0;
 }
 
 int32_t shoal_cpu_linear(shoal_context* context, const shoal_weight* weight, const float* x,
@@ -158,7 +159,7 @@ struct Noise {
     const KernelTable* table;
     Team* team;
     float* logits;
-    int64_t num_rows, n;
+    int64_t num_rows, n, first_id;
     const uint64_t* seeds;
     const int64_t* positions;
 };
@@ -168,7 +169,7 @@ void noise_share(void* argument, int thread) {
     int64_t runs = (noise.n + kNoiseRun - 1) / kNoiseRun;
     for (int64_t i = thread; i < noise.num_rows * runs; i += team_size(noise.team)) {
         int64_t row = i / runs, first = i % runs * kNoiseRun, left = noise.n - first;
-        noise.table->add_gumbel(noise.logits + row * noise.n + first, first,
+        noise.table->add_gumbel(noise.logits + row * noise.n + first, noise.first_id + first,
                                 left < kNoiseRun ? left : kNoiseRun, noise.seeds[row],
                                 noise.positions[row]);
     }
@@ -177,8 +178,8 @@ void noise_share(void* argument, int thread) {
 } // namespace
 
 void shoal_cpu_add_gumbel(shoal_context* context, float* logits, int64_t num_rows, int64_t n,
-                          const uint64_t* seeds, const int64_t* positions) {
-    Noise noise = {context->table, context->team, logits, num_rows, n, seeds, positions};
+                          int64_t first_id, const uint64_t* seeds, const int64_t* positions) {
+    Noise noise = {context->table, context->team, logits, num_rows, n, first_id, seeds, positions};
     team_run(context->team, noise_share, &noise);
 }
 

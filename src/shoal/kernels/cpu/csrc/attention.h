@@ -31,7 +31,7 @@ struct RowItems {
 };
 
 inline RowItems items_of(const shoal_model& model, int64_t query_len, int64_t context_len) {
-    int group = model.num_heads / model.num_kv_heads;
+    int group = model.group_size;
     RowItems items;
     items.head_groups = (group + kMaxQueries - 1) / kMaxQueries;
     items.heads = int((group + items.head_groups - 1) / items.head_groups);
@@ -263,6 +263,11 @@ inline float* part_of(const Forward& f, int64_t row, const RowItems& items, int6
     return f.scratch.partial + index * (f.model->head_dim + 2);
 }
 
+// Where the heads of a token go: an input of o.
+inline float* attention_of(const Forward& f, const shoal_layer& layer, int64_t token) {
+    return f.scratch.attention + token * layer.o.cols + layer.o_lead;
+}
+
 inline void run_item(const Forward& f, const shoal_layer& layer, const shoal_layer_kv& kv, int64_t row,
                      int64_t index) {
     const shoal_model& model = *f.model;
@@ -273,13 +278,19 @@ inline void run_item(const Forward& f, const shoal_layer& layer, const shoal_lay
     rest /= items.query_groups;
     int64_t head_group = rest % items.head_groups, kv_group = rest / items.head_groups;
 
-    int group = model.num_heads / model.num_kv_heads;
     int64_t first_head = head_group * items.heads, first_token = query_group * items.tokens;
     int64_t first_kv_head = kv_group * items.kv_heads;
     auto at_most = [](int64_t wanted, int64_t left) { return int(wanted < left ? wanted : left); };
-    int heads = at_most(items.heads, group - first_head);
     int tokens = at_most(items.tokens, query_len - first_token);
     int kv_heads = at_most(items.kv_heads, model.num_kv_heads - first_kv_head);
+    // Some query heads of the first and of the last KV head may be another rank's.
+    int64_t base = first_kv_head * model.group_size - model.head_offset; // the item's KV heads begin
+    int64_t end_head = at_most(model.group_size, first_head + items.heads);
+    if (kv_heads == 1) {
+        if (first_head < -base) first_head = -base;
+        end_head = at_most(end_head, model.num_heads - base);
+    }
+    int heads = int(end_head - first_head);
     if (heads <= 0) return;
     int queries = heads * tokens;
     int64_t from = items.parts > 1 ? part * kPart : 0;
@@ -295,9 +306,12 @@ inline void run_item(const Forward& f, const shoal_layer& layer, const shoal_lay
         if (item.seen_from[q] < item.first_key) item.first_key = item.seen_from[q];
         if (item.seen_to[q] > item.end_key) item.end_key = item.seen_to[q];
     }
-    // Token and head (among all) of a query of a KV head.
+    // Token and head (among this rank's, if it is one) of a query of a KV head.
     auto token_of = [&](int q) { return first_token + q / heads; };
-    auto head_of = [&](int h, int q) { return (first_kv_head + h) * group + first_head + q % heads; };
+    auto head_of = [&](int h, int q) {
+        return base + h * model.group_size + first_head + q % heads;
+    };
+    auto is_own = [&](int64_t head) { return head >= 0 && head < model.num_heads; };
 
     int64_t stride = model.head_dim + kLanes, first_row = f.scratch.row_starts[row];
     int64_t qkv_stride = int64_t(model.num_heads + 2 * model.num_kv_heads) * model.head_dim;
@@ -307,9 +321,13 @@ inline void run_item(const Forward& f, const shoal_layer& layer, const shoal_lay
     for (int h = 0; h < kv_heads; h++) {
         for (int q = 0; q < queries; q++) {
             item.most[h][q] = -INFINITY;
+            float* column = transposed + h * model.head_dim * queries + q;
+            if (!is_own(head_of(h, q))) { // its result is not kept
+                for (int64_t d = 0; d < model.head_dim; d++) column[d * queries] = 0.f;
+                continue;
+            }
             const float* query = f.scratch.qkv + (first_row + token_of(q)) * qkv_stride +
                                  head_of(h, q) * model.head_dim;
-            float* column = transposed + h * model.head_dim * queries + q;
             for (int64_t d = 0; d < model.head_dim; d++) column[d * queries] = query[d];
         }
     }
@@ -320,6 +338,7 @@ inline void run_item(const Forward& f, const shoal_layer& layer, const shoal_lay
         for (int q = 0; q < queries; q++) {
             const float* sums = out + (h * queries + q) * stride;
             int64_t token = token_of(q), head = head_of(h, q);
+            if (!is_own(head)) continue;
             if (items.parts > 1) {
                 float* to_part = part_of(f, row, items, token, head, part);
                 memcpy(to_part, sums, size_t(model.head_dim) * 4);
@@ -327,8 +346,7 @@ inline void run_item(const Forward& f, const shoal_layer& layer, const shoal_lay
                 to_part[model.head_dim + 1] = item.total[h][q];
                 continue;
             }
-            float* to_token =
-                f.scratch.attention + ((first_row + token) * model.num_heads + head) * model.head_dim;
+            float* to_token = attention_of(f, layer, first_row + token) + head * model.head_dim;
             float inverse = 1.f / item.total[h][q];
             for (int64_t d = 0; d < model.head_dim; d++) to_token[d] = sums[d] * inverse;
         }
@@ -336,13 +354,13 @@ inline void run_item(const Forward& f, const shoal_layer& layer, const shoal_lay
 }
 
 // The parts of one token's heads, put together where its output belongs.
-inline void merge_parts(const Forward& f, int64_t token) {
+inline void merge_parts(const Forward& f, const shoal_layer& layer, int64_t token) {
     const shoal_model& model = *f.model;
     int64_t row = f.scratch.token_rows[token], in_row = token - f.scratch.row_starts[row];
     RowItems items = items_of(model, f.batch->query_lens[row], f.batch->context_lens[row]);
     if (items.parts == 1) return;
     for (int64_t head = 0; head < model.num_heads; head++) {
-        float* to = f.scratch.attention + (token * model.num_heads + head) * model.head_dim;
+        float* to = attention_of(f, layer, token) + head * model.head_dim;
         const float* parts = part_of(f, row, items, in_row, head, 0);
         int64_t size = model.head_dim + 2;
         float most = -INFINITY, total = 0.f;

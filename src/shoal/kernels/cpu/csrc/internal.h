@@ -39,7 +39,7 @@ struct Scratch {
 };
 
 constexpr int kMaxHeadDim = 512;
-constexpr int kPhasesPerLayer = 10, kOtherPhases = 5;
+constexpr int kPhasesPerLayer = 12, kOtherPhases = 6;
 
 struct Forward {
     Team* team;
@@ -49,6 +49,7 @@ struct Forward {
     const shoal_ends* ends;
     float* hidden;
     Scratch scratch;
+    mutable bool failed; // a reduction did; written by the first thread alone, before a barrier
 };
 
 struct Linear {

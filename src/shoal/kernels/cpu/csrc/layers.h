@@ -2,6 +2,8 @@
 // equal pieces of work, a barrier after each.
 //
 //     norm | qkv | norm of heads, rope, cache | attention | o | norm | gate, up | rounding | down
+//
+// Where there are several ranks, the first thread sums o and down over them, between two barriers.
 #pragma once
 #include <math.h>
 
@@ -24,6 +26,16 @@ struct Pass {
         while (take(work, total, threads, &first, &last))
             for (int64_t i = first; i < last; i++) piece(i);
         end();
+    }
+
+    // Sums [tokens, hidden] over all ranks; false: it failed, and every thread must leave.
+    bool reduce(float* data) {
+        const shoal_model& model = *f.model;
+        if (!model.reduce) return true;
+        int64_t count = int64_t(f.batch->num_tokens) * model.hidden;
+        if (thread == 0 && model.reduce(model.reduce_context, data, count)) f.failed = true;
+        end();
+        return !f.failed;
     }
 
     // Waits for the others, and reads ahead meanwhile: a step is bound by reading weights.
@@ -159,28 +171,65 @@ inline void finish_head(const Forward& f, const shoal_layer& layer, const shoal_
     if (head >= model.num_heads) store_keys(f, kv, slot, head - model.num_heads, x);
 }
 
-// What a branch (attention or MLP) puts out: onto the hidden states, or aside for its norm.
-inline Output branch_output(const Forward& f, const float* norm, const float* bias) {
-    int64_t n = f.model->hidden;
-    return {norm ? Into::kStore : Into::kAdd, norm ? f.scratch.residual : f.hidden, n, n, bias, 0};
+// What attention or the MLP gives: onto the hidden states at once, or aside (in `residual`),
+// because it is to be summed over the ranks or normed first.
+struct Branch {
+    const float* norm;
+    bool is_aside;
+};
+
+inline Branch branch_of(const Forward& f, const shoal_weight& last, const float* norm) {
+    return {norm, norm || f.model->reduce || !last.data};
 }
 
-// Adds a branch that has a norm of its own to the hidden states of one token.
-inline void add_branch(const Forward& f, const float* norm, int64_t token, float* row) {
-    if (!norm) return;
+inline Output branch_output(const Forward& f, const Branch& branch, const float* bias) {
     int64_t n = f.model->hidden;
-    rms_norm(f.scratch.residual + token * n, norm, n, f.model->norm_eps, row);
-    for (int64_t i = 0; i < n; i++) f.hidden[token * n + i] += row[i];
+    if (branch.is_aside) return {Into::kStore, f.scratch.residual, n, n, bias, 0};
+    return {Into::kAdd, f.hidden, n, n, bias, 0};
 }
 
-inline void attention_half(Pass& pass, const shoal_layer& layer, const shoal_layer_kv& kv,
-                           const float* norm_before) {
+// Adds what lies aside to the hidden states of one token.
+inline void add_branch(const Forward& f, const Branch& branch, int64_t token, float* row) {
+    if (!branch.is_aside) return;
+    int64_t n = f.model->hidden;
+    const float* values = f.scratch.residual + token * n;
+    if (branch.norm) rms_norm(values, branch.norm, n, f.model->norm_eps, row), values = row;
+    for (int64_t i = 0; i < n; i++) f.hidden[token * n + i] += values[i];
+}
+
+// The branch of a rank that has no part in it: its bias, if it is the one that adds it.
+inline void put_bias_aside(Pass& pass, const Branch& before, const float* bias) {
     const Forward& f = pass.f;
+    int64_t n = f.model->hidden;
+    pass.phase(f.batch->num_tokens, [&](int64_t token) {
+        add_branch(f, before, token, pass.row());
+        float* values = f.scratch.residual + token * n;
+        if (bias) memcpy(values, bias, size_t(n) * 4);
+        else memset(values, 0, size_t(n) * 4);
+    });
+}
+
+// What a token's heads give, as an input of o: zeros where o has columns of other ranks' heads.
+inline const float* attention_input(const Forward& f, const shoal_layer& layer, int64_t token) {
+    merge_parts(f, layer, token);
+    float* own = attention_of(f, layer, token);
+    float* row = own - layer.o_lead;
+    int64_t end = layer.o_lead + f.model->num_heads * f.model->head_dim;
+    if (own != row) memset(row, 0, size_t(layer.o_lead) * 4);
+    if (end != layer.o.cols) memset(row + end, 0, size_t(layer.o.cols - end) * 4);
+    return row;
+}
+
+inline Branch attention_half(Pass& pass, const shoal_layer& layer, const shoal_layer_kv& kv,
+                             const Branch& before) {
+    const Forward& f = pass.f;
+    Branch branch = branch_of(f, layer.o, layer.post_attention_norm);
+    if (!layer.o.data) return put_bias_aside(pass, before, layer.o_bias), branch;
     const shoal_model& model = *f.model;
     int64_t tokens = f.batch->num_tokens, n = model.hidden;
     int64_t heads = model.num_heads + 2 * model.num_kv_heads, head_cols = heads * model.head_dim;
     pass.inputs(layer.qkv, tokens, [&](int64_t token) {
-        add_branch(f, norm_before, token, pass.row());
+        add_branch(f, before, token, pass.row());
         rms_norm(f.hidden + token * n, layer.attention_norm, n, model.norm_eps, pass.row());
         return pass.row();
     });
@@ -193,20 +242,20 @@ inline void attention_half(Pass& pass, const shoal_layer& layer, const shoal_lay
         while (high - low > 1) (starts[(low + high) / 2] <= i ? low : high) = (low + high) / 2;
         run_item(f, layer, kv, low, i - starts[low]);
     });
-    pass.inputs(layer.o, tokens, [&](int64_t token) {
-        merge_parts(f, token);
-        return f.scratch.attention + token * model.num_heads * model.head_dim;
-    });
-    pass.product(layer.o, tokens, branch_output(f, layer.post_attention_norm, layer.o_bias),
-                 &layer.gate_up, Into::kGate);
+    pass.inputs(layer.o, tokens, [&](int64_t token) { return attention_input(f, layer, token); });
+    pass.product(layer.o, tokens, branch_output(f, branch, layer.o_bias), &layer.gate_up, Into::kGate);
+    return branch;
 }
 
-inline void mlp_half(Pass& pass, const shoal_layer& layer, const shoal_weight* next) {
+inline Branch mlp_half(Pass& pass, const shoal_layer& layer, const Branch& before,
+                       const shoal_weight* next) {
     const Forward& f = pass.f;
+    Branch branch = branch_of(f, layer.down, layer.post_ffn_norm);
+    if (!layer.down.data) return put_bias_aside(pass, before, layer.down_bias), branch;
     const shoal_model& model = *f.model;
     int64_t tokens = f.batch->num_tokens, n = model.hidden, ffn = model.ffn;
     pass.inputs(layer.gate_up, tokens, [&](int64_t token) {
-        add_branch(f, layer.post_attention_norm, token, pass.row());
+        add_branch(f, before, token, pass.row());
         rms_norm(f.hidden + token * n, layer.ffn_norm, n, model.norm_eps, pass.row());
         return pass.row();
     });
@@ -214,7 +263,8 @@ inline void mlp_half(Pass& pass, const shoal_layer& layer, const shoal_weight* n
                  {Into::kGate, f.scratch.gated, ffn, ffn, layer.gate_up_bias, model.activation},
                  &layer.down);
     pass.inputs(layer.down, tokens, [&](int64_t token) { return f.scratch.gated + token * ffn; });
-    pass.product(layer.down, tokens, branch_output(f, layer.post_ffn_norm, layer.down_bias), next);
+    pass.product(layer.down, tokens, branch_output(f, branch, layer.down_bias), next);
+    return branch;
 }
 
 // Where x is largest, the first of equals.
@@ -238,7 +288,12 @@ inline int64_t argmax(const float* x, int64_t n) {
 inline void embed(const Forward& f, int64_t token) {
     const shoal_ends& ends = *f.ends;
     float* x = f.hidden + token * f.model->hidden;
-    read_row(*ends.embedding, ends.token_ids[token], x);
+    int64_t row = ends.token_ids[token] - ends.first_id;
+    if (!ends.embedding || row < 0 || row >= ends.embedding->rows) { // another rank's
+        memset(x, 0, size_t(f.model->hidden) * 4);
+        return;
+    }
+    read_row(*ends.embedding, row, x);
     if (ends.embedding_scale == 1.f) return;
     for (int64_t i = 0; i < f.model->hidden; i++) x[i] *= ends.embedding_scale;
 }
@@ -256,23 +311,27 @@ inline void sample(Pass& pass) {
 void forward(void* argument, int thread) {
     const Forward& f = *static_cast<const Forward*>(argument);
     const shoal_model& model = *f.model;
-    int64_t tokens = f.batch->num_tokens, angles = tokens * model.num_ropes;
+    int64_t tokens = f.batch->num_tokens;
+    int64_t angles = model.num_layers && model.num_heads ? tokens * model.num_ropes : 0;
     const shoal_weight* head = f.ends->num_samples ? f.ends->head : nullptr;
     Pass pass = {f, thread, team_size(f.team), f.scratch.work, nullptr, nullptr};
     if (model.num_layers) pass.expect(&model.layers[0].qkv, Into::kStore);
-    pass.phase(angles + (f.ends->embedding ? tokens : 0), [&](int64_t i) {
+    pass.phase(angles + (f.ends->token_ids ? tokens : 0), [&](int64_t i) {
         if (i < angles) make_angles(f, i / tokens, i % tokens);
         else embed(f, i - angles);
     });
-    const float* norm_before = nullptr;
+    if (f.ends->token_ids && !pass.reduce(f.hidden)) return;
+    Branch before = {nullptr, false};
     for (int64_t i = 0; i < model.num_layers; i++) {
-        attention_half(pass, model.layers[i], f.kv[i], norm_before);
-        mlp_half(pass, model.layers[i], i + 1 < model.num_layers ? &model.layers[i + 1].qkv : head);
-        norm_before = model.layers[i].post_ffn_norm;
+        const shoal_layer& layer = model.layers[i];
+        before = attention_half(pass, layer, f.kv[i], before);
+        if (!pass.reduce(f.scratch.residual)) return;
+        before = mlp_half(pass, layer, before, i + 1 < model.num_layers ? &model.layers[i + 1].qkv : head);
+        if (!pass.reduce(f.scratch.residual)) return;
     }
     pass.phase(tokens, [&](int64_t token) {
         float* x = f.hidden + token * model.hidden;
-        add_branch(f, norm_before, token, pass.row());
+        add_branch(f, before, token, pass.row());
         if (model.final_norm) rms_norm(x, model.final_norm, model.hidden, model.norm_eps, x);
     });
     if (head) sample(pass);

@@ -82,10 +82,11 @@ inline F gumbel(I word) {
     return sub(zero(), logarithm(sub(zero(), inner)));
 }
 
-// Adds the noise of token ids [first, first + n) to logits; `first` is a multiple of 4.
+// Adds the noise of token ids [first, first + n) to logits.
 void add_gumbel(float* logits, int64_t first, int64_t n, uint64_t seed, int64_t position) {
     const I multiplier0 = set1_i(int32_t(0xD2511F53)), multiplier1 = set1_i(int32_t(0xCD9E8D57));
-    for (int64_t at = 0; at < n; at += 4 * kWidth) {
+    int64_t skipped = first % 4; // ids that share the first counter
+    for (int64_t at = -skipped; at < n; at += 4 * kWidth) {
         I c0 = counting_from(int32_t((first + at) / 4));
         I c1 = set1_i(int32_t(position)), c2 = set1_i(int32_t(position >> 32)), c3 = zero_i();
         uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
@@ -100,7 +101,7 @@ void add_gumbel(float* logits, int64_t first, int64_t n, uint64_t seed, int64_t 
         float noise[4][kWidth]; // of token ids 4 b, 4 b + 1, ...
         store(noise[0], gumbel(c0)), store(noise[1], gumbel(c1));
         store(noise[2], gumbel(c2)), store(noise[3], gumbel(c3));
-        for (int64_t i = 0; i < 4 * kWidth && at + i < n; i++) logits[at + i] += noise[i % 4][i / 4];
+        for (int64_t i = at < 0 ? skipped : 0; i < 4 * kWidth && at + i < n; i++) logits[at + i] += noise[i % 4][i / 4];
     }
 }
 

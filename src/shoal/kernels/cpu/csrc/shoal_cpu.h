@@ -3,6 +3,9 @@
 // A weight [rows, cols] is packed for streaming (see packing.cpp): 16 rows make a panel, and a
 // panel is read front to back. `shoal_cpu_forward` runs a range of a decoder's layers over a
 // ragged batch in one call; `shoal_cpu_linear` a single weight (the head).
+//
+// Weights may be a rank's share: some query heads and the KV heads they read, some FFN columns,
+// some token ids, or none. What the ranks add up is then summed by `shoal_reduce`.
 #pragma once
 #include <stdint.h>
 
@@ -11,7 +14,7 @@ extern "C" {
 #pragma GCC visibility push(default)
 #endif
 
-#define SHOAL_CPU_ABI 1
+#define SHOAL_CPU_ABI 2
 
 enum { SHOAL_F32 = 0, SHOAL_BF16 = 1, SHOAL_INT8 = 2, SHOAL_INT4 = 3, SHOAL_INT4_MIN = 4 };
 enum { SHOAL_KV_F32 = 0, SHOAL_KV_BF16 = 1, SHOAL_KV_INT8 = 2 };
@@ -25,13 +28,20 @@ typedef struct {
     int32_t reserved;
 } shoal_weight;
 
-// Pointers may be null where the model has no such part.
+// Sums `count` floats over all ranks, in place; not 0: it failed, and the pass ends.
+typedef int32_t (*shoal_reduce)(void* context, float* data, int64_t count);
+
+// Pointers may be null where the model has no such part; a weight's, where this rank has no heads
+// or no FFN columns. Columns of o may begin before and end after this rank's heads: quantised ones
+// come in whole groups. Inputs are zero there.
 typedef struct {
     shoal_weight qkv, o, gate_up, down; // gate_up: panels of gate and of up in turn
     const float *qkv_bias, *o_bias, *gate_up_bias, *down_bias; // gate_up_bias: in packed order
     const float *attention_norm, *qk_norm, *post_attention_norm, *ffn_norm, *post_ffn_norm;
     int32_t window; // newest tokens each token sees; 0: all
     int32_t rope;   // which row of inv_freqs
+    int32_t o_lead; // columns of o before those of this rank's heads
+    int32_t reserved;
 } shoal_layer;
 
 typedef struct {
@@ -39,10 +49,16 @@ typedef struct {
     int32_t num_layers, num_ropes;
     float norm_eps, attention_scale, attention_softcap; // softcap 0: none
     int32_t kv_format;
+    int32_t group_size;  // query heads of a KV head, on all ranks
+    int32_t head_offset; // of the first KV head here, those before the first query head here
+    int32_t attention_width; // most columns of any o
+    int32_t reserved;
     const shoal_layer* layers;
     const float* inv_freqs;    // [num_ropes, head_dim / 2]
     const float* rope_factors; // [num_ropes], cos and sin are multiplied by it
     const float* final_norm;   // null: leave the hidden states as they are
+    shoal_reduce reduce;       // null: there is one rank
+    void* reduce_context;
 } shoal_model;
 
 // KV of a layer, blocks of 16 tokens: keys [block, KV head, head_dim, 16], values
@@ -70,8 +86,9 @@ void shoal_cpu_destroy(shoal_context*);
 
 // What stands before and after the layers; any pointer may be null.
 typedef struct {
-    const shoal_weight* embedding; // null: `hidden` holds what goes in
-    const int64_t* token_ids;      // [num_tokens]
+    const shoal_weight* embedding; // of token ids from first_id on; null: of none
+    const int64_t* token_ids;      // [num_tokens]; null: `hidden` holds what goes in
+    int64_t first_id;
     float embedding_scale;
     int32_t num_samples;
     const shoal_weight* head;      // null: no logits
@@ -80,17 +97,18 @@ typedef struct {
     int64_t* best;                 // [num_samples] where they are largest, the first of equals
 } shoal_ends;
 
-// hidden: [num_tokens, hidden] fp32, out (and in without an embedding). Returns 0, or -1 without
-// memory.
+// hidden: [num_tokens, hidden] fp32, out (and in without token ids). Returns 0, -1 without memory,
+// or -2 where a reduction failed.
 int32_t shoal_cpu_forward(shoal_context*, const shoal_model*, const shoal_layer_kv*,
                           const shoal_batch*, const shoal_ends*, float* hidden);
 // out [num_tokens, rows] = x [num_tokens, cols] times the weight's transpose.
 int32_t shoal_cpu_linear(shoal_context*, const shoal_weight*, const float* x, int32_t num_tokens,
                          float* out);
 
-// Adds Gumbel noise to logits [num_rows, n], in place; a row has its seed and position.
+// Adds Gumbel noise to logits [num_rows, n] of token ids from first_id on, in place; a row has its
+// seed and position.
 void shoal_cpu_add_gumbel(shoal_context*, float* logits, int64_t num_rows, int64_t n,
-                          const uint64_t* seeds, const int64_t* positions);
+                          int64_t first_id, const uint64_t* seeds, const int64_t* positions);
 
 // Bytes of a packed weight.
 int64_t shoal_cpu_packed_bytes(int32_t format, int64_t rows, int64_t cols);

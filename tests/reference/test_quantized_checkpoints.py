@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shoal.core.errors import UnsupportedModelError, WeightsError
+from shoal.core.split import Range
 from shoal.kernels import select
 from shoal.model.gguf_source import GGUFSource
 from shoal.model.safetensors_source import SafetensorsSource
@@ -199,6 +200,14 @@ def test_values_formats_and_logits(case: str, plain: Path, tmp_path: Path) -> No
                 assert quantized.format == source.format(name)
                 assert quantized.shape == part.shape
                 torch.testing.assert_close(quantized.dequantize(), part, rtol=0, atol=1e-6)
+        for columns in (Range(32, 64), Range(5, 43), Range(0, 8), Range(40, values.shape[1])):
+            some = values[3:29, columns.start : columns.stop]
+            part = source.rows(name, 3, 29, columns)
+            torch.testing.assert_close(part, some, rtol=0, atol=1e-6)
+            if source.format(name) is not None and columns.start % 2 == 0:
+                quantized = source.quantized_rows(name, 3, 29, columns)
+                assert quantized.shape == some.shape
+                torch.testing.assert_close(quantized.dequantize(), some, rtol=0, atol=1e-6)
 
     sequences = run_mixed_steps(_decoder(folder, plain))
     logits = [reference_logits(model, sequence.token_ids) for sequence in sequences]
@@ -341,6 +350,8 @@ def test_gguf_blocks_as_codes_are_the_values(kind: str, plain: Path, tmp_path: P
         quantized = source.quantized_rows(name, 3, 20)
         assert quantized.group_size == 32
         assert torch.equal(quantized.dequantize(), source.rows(name, 3, 20))
+        some = source.quantized_rows(name, 3, 20, Range(32, 64))
+        assert torch.equal(some.dequantize(), source.rows(name, 3, 20)[:, 32:64])
     assert source.format("output_norm.weight") is None
 
 
@@ -363,6 +374,8 @@ def test_gguf_k_quants_as_codes_are_the_values(tmp_path: Path) -> None:
     quantized = source.quantized_rows("Q4_K", 2, 7)
     assert (quantized.group_size, quantized.scales_FG.dtype) == (32, torch.float32)
     assert torch.equal(quantized.dequantize(), source.rows("Q4_K", 2, 7))
+    some = source.quantized_rows("Q4_K", 2, 7, Range(224, 288))  # of both of a row's blocks
+    assert torch.equal(some.dequantize(), source.rows("Q4_K", 2, 7)[:, 224:288])
 
 
 def _decoder(folder: Path, plain: Path) -> Any:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from shoal.core.request import SamplingParams, TokenLogprobs
+from shoal.core.split import Range
 from shoal.core.step import SequenceStart
 from shoal.model import draw as draw_module
 from shoal.model.logprobs import prompt_logprobs
@@ -26,16 +27,18 @@ def sequence(
     *,
     prompt: tuple[int, ...] = (1, 5, 5, 7),
     outputs: tuple[int, ...] = (),
+    vocab: Range | None = None,
     **params: Any,
 ) -> SequenceSampler:
     params.setdefault("seed", 1234)
+    vocab = Range(0, vocab_size) if vocab is None else vocab
     start = SequenceStart(
         token_ids=prompt + outputs,
         prompt_len=len(prompt),
         sampling=SamplingParams(**params),
         eos_token_ids=(EOS,),
     )
-    return SequenceSampler(start, vocab_size=vocab_size, device=CPU)
+    return SequenceSampler(start, vocab=vocab, device=CPU)
 
 
 def one(

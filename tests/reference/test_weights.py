@@ -17,6 +17,7 @@ from paging import open_decoder, run_mixed_steps, worst_difference
 from safetensors.torch import load_file, save_file
 
 from shoal.core.errors import UnsupportedModelError, WeightsError
+from shoal.core.split import Range
 from shoal.kernels import select
 from shoal.model.gguf_blocks import DEQUANTIZE
 from shoal.model.spec import read_spec
@@ -125,6 +126,9 @@ def test_every_type_the_gguf_package_dequantises_is_read(tmp_path: Path) -> None
     for name, values in expected.items():
         assert source.shape(name) == values.shape
         np.testing.assert_array_equal(source.rows(name, 1, 3).float().numpy(), values[1:3])
+        columns = Range(values.shape[1] // 2 - 1, values.shape[1])  # from inside a block
+        some = source.rows(name, 1, 3, columns).float().numpy()
+        np.testing.assert_array_equal(some, values[1:3, columns.start :])
 
 
 def test_progress_ends_at_the_total(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@
     <module>.qzeros   int32 [G, F/8]   the same
     <module>.scales   float [G, F]
 
-Everything lies by columns of the weight: rows [start, stop) of it are columns here.
+Everything lies by columns of the weight: rows [start, stop) of it are columns here, columns rows.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from shoal.core.errors import UnsupportedModelError
+from shoal.core.split import Range
 from shoal.kernels.quantized import pack_int4
 from shoal.model.fields import Fields
 from shoal.model.safetensors_files import FLOAT_TYPES, SafetensorsFiles
@@ -54,7 +55,7 @@ def _weight(files: SafetensorsFiles, module: str, group_size: int) -> IntegerWei
     zeros = None
     if qzeros in files.names:
         files.expect(qzeros, ("I32",), (num_groups, words))
-        zeros = partial(_rows, files, qzeros)
+        zeros = partial(_rows, files, qzeros, Range(0, num_groups))
     return IntegerWeight(
         shape=(8 * words, columns),
         num_bytes=files.num_bytes(qweight) + files.num_bytes(scales),
@@ -66,15 +67,15 @@ def _weight(files: SafetensorsFiles, module: str, group_size: int) -> IntegerWei
     )
 
 
-def _codes(files: SafetensorsFiles, name: str, start: int, stop: int) -> Tensor:
-    codes_FK = _rows(files, name, start, stop)
+def _codes(files: SafetensorsFiles, name: str, start: int, stop: int, columns: Range) -> Tensor:
+    codes_FK = _rows(files, name, columns, start, stop)
     if codes_FK.shape[1] % 2:
         codes_FK = torch.nn.functional.pad(codes_FK, (0, 1))
     return pack_int4(codes_FK)
 
 
-def _rows(files: SafetensorsFiles, name: str, start: int, stop: int) -> Tensor:
+def _rows(files: SafetensorsFiles, name: str, columns: Range, start: int, stop: int) -> Tensor:
     first_word = start // 8
-    words = files.columns(name, first_word, -(-stop // 8))
+    words = files.rows(name, columns.start, columns.stop, Range(first_word, -(-stop // 8)))
     rows_KF = words_as_nibbles(words).view(len(words), -1, 8)[..., _PLACES].flatten(1)
     return rows_KF[:, start - 8 * first_word : stop - 8 * first_word].t().contiguous()

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from shoal.core.errors import WeightsError
+from shoal.core.split import Range
 from shoal.model.compressed_tensors_config import CompressionSettings, read_settings
 from shoal.model.fields import Fields
 from shoal.model.fp8_checkpoint import float8_weight
@@ -30,6 +31,7 @@ from shoal.model.scale_layouts import group_indices, scale_layout
 from shoal.model.stored_weights import (
     IntegerWeight,
     Read,
+    ReadCodes,
     StoredWeight,
     words_as_bytes,
     words_as_nibbles,
@@ -68,7 +70,7 @@ def _packed_weight(
             f"{' or '.join(map(str, settings.bits))} bits: the file is corrupt, fetch it again"
         )
     part = _Part(files, name, (rows, columns), fitting[0], settings)
-    return part.weight(files.num_bytes(packed), partial(_packed_codes, files, packed, part))
+    return part.weight(files.num_bytes(packed), partial(_packed_codes, files, packed, part.bits))
 
 
 def _int8_weight(
@@ -89,7 +91,7 @@ class _Part:
     bits: int
     settings: CompressionSettings
 
-    def weight(self, code_bytes: int, codes: Read) -> IntegerWeight:
+    def weight(self, code_bytes: int, codes: ReadCodes) -> IntegerWeight:
         files, scale = self.files, f"{self.name}_scale"
         if scale not in files.names:
             raise WeightsError(f"{files.folder}: {self.name} has no {scale}; fetch the model again")
@@ -139,12 +141,14 @@ class _Part:
         return partial(group_indices, files, name, num_groups)
 
 
-def _packed_codes(files: SafetensorsFiles, name: str, part: _Part, start: int, stop: int) -> Tensor:
-    codes = words_as_bytes(files.rows(name, start, stop))
-    columns = part.shape[1]
-    if part.bits == 4:
-        return codes[:, : -(-columns // 2)].contiguous()
-    return (codes[:, :columns] ^ 128).view(torch.int8)
+def _packed_codes(
+    files: SafetensorsFiles, name: str, bits: int, start: int, stop: int, columns: Range
+) -> Tensor:
+    words = Range(columns.start * bits // 32, -(-columns.stop * bits // 32))
+    codes = words_as_bytes(files.rows(name, start, stop, words))
+    if bits == 4:
+        return codes[:, : -(-len(columns) // 2)].contiguous()
+    return (codes[:, : len(columns)] ^ 128).view(torch.int8)
 
 
 def _packed_zeros(files: SafetensorsFiles, name: str, bits: int, start: int, stop: int) -> Tensor:

@@ -1,11 +1,13 @@
 """The dense decoder every supported architecture is: what ModelSpec says, and nothing else.
 
-    T tokens of all rows   N rows of hidden states   E hidden size   V vocabulary
+    T tokens of all rows   N rows of hidden states   E hidden size   V vocabulary of the shard
     H query heads   K KV heads   D head size   F FFN columns   L layers
 
     x += post_norm(o(attention(rope(qk_norm(qkv(norm(x)))))))     each norm but the first only
     x += post_norm(down(activation(gate(norm(x))) * up(norm(x)))) where the spec has it
 
+It runs what its shard holds: some layers, and of each some heads and FFN columns. What o and down
+give then is a part of a sum, which the group adds up; x and the norms are the same on every rank.
 No I/O, no names of models or files, no device or rank arithmetic.
 """
 
@@ -13,12 +15,19 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
+from torch.nn.functional import embedding, pad
 
+from shoal.comm import Group
 from shoal.core.model_spec import LayerSpec, ModelSpec
+from shoal.core.split import Range, Shard, whole
 from shoal.kernels import KernelSet, KVCache, LayerKV, RaggedBatch
 from shoal.kernels.cpu.arena import PackedWeight
-from shoal.model.parameters import DecoderParameters, LayerParameters, Weight
+from shoal.model.parameters import (
+    DecoderParameters,
+    LayerParameters,
+    Weight,
+    held_head_columns,
+)
 from shoal.model.rope import attention_factor, inverse_frequencies
 
 
@@ -29,7 +38,13 @@ class Decoder:
         spec: shapes and rules.
         parameters: filled weights.
         kernels: the operations to run it with.
-        precision: of the weights, for people; None: that of the embedding.
+        precision: of the weights, for people; None: `dtype`.
+        shard: what of the model the weights are; None: all.
+        group: the ranks that share its layers, where there are several.
+        device, dtype: where and in what it computes; None: as the embedding.
+
+    Attributes:
+        hidden_dtype: of hidden states that go in or out.
     """
 
     def __init__(
@@ -38,22 +53,31 @@ class Decoder:
         parameters: DecoderParameters,
         kernels: KernelSet,
         precision: str | None = None,
+        *,
+        shard: Shard | None = None,
+        group: Group | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         embedding_VE = parameters.embedding_VE
-        assert isinstance(embedding_VE, Tensor), "rows are looked up, not multiplied"
+        if device is None or dtype is None:
+            assert isinstance(embedding_VE, Tensor), "rows are looked up, not multiplied"
+            device, dtype = embedding_VE.device, embedding_VE.dtype
         self.spec = spec
-        self.device = embedding_VE.device
-        self.dtype = embedding_VE.dtype
-        self.precision = precision or str(self.dtype).removeprefix("torch.")
+        self.shard = shard or whole(spec)
+        self.device = device
+        self.dtype = self.hidden_dtype = dtype
+        self.precision = precision or str(dtype).removeprefix("torch.")
+        assert group is not None or self.shard.num_ranks == 1, "several ranks need a group"
+        self._group = group if self.shard.num_ranks > 1 else None
         self._parameters = parameters
-        self._embedding_VE = embedding_VE
         self._kernels = kernels
         self._inv_freqs = {
-            rope: inverse_frequencies(rope, spec.head_dim).to(embedding_VE.device)
+            rope: inverse_frequencies(rope, spec.head_dim).to(device)
             for rope in {layer.rope for layer in spec.layers}
         }
         # Gemma was trained with the scale rounded to the weights' precision.
-        self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=embedding_VE.dtype).item()
+        self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=dtype).item()
 
     @property
     def weight_bytes(self) -> int:
@@ -62,37 +86,82 @@ class Decoder:
 
     @property
     def fits_cuda_graphs(self) -> bool:
-        """Whether a CUDA graph can hold its decode steps."""
-        return self.device.type == "cuda" and self._kernels.reads_lengths_on_device
+        """Whether a CUDA graph can hold its decode steps, from token ids to logits."""
+        is_whole = self.shard == whole(self.spec)
+        on_device = self.device.type == "cuda" and self._kernels.reads_lengths_on_device
+        return is_whole and on_device
 
-    def forward(self, token_ids_T: Tensor, batch: RaggedBatch, kv: KVCache) -> Tensor:
-        """Hidden states [T, E] after the final norm; writes the tokens' KV on the way."""
-        x_TE = embedding(token_ids_T, self._embedding_VE)
-        if self._embedding_scale != 1.0:
-            x_TE = x_TE * self._embedding_scale
+    def forward(
+        self, inputs: Tensor, batch: RaggedBatch, kv: KVCache, layers: Range | None = None
+    ) -> Tensor:
+        """Hidden states [T, E]; writes the tokens' KV on the way.
+
+        Args:
+            inputs: token ids [T] where the model begins (`layers` at 0, and the shard embeds),
+                else the hidden states [T, E] that the layers before gave.
+            kv: its first layer is the shard's first.
+            layers: a part of the shard's; None: all of them.
+
+        Returns:
+            After the final norm where the model ends (`layers` at the last, and the shard makes
+            logits), else what the next layer takes.
+        """
+        layers = self.shard.layers if layers is None else layers
+        embeds = layers.start == 0 and self.shard.has_embedding
+        x_TE = self._embed(inputs) if embeds else inputs
         angles = {
             rope: self._kernels.rope_angles(batch.positions_T, inv_freq, attention_factor(rope))
             for rope, inv_freq in self._inv_freqs.items()
         }
-        all_parameters = self._parameters.layers
-        normed_TE = self._norm(x_TE, all_parameters[0].attention_norm_E)
-        next_norms = [parameters.attention_norm_E for parameters in all_parameters[1:]]
-        next_norms.append(self._parameters.final_norm_E)
-        layers = zip(self.spec.layers, all_parameters, kv.layers, next_norms, strict=True)
-        for layer, parameters, layer_kv, next_norm_E in layers:
+        norm_E = self._norm_before(layers.start, layers)
+        normed_TE = x_TE if norm_E is None else self._norm(x_TE, norm_E)
+        for index in range(layers.start, layers.stop):
+            layer, held = self.spec.layers[index], index - self.shard.layers.start
+            parameters, layer_kv = self._parameters.layers[held], kv.layers[held]
             o_TE = self._attention(
                 normed_TE, layer, parameters, batch, layer_kv, angles[layer.rope]
             )
             x_TE, normed_TE = self._add_norm(x_TE, o_TE, parameters.ffn_norm_E)
             down_TE = self._mlp(normed_TE, parameters)
-            x_TE, normed_TE = self._add_norm(x_TE, down_TE, next_norm_E)
+            norm_E = self._norm_before(index + 1, layers)
+            x_TE, normed_TE = self._add_norm(x_TE, down_TE, norm_E)
         return normed_TE
 
     def logits(self, hidden_NE: Tensor) -> Tensor:
-        """fp32 logits [N, V] of the tokens that follow."""
-        logits_NV = self._linear(hidden_NE, self._parameters.head_VE, None).float()
+        """fp32 logits [N, V] of the tokens that follow, of the shard's own vocabulary."""
+        head_VE = self._parameters.head_VE
+        if head_VE is None:
+            return torch.empty(len(hidden_NE), 0, device=self.device)
+        logits_NV = self._linear(hidden_NE, head_VE, None).float()
         cap = self.spec.final_softcap
         return logits_NV if cap is None else (logits_NV / cap).tanh_().mul_(cap)
+
+    def _embed(self, token_ids_T: Tensor) -> Tensor:
+        """Rows of the table; each rank has those of its token ids, and zeros for the others."""
+        table_VE = self._parameters.embedding_VE
+        if table_VE is None:
+            x_TE = torch.zeros(
+                len(token_ids_T), self.spec.hidden_size, dtype=self.dtype, device=self.device
+            )
+        else:
+            assert isinstance(table_VE, Tensor), "rows are looked up, not multiplied"
+            x_TE = self._rows(token_ids_T, table_VE)
+        self._reduce(x_TE)
+        return x_TE if self._embedding_scale == 1.0 else x_TE * self._embedding_scale
+
+    def _rows(self, token_ids_T: Tensor, table_VE: Tensor) -> Tensor:
+        if self._group is None:
+            return embedding(token_ids_T, table_VE)
+        rows_T = token_ids_T - self.shard.vocab.start
+        outside_T = (rows_T < 0) | (rows_T >= len(table_VE))
+        x_TE = embedding(rows_T.masked_fill(outside_T, 0), table_VE)
+        return x_TE.masked_fill_(outside_T[:, None], 0.0)
+
+    def _norm_before(self, index: int, layers: Range) -> Tensor | None:
+        """The norm between what was run and what follows; None: the layers end, not the model."""
+        if index < layers.stop:
+            return self._parameters.layers[index - self.shard.layers.start].attention_norm_E
+        return self._parameters.final_norm_E if index == self.spec.num_layers else None
 
     def _attention(
         self,
@@ -103,10 +172,37 @@ class Decoder:
         kv: LayerKV,
         angles: tuple[Tensor, Tensor],
     ) -> Tensor:
+        if parameters.qkv_CE is None or parameters.o_EC is None:
+            o_TE = self._nothing(normed_TE, parameters.o_bias_E)
+        else:
+            qkv_TC = self._linear(normed_TE, parameters.qkv_CE, parameters.qkv_bias_C)
+            o_THD = self._attend(qkv_TC, layer, parameters.qk_norm_HD, batch, kv, angles)
+            o_TC = self._with_margins(o_THD.flatten(1), parameters.o_EC)
+            o_TE = self._linear(o_TC, parameters.o_EC, parameters.o_bias_E)
+        self._reduce(o_TE)
+        return self._norm_if(o_TE, parameters.post_attention_norm_E)
+
+    def _attend(
+        self,
+        qkv_TC: Tensor,
+        layer: LayerSpec,
+        qk_norm_HD: Tensor | None,
+        batch: RaggedBatch,
+        kv: LayerKV,
+        angles: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """What each of the shard's heads gives, [T, H, D].
+
+        Kernels know KV heads with equally many query heads: of a KV head that is shared with
+        other ranks, their query heads are computed too (as zeros), and dropped.
+        """
         spec, kernels = self.spec, self._kernels
-        qkv_TC = self._linear(normed_TE, parameters.qkv_CE, parameters.qkv_bias_C)
         rope_and_store = kernels.rope_and_store or self._rope_and_store
-        q_THD = rope_and_store(qkv_TC, parameters.qk_norm_HD, spec.norm_eps, *angles, kv, batch)
+        q_THD = rope_and_store(qkv_TC, qk_norm_HD, spec.norm_eps, *angles, kv, batch)
+        num_heads, first = q_THD.shape[1], self.shard.head_offset(spec)
+        in_groups = kv.keys_NBHD.shape[2] * (spec.num_heads // spec.num_kv_heads)
+        if in_groups > num_heads:
+            q_THD = pad(q_THD, (0, 0, first, in_groups - num_heads - first))
         o_THD = kernels.attention(
             q_THD,
             kv,
@@ -115,8 +211,7 @@ class Decoder:
             window=layer.window,
             softcap=spec.attention_softcap,
         )
-        o_TE = self._linear(o_THD.flatten(1), parameters.o_EC, parameters.o_bias_E)
-        return self._norm_if(o_TE, parameters.post_attention_norm_E)
+        return o_THD[:, first : first + num_heads]
 
     def _rope_and_store(
         self,
@@ -129,23 +224,49 @@ class Decoder:
         batch: RaggedBatch,
     ) -> Tensor:
         """`KernelSet.rope_and_store`, one operation after the other."""
-        spec, kernels = self.spec, self._kernels
-        qkv_THD = qkv_TC.view(len(qkv_TC), -1, spec.head_dim)
-        num_rotated = spec.num_heads + spec.num_kv_heads
+        kernels, num_heads = self._kernels, len(self.shard.heads)
+        qkv_THD = qkv_TC.view(len(qkv_TC), -1, self.spec.head_dim)
+        num_rotated = num_heads + kv.keys_NBHD.shape[2]
         qk_THD, v_TKD = qkv_THD[:, :num_rotated], qkv_THD[:, num_rotated:]
         if qk_norm_HD is not None:
             qk_THD = kernels.rms_norm(qk_THD, qk_norm_HD, eps)
         qk_THD = kernels.rope(qk_THD, cos_T1D, sin_T1D)
-        kernels.store_kv(qk_THD[:, spec.num_heads :], v_TKD, kv, batch)
-        return qk_THD[:, : spec.num_heads]
+        kernels.store_kv(qk_THD[:, num_heads:], v_TKD, kv, batch)
+        return qk_THD[:, :num_heads]
+
+    def _with_margins(self, o_TC: Tensor, weight: Weight) -> Tensor:
+        """Zeros for columns of o that are other heads', kept for the groups that they share."""
+        held = held_head_columns(self.spec, self.shard, weight)
+        before = self.shard.heads.start * self.spec.head_dim - held.start
+        after = len(held) - before - o_TC.shape[1]
+        return pad(o_TC, (before, after)) if before or after else o_TC
 
     def _mlp(self, normed_TE: Tensor, parameters: LayerParameters) -> Tensor:
-        gate_up_TF = self._linear(normed_TE, parameters.gate_up_FE, parameters.gate_up_bias_F)
-        gated_TF = self._kernels.gated_activation(gate_up_TF, self.spec.activation)
-        down_TE = self._linear(gated_TF, parameters.down_EF, parameters.down_bias_E)
+        if parameters.gate_up_FE is None or parameters.down_EF is None:
+            down_TE = self._nothing(normed_TE, parameters.down_bias_E)
+        else:
+            gate_up_TF = self._linear(normed_TE, parameters.gate_up_FE, parameters.gate_up_bias_F)
+            gated_TF = self._kernels.gated_activation(gate_up_TF, self.spec.activation)
+            down_TE = self._linear(gated_TF, parameters.down_EF, parameters.down_bias_E)
+        self._reduce(down_TE)
         return self._norm_if(down_TE, parameters.post_ffn_norm_E)
 
-    def _add_norm(self, x_TE: Tensor, y_TE: Tensor, weight_E: Tensor) -> tuple[Tensor, Tensor]:
+    def _nothing(self, like_TE: Tensor, bias_E: Tensor | None) -> Tensor:
+        """What a rank without heads or FFN columns adds."""
+        zeros_TE = torch.zeros_like(like_TE)
+        return zeros_TE if bias_E is None else zeros_TE.add_(bias_E)
+
+    def _reduce(self, part: Tensor) -> None:
+        if self._group is not None:
+            self._group.all_reduce(part)
+
+    def _add_norm(
+        self, x_TE: Tensor, y_TE: Tensor, weight_E: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """x + y, and its norm; the sum itself where no norm follows."""
+        if weight_E is None:
+            x_TE = x_TE + y_TE
+            return x_TE, x_TE
         add_rms_norm = self._kernels.add_rms_norm
         if add_rms_norm is not None:
             return add_rms_norm(x_TE, y_TE, weight_E, self.spec.norm_eps)

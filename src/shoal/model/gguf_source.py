@@ -14,7 +14,9 @@ from torch import Tensor
 
 from shoal.core.errors import ModelError, UnsupportedModelError, WeightsError
 from shoal.core.gguf_header import GGUFTensorInfo, read_gguf_header
+from shoal.core.split import Range
 from shoal.kernels.quantized import QuantizedWeight, WeightFormat
+from shoal.model.columns import covering, take_columns
 from shoal.model.gguf_blocks import DEQUANTIZE
 from shoal.model.gguf_quantized import AS_QUANTIZED, FORMATS
 
@@ -60,22 +62,16 @@ class GGUFSource:
         info = self._tensors[name]
         return self._row_bytes(info) * _num_rows(info) // self.shape(name)[0]
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
+    def rows(self, name: str, start: int, stop: int, columns: Range | None = None) -> Tensor:
         """The values, fp32 or as they are stored."""
-        info = self._tensors[name]
-        data = self._bytes(name, start, stop)
-        shape = (stop - start, *self.shape(name)[1:])
-        kind = gguf.GGMLQuantizationType(info.type_id)
-        if kind.name in _PLAIN:
-            return data.view(_PLAIN[kind.name]).view(shape)
-        block_bytes = gguf.GGML_QUANT_SIZES[kind][1]
-        if kind.name in DEQUANTIZE:
-            return DEQUANTIZE[kind.name](data.view(-1, block_bytes)).view(shape)
-        rows = data.view(-1, self._row_bytes(info)).numpy()
-        try:
-            return torch.from_numpy(gguf.dequantize(rows, kind)).view(shape)
-        except NotImplementedError as error:
-            raise self._unsupported(info, kind.name) from error
+        if columns is None:
+            return self._values(name, self._bytes(name, start, stop)).view(
+                stop - start, *self.shape(name)[1:]
+            )
+        cover = self._cover(name, columns)
+        values = self._values(name, self._some_bytes(name, start, stop, cover))
+        first = columns.start - cover.start
+        return values.view(stop - start, len(cover))[:, first : first + len(columns)]
 
     def format(self, name: str) -> WeightFormat | None:
         """What `quantized_rows` gives; None: values alone."""
@@ -83,21 +79,65 @@ class GGUFSource:
             return None
         return FORMATS.get(gguf.GGMLQuantizationType(self._tensors[name].type_id).name)
 
-    def quantized_rows(self, name: str, start: int, stop: int) -> QuantizedWeight:
+    def quantized_rows(
+        self, name: str, start: int, stop: int, columns: Range | None = None
+    ) -> QuantizedWeight:
         """The same values as `rows`, as codes; only where there is a format."""
-        info = self._tensors[name]
-        kind = gguf.GGMLQuantizationType(info.type_id)
-        blocks = self._bytes(name, start, stop).view(-1, gguf.GGML_QUANT_SIZES[kind][1])
-        return AS_QUANTIZED[kind.name](blocks, info.dims[0])
+        columns = Range(0, self.shape(name)[1]) if columns is None else columns
+        cover = self._cover(name, columns)
+        kind = self._kind(name)
+        blocks = self._some_bytes(name, start, stop, cover)
+        rows = AS_QUANTIZED[kind.name](blocks.view(-1, gguf.GGML_QUANT_SIZES[kind][1]), len(cover))
+        first = columns.start - cover.start
+        return take_columns(rows, Range(first, first + len(columns)))
 
-    def blocks(self, name: str, start: int, stop: int) -> tuple[str, Tensor]:
-        """The type of a tensor, and its rows as they lie in the file: uint8 [rows, bytes]."""
-        kind = gguf.GGMLQuantizationType(self._tensors[name].type_id).name
-        return kind, self._bytes(name, start, stop).view(stop - start, -1)
+    def blocks(
+        self, name: str, start: int, stop: int, columns: Range | None = None
+    ) -> tuple[str, Tensor] | None:
+        """The type of a tensor, and its rows as they lie in the file: uint8 [rows, bytes].
+
+        None: a range of columns that is no whole blocks.
+        """
+        columns = Range(0, self.shape(name)[1]) if columns is None else columns
+        if self._cover(name, columns) != columns:
+            return None
+        blocks = self._some_bytes(name, start, stop, columns)
+        return self._kind(name).name, blocks.view(stop - start, -1)
+
+    def _values(self, name: str, data: Tensor) -> Tensor:
+        """What whole blocks hold."""
+        kind = self._kind(name)
+        if kind.name in _PLAIN:
+            return data.view(_PLAIN[kind.name])
+        block_bytes = gguf.GGML_QUANT_SIZES[kind][1]
+        if kind.name in DEQUANTIZE:
+            return DEQUANTIZE[kind.name](data.view(-1, block_bytes))
+        try:
+            return torch.from_numpy(gguf.dequantize(data.view(-1, block_bytes).numpy(), kind))
+        except NotImplementedError as error:
+            raise self._unsupported(self._tensors[name], kind.name) from error
+
+    def _kind(self, name: str) -> gguf.GGMLQuantizationType:
+        return gguf.GGMLQuantizationType(self._tensors[name].type_id)
+
+    def _cover(self, name: str, columns: Range) -> Range:
+        """Columns of the blocks that hold these."""
+        block_values: int = gguf.GGML_QUANT_SIZES[self._kind(name)][0]
+        return covering(columns, block_values, self.shape(name)[1])
 
     def _bytes(self, name: str, start: int, stop: int) -> Tensor:
         offset, row_bytes = self._tensors[name].offset, self.row_bytes(name)
         return self._data[offset + start * row_bytes : offset + stop * row_bytes]
+
+    def _some_bytes(self, name: str, start: int, stop: int, cover: Range) -> Tensor:
+        """Of whole blocks along the rows of a matrix, one row after another."""
+        data = self._bytes(name, start, stop)
+        if len(cover) == self.shape(name)[1]:
+            return data
+        block_values, block_bytes = gguf.GGML_QUANT_SIZES[self._kind(name)]
+        rows = data.view(stop - start, -1)
+        first, last = cover.start // block_values, cover.stop // block_values
+        return rows[:, first * block_bytes : last * block_bytes].contiguous().flatten()
 
     def _row_bytes(self, info: GGUFTensorInfo) -> int:
         """Bytes of one run along the fastest dimension."""

@@ -5,8 +5,8 @@
     <module>.scales   float [G, F]
     <module>.g_idx    int32 [K]              group of each column; with desc_act in any order
 
-Rows [start, stop) of the weight are columns here. How many bits a module has is read off its
-shapes, since GPTQModel's `dynamic` may give each its own.
+Rows [start, stop) of the weight are columns here, columns are rows. How many bits a module has is
+read off its shapes, since GPTQModel's `dynamic` may give each its own.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from shoal.core.errors import UnsupportedModelError
+from shoal.core.split import Range
 from shoal.model.fields import Fields
 from shoal.model.safetensors_files import FLOAT_TYPES, SafetensorsFiles
 from shoal.model.scale_layouts import group_indices
@@ -73,9 +74,12 @@ def _weight(files: SafetensorsFiles, module: str, group_size: int, offset: int) 
     )
 
 
-def _codes(files: SafetensorsFiles, name: str, bits: int, start: int, stop: int) -> Tensor:
+def _codes(
+    files: SafetensorsFiles, name: str, bits: int, start: int, stop: int, columns: Range
+) -> Tensor:
+    words = Range(columns.start * bits // 32, -(-columns.stop * bits // 32))
     # By rows the words are the codes one after the other, as they are kept here.
-    codes = words_as_bytes(files.columns(name, start, stop).t())
+    codes = words_as_bytes(files.rows(name, words.start, words.stop, Range(start, stop)).t())
     return codes if bits == 4 else (codes ^ 128).view(torch.int8)
 
 

@@ -10,7 +10,7 @@ Shapes: R rows, V vocabulary, W bytes of a mask.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,19 +36,29 @@ def finite_(logits_RV: Tensor) -> Tensor:
     return logits_RV.nan_to_num_(nan=-LIMIT, posinf=LIMIT, neginf=-LIMIT).clamp_(-LIMIT, LIMIT)
 
 
-def apply_masks_(logits_RV: Tensor, rows: Sequence[int], masks: Sequence[bytes]) -> None:
+def apply_masks_(
+    logits_RV: Tensor, rows: Sequence[int], masks: Sequence[bytes], first_id: int = 0
+) -> None:
     """Forbid (-inf) in `rows` what their little-endian bitmask does not allow.
 
     Token ids beyond the end of a mask (a padded vocabulary) are forbidden too.
+
+    Args:
+        masks: of the whole vocabulary.
+        first_id: token id of the first logit.
     """
-    device, vocab_size = logits_RV.device, logits_RV.shape[1]
-    width = -(-vocab_size // 8)
-    joined = bytearray().join(mask[:width].ljust(width, b"\0") for mask in masks)
+    device, num_ids = logits_RV.device, logits_RV.shape[1]
+    if not num_ids:
+        return
+    first, skipped = first_id // 8, first_id % 8
+    width = -(-(skipped + num_ids) // 8)
+    joined = bytearray().join(mask[first : first + width].ljust(width, b"\0") for mask in masks)
     mask_bytes = torch.frombuffer(joined, dtype=torch.uint8).view(len(rows), width)
     if device.type == "cuda":
         mask_bytes = mask_bytes.pin_memory().to(device, non_blocking=True)
     bits_8 = torch.arange(8, dtype=torch.uint8, device=device)
-    allowed_RV = ((mask_bytes[:, :, None] >> bits_8) & 1).flatten(1)[:, :vocab_size].bool()
+    allowed_RV = ((mask_bytes[:, :, None] >> bits_8) & 1).flatten(1)
+    allowed_RV = allowed_RV[:, skipped : skipped + num_ids].bool()
     index_R = to_device(rows, torch.int64, device)
     logits_RV[index_R] = logits_RV[index_R].masked_fill(~allowed_RV, -math.inf)
 
@@ -61,15 +71,23 @@ def add_biases_(
     logits_RV[where] += to_device(biases, logits_RV.dtype, logits_RV.device)
 
 
-def ban_(logits_RV: Tensor, rows: Sequence[int], token_ids: Sequence[int]) -> None:
+def ban_(
+    logits_RV: Tensor,
+    rows: Sequence[int],
+    token_ids: Sequence[int],
+    everywhere: Callable[[Tensor], Tensor] = lambda flags_R: flags_R,
+) -> None:
     """Forbid token_ids[i] in rows[i], unless that would leave the row without any token.
 
     A row may have only stop tokens left where a grammar's mask allows nothing else.
+
+    Args:
+        everywhere: whether flags [R] are set on all ranks, where the vocabulary has several.
     """
     where = _pairs(logits_RV, rows, token_ids)
     before = logits_RV[where]
     logits_RV[where] = -math.inf
-    dead_R = logits_RV.amax(dim=-1) == -math.inf
+    dead_R = everywhere((logits_RV == -math.inf).all(dim=-1))
     logits_RV[where] = torch.where(dead_R[where[0]], before, -math.inf)
 
 
@@ -126,25 +144,7 @@ def cutoff(
     return cut_R1
 
 
-def _top_p_cut(logits_RV: Tensor, best_R1: Tensor, cut_R1: Tensor, top_p_R1: Tensor) -> Tensor:
-    weights_RV = (logits_RV - best_R1).exp_().masked_fill_(logits_RV < cut_R1, 0.0)
-    wanted_R1 = top_p_R1 * weights_RV.sum(dim=-1, keepdim=True, dtype=torch.float64)
-    off_R1 = top_p_R1 >= 1.0
-    vocab_size = logits_RV.shape[1]
-    if logits_RV.device.type != "cpu" or vocab_size <= _NUM_BEST_FIRST:
-        return _first_reaching(_sorted(logits_RV), best_R1, wanted_R1).masked_fill(
-            off_R1, -math.inf
-        )
-    head_RK = logits_RV.topk(_NUM_BEST_FIRST, dim=-1).values
-    found_R1 = _first_reaching(head_RK, best_R1, wanted_R1).masked_fill(off_R1, -math.inf)
-    unsure = ((found_R1 == -math.inf) & ~off_R1)[:, 0].nonzero()[:, 0]
-    if len(unsure):
-        sorted_UV = _sorted(logits_RV[unsure])
-        found_R1[unsure] = _first_reaching(sorted_UV, best_R1[unsure], wanted_R1[unsure])
-    return found_R1
-
-
-def _first_reaching(values_RK: Tensor, best_R1: Tensor, wanted_R1: Tensor) -> Tensor:
+def first_reaching(values_RK: Tensor, best_R1: Tensor, wanted_R1: Tensor) -> Tensor:
     """The first of the descending values at which the weights' sum is `wanted`, or -inf."""
     # In fp64, so that the order in which a device adds up cannot move a cut.
     sums_RK = (values_RK - best_R1).exp_().double().cumsum(dim=-1)
@@ -152,6 +152,22 @@ def _first_reaching(values_RK: Tensor, best_R1: Tensor, wanted_R1: Tensor) -> Te
     last = values_RK.shape[1] - 1
     found_R1 = values_RK.gather(1, num_short_R1.clamp(max=last))
     return found_R1.masked_fill(num_short_R1 > last, -math.inf)
+
+
+def _top_p_cut(logits_RV: Tensor, best_R1: Tensor, cut_R1: Tensor, top_p_R1: Tensor) -> Tensor:
+    weights_RV = (logits_RV - best_R1).exp_().masked_fill_(logits_RV < cut_R1, 0.0)
+    wanted_R1 = top_p_R1 * weights_RV.sum(dim=-1, keepdim=True, dtype=torch.float64)
+    off_R1 = top_p_R1 >= 1.0
+    vocab_size = logits_RV.shape[1]
+    if logits_RV.device.type != "cpu" or vocab_size <= _NUM_BEST_FIRST:
+        return first_reaching(_sorted(logits_RV), best_R1, wanted_R1).masked_fill(off_R1, -math.inf)
+    head_RK = logits_RV.topk(_NUM_BEST_FIRST, dim=-1).values
+    found_R1 = first_reaching(head_RK, best_R1, wanted_R1).masked_fill(off_R1, -math.inf)
+    unsure = ((found_R1 == -math.inf) & ~off_R1)[:, 0].nonzero()[:, 0]
+    if len(unsure):
+        sorted_UV = _sorted(logits_RV[unsure])
+        found_R1[unsure] = first_reaching(sorted_UV, best_R1[unsure], wanted_R1[unsure])
+    return found_R1
 
 
 def _sorted(logits_RV: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from shoal.model.cache import models_folder
 
 _LAYOUT = 1
 _PIECE_BYTES = 16 << 20
-_MAX_FILES = 8
+_MAX_FILES = 64  # every rank of a split has its own
 _MAX_BYTES = 32 << 30
 _MAX_HEADER_BYTES = 1 << 20
 _THREADS = 4
@@ -94,7 +94,8 @@ class PackedCache:
             return all(pool.map(read, range(len(pieces))))
 
     def _write(self, path: Path, data: Tensor) -> None:
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        # Another process, or another thread of this one, may be writing the same.
+        partial = path.with_name(f".{path.name}.{threading.get_ident()}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(path.parent).free < 2 * len(data):

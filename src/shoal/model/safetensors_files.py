@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from shoal.core.errors import WeightsError
+from shoal.core.split import Range
 
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 
@@ -60,8 +61,11 @@ class SafetensorsFiles:
     def num_bytes(self, name: str) -> int:
         return math.prod(self.shape(name)) * _BYTES[self.dtype(name)]
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        rows: Tensor = self._slice(name)[start:stop]
+    def rows(self, name: str, start: int, stop: int, columns: Range | None = None) -> Tensor:
+        if columns is None:
+            rows: Tensor = self._slice(name)[start:stop]
+        else:
+            rows = self._slice(name)[start:stop, columns.start : columns.stop]
         return rows
 
     def columns(self, name: str, start: int, stop: int) -> Tensor:

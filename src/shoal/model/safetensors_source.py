@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from shoal.core.errors import WeightsError
+from shoal.core.split import Range
 from shoal.kernels.quantized import QuantizedWeight, WeightFormat
 from shoal.model.quantized_checkpoints import find_stored_weights
 from shoal.model.safetensors_files import FLOAT_TYPES, SafetensorsFiles
@@ -52,16 +53,20 @@ class SafetensorsSource:
         shape = self._files.shape(name)
         return self._files.num_bytes(name) // max(1, shape[0]) if shape else 0
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
+    def rows(self, name: str, start: int, stop: int, columns: Range | None = None) -> Tensor:
         """Floating point: the values, of quantised weights too."""
         stored = self._stored.get(name)
-        return self._files.rows(name, start, stop) if stored is None else stored.rows(start, stop)
+        if stored is None:
+            return self._files.rows(name, start, stop, columns)
+        return stored.rows(start, stop, columns)
 
     def format(self, name: str) -> WeightFormat | None:
         """What `quantized_rows` gives; None: a plain tensor, or codes that fit no format."""
         stored = self._stored.get(name)
         return None if stored is None else stored.format
 
-    def quantized_rows(self, name: str, start: int, stop: int) -> QuantizedWeight:
+    def quantized_rows(
+        self, name: str, start: int, stop: int, columns: Range | None = None
+    ) -> QuantizedWeight:
         """The same values as `rows`, without a detour; only where there is a format."""
-        return self._stored[name].quantized_rows(start, stop)
+        return self._stored[name].quantized_rows(start, stop, columns)

@@ -7,8 +7,9 @@ vocabulary are split. Processing follows vLLM's order:
     raw logits → (logprobs) → grammar mask → logit bias → min_tokens' bans → penalties
                → temperature → min-p → top-k → top-p → + noise → argmax
 
-Knows nothing of steps, scheduling or text. Shapes: N rows of the batch, R rows of a part of
-it, V vocabulary.
+A rank that has logits of some token ids processes those; what concerns all of them is for its
+`Vocabulary` to settle. Knows nothing of steps, scheduling or text. Shapes: N rows of the batch,
+R rows of a part of it, V token ids held here.
 """
 
 from __future__ import annotations
@@ -20,48 +21,60 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from shoal.comm import Group
 from shoal.core.request import SamplingParams, TokenLogprobs
+from shoal.core.split import Range
 from shoal.core.step import SequenceStart
 from shoal.model import logits as process
-from shoal.model.draw import AddNoise, add_noise, draw
+from shoal.model.draw import AddNoise, add_noise, perturb_
 from shoal.model.logits import to_device
 from shoal.model.logprobs import HostCopy, PendingLogprobs
+from shoal.model.vocab_parallel import vocabulary_of
+from shoal.model.vocabulary import Vocabulary
 
 # vLLM's _SAMPLING_EPS: below it dividing by the temperature means nothing any more.
 _GREEDY_BELOW = 1e-5
 
 
 class SequenceSampler:
-    """What sampling keeps of one sequence. Rebuilt from token ids it is what it was."""
+    """What sampling keeps of one sequence. Rebuilt from token ids it is what it was.
+
+    Args:
+        vocab: token ids whose logits it is used on; ids are never relative to it.
+    """
 
     __slots__ = (
         "bans",
         "biases",
         "greedy",
+        "num_stops",
         "output_counts_V",
         "prompt_len",
         "prompt_seen_V",
         "sampling",
+        "vocab",
     )
 
-    def __init__(self, start: SequenceStart, *, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, start: SequenceStart, *, vocab: Range, device: torch.device) -> None:
         sampling = start.sampling
         self.sampling = sampling
+        self.vocab = vocab
         self.prompt_len = start.prompt_len
         self.greedy = sampling.temperature < _GREEDY_BELOW
         assert self.greedy or sampling.seed is not None, "the router draws missing seeds"
-        stops = (*sampling.stop_token_ids, *(() if sampling.ignore_eos else start.eos_token_ids))
-        self.bans = tuple({id_ for id_ in stops if 0 <= id_ < vocab_size})
+        stops = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else start.eos_token_ids)}
+        self.num_stops = len(stops)
+        self.bans = tuple(id_ for id_ in stops if id_ in vocab)
         self.biases: dict[int, float] = {}
         for token_id, bias in sampling.logit_bias:
-            if 0 <= token_id < vocab_size:
+            if token_id in vocab:
                 self.biases[token_id] = self.biases.get(token_id, 0.0) + bias
         self.prompt_seen_V: Tensor | None = None
         self.output_counts_V: Tensor | None = None
         if _has_penalties(sampling):
             prompt, outputs = (
-                torch.tensor([id_ for id_ in ids if 0 <= id_ < vocab_size], dtype=torch.int64)
-                .bincount(minlength=vocab_size)
+                torch.tensor([id_ - vocab.start for id_ in ids if id_ in vocab], dtype=torch.int64)
+                .bincount(minlength=len(vocab))
                 .to(device)
                 for ids in (
                     start.token_ids[: start.prompt_len],
@@ -72,17 +85,27 @@ class SequenceSampler:
 
     def append(self, token_id_1: Tensor) -> None:
         """Count one more output token: int64 [1], on the device, its value not looked at."""
-        if self.output_counts_V is not None:
-            one = torch.ones_like(token_id_1, dtype=torch.int32)
-            self.output_counts_V.scatter_add_(0, token_id_1, one)
+        if self.output_counts_V is not None and len(self.vocab):
+            column_1 = token_id_1 - self.vocab.start
+            inside_1 = (column_1 >= 0) & (column_1 < len(self.vocab))
+            column_1 = column_1.clamp_(0, len(self.vocab) - 1)
+            self.output_counts_V.scatter_add_(0, column_1, inside_1.int())
 
     def bans_at(self, position: int) -> tuple[int, ...]:
-        """Token ids that may not stand at `position`, as min_tokens is not reached."""
-        return self.bans if position - self.prompt_len < self.sampling.min_tokens else ()
+        """Token ids held here that may not stand at `position`, as min_tokens is not reached."""
+        return self.bans if self.has_bans_at(position) else ()
+
+    def has_bans_at(self, position: int) -> bool:
+        """Whether there are any, here or on another rank."""
+        return self.num_stops > 0 and position - self.prompt_len < self.sampling.min_tokens
 
     def is_plain_argmax(self, position: int) -> bool:
-        """Whether the best raw logit decides (if no grammar has its say)."""
-        touched = self.biases or self.output_counts_V is not None or self.bans_at(position)
+        """Whether the best raw logit decides (if no grammar has its say): on all ranks alike."""
+        touched = (
+            self.sampling.logit_bias
+            or self.output_counts_V is not None
+            or self.has_bans_at(position)
+        )
         return self.greedy and not touched
 
 
@@ -122,71 +145,96 @@ def sample(
     masks: Sequence[bytes | None],
     best_N: Tensor | None = None,
     noise: AddNoise = add_noise,
+    *,
+    vocab: Range | None = None,
+    group: Group | None = None,
 ) -> SampledBatch:
     """Choose the token of each row and append it to its sequence's state.
 
-    On a CUDA device this never waits for it.
+    On a CUDA device this never waits for it, unless ranks have to settle a top-p cut.
 
     Args:
         logits_NV: raw logits, fp32; not changed.
         positions: absolute position of the token to choose (`StepRow.end`).
-        masks: allowed token ids (`StepRow.mask`).
+        masks: allowed token ids (`StepRow.mask`), of the whole vocabulary.
         best_N: where each row's raw logits are largest, if that is known.
         noise: a faster way to add it, where there is one.
+        vocab: token ids that the logits are of, and the sequences' states.
+        group: the ranks that have the others, with the same rows, which get the same tokens;
+            None: there are none.
     """
+    vocabulary = vocabulary_of(vocab, group)
     rows = [_Row(*row) for row in zip(sequences, positions, masks, strict=True)]
     plain = [row.is_plain for row in rows]
     if best_N is not None and all(plain):
-        token_ids_N = best_N
+        picked = vocabulary.pick(logits_NV, best_N)
     else:
-        token_ids_N = _argmax_or(partial(_process, noise=noise), logits_NV, rows, plain)
+        otherwise = partial(_process, noise=noise, vocabulary=vocabulary)
+        picked = _pick_or(otherwise, logits_NV, rows, plain, vocabulary)
+    token_ids_N = vocabulary.chosen(picked)
     for i, sequence in enumerate(sequences):
         sequence.append(token_ids_N[i : i + 1])
     return SampledBatch(
-        token_ids_N, HostCopy(token_ids_N), *_logprobs(logits_NV, token_ids_N, rows)
+        token_ids_N, HostCopy(token_ids_N), *_logprobs(logits_NV, token_ids_N, rows, vocabulary)
     )
 
 
-def _argmax_or(
+def _pick_or(
     otherwise: Callable[[Tensor, Sequence[_Row]], Tensor],
     logits_NV: Tensor,
     rows: Sequence[_Row],
-    is_argmax: Sequence[bool],
+    is_best: Sequence[bool],
+    vocabulary: Vocabulary,
 ) -> Tensor:
-    """Token ids: of some rows by argmax, of the rest by `otherwise`, on a copy of them."""
-    if all(is_argmax):
-        return logits_NV.argmax(dim=-1)
-    token_ids_N = torch.empty(len(rows), dtype=torch.int64, device=logits_NV.device)
-    for kind in set(is_argmax):
-        part = [i for i, this in enumerate(is_argmax) if this is kind]
+    """Candidates: of some rows their best logit, of the rest by `otherwise`, on a copy of them."""
+    if all(is_best):
+        return vocabulary.pick(logits_NV)
+    picked_N: Tensor | None = None
+    for kind in sorted(set(is_best)):
+        part = [i for i, this in enumerate(is_best) if this is kind]
         index_R = to_device(part, torch.int64, logits_NV.device)
         logits_RV = logits_NV.index_select(0, index_R)
-        token_ids_N[index_R] = (
-            logits_RV.argmax(dim=-1) if kind else otherwise(logits_RV, [rows[i] for i in part])
+        picked_R = (
+            vocabulary.pick(logits_RV) if kind else otherwise(logits_RV, [rows[i] for i in part])
         )
-    return token_ids_N
+        if picked_N is None:
+            picked_N = picked_R.new_empty((len(rows), *picked_R.shape[1:]))
+        picked_N[index_R] = picked_R
+    assert picked_N is not None
+    return picked_N
 
 
-def _process(logits_RV: Tensor, rows: Sequence[_Row], noise: AddNoise) -> Tensor:
-    """Tokens of rows that need more than an argmax of raw logits. Overwrites the logits."""
+def _process(
+    logits_RV: Tensor, rows: Sequence[_Row], noise: AddNoise, vocabulary: Vocabulary
+) -> Tensor:
+    """Candidates of rows that need more than their best raw logit. Overwrites the logits."""
+    first_id = vocabulary.first_id
     process.finite_(logits_RV)
-    masked = [(i, row.mask) for i, row in enumerate(rows) if row.mask is not None]
-    if masked:
-        process.apply_masks_(logits_RV, *zip(*masked, strict=True))
-    biased = [(i, *item) for i, row in enumerate(rows) for item in row.sequence.biases.items()]
+    masks = {i: row.mask for i, row in enumerate(rows) if row.mask is not None}
+    if masks:
+        process.apply_masks_(logits_RV, list(masks), list(masks.values()), first_id)
+    biases = [(i, row.sequence.biases) for i, row in enumerate(rows)]
+    biased = [(i, id_ - first_id, bias) for i, own in biases for id_, bias in own.items()]
     if biased:
         process.add_biases_(logits_RV, *zip(*biased, strict=True))
-    banned = [(i, id_) for i, row in enumerate(rows) for id_ in row.sequence.bans_at(row.position)]
-    if banned:
-        process.ban_(logits_RV, *zip(*banned, strict=True))
+    if any(row.sequence.has_bans_at(row.position) for row in rows):
+        bans = [(i, row.sequence.bans_at(row.position)) for i, row in enumerate(rows)]
+        banned = [(i, id_ - first_id) for i, own in bans for id_ in own]
+        where = [i for i, _ in banned], [column for _, column in banned]
+        process.ban_(logits_RV, *where, vocabulary.everywhere)
     _penalise(logits_RV, [row.sequence for row in rows])
     greedy = [row.sequence.greedy for row in rows]
-    return _argmax_or(partial(_draw, noise=noise), logits_RV, rows, greedy)
+    otherwise = partial(_draw, noise=noise, vocabulary=vocabulary)
+    return _pick_or(otherwise, logits_RV, rows, greedy, vocabulary)
 
 
-def _draw(logits_RV: Tensor, rows: Sequence[_Row], noise: AddNoise) -> Tensor:
+def _draw(
+    logits_RV: Tensor, rows: Sequence[_Row], noise: AddNoise, vocabulary: Vocabulary
+) -> Tensor:
     sampling = [row.sequence.sampling for row in rows]
-    return draw(logits_RV, sampling, [row.position for row in rows], noise)
+    positions = [row.position for row in rows]
+    perturb_(logits_RV, sampling, positions, noise, vocabulary.first_id, vocabulary.cutoff)
+    return vocabulary.pick(logits_RV)
 
 
 def _penalise(logits_RV: Tensor, sequences: Sequence[SequenceSampler]) -> None:
@@ -212,7 +260,7 @@ def _penalise(logits_RV: Tensor, sequences: Sequence[SequenceSampler]) -> None:
 
 
 def _logprobs(
-    logits_NV: Tensor, token_ids_N: Tensor, rows: Sequence[_Row]
+    logits_NV: Tensor, token_ids_N: Tensor, rows: Sequence[_Row], vocabulary: Vocabulary
 ) -> tuple[tuple[int, ...], PendingLogprobs | None]:
     wanted = [
         (i, num_best)
@@ -222,7 +270,9 @@ def _logprobs(
     if not wanted:
         return (), None
     index_R = to_device([i for i, _ in wanted], torch.int64, logits_NV.device)
-    pending = PendingLogprobs(logits_NV[index_R], token_ids_N[index_R], [n for _, n in wanted])
+    pending = PendingLogprobs(
+        logits_NV[index_R], token_ids_N[index_R], [n for _, n in wanted], vocabulary
+    )
     return tuple(i for i, _ in wanted), pending
 
 

@@ -1,4 +1,7 @@
-"""What a checkpoint's reader gives: named tensors, by rows. Safetensors and GGUF have one each."""
+"""What a checkpoint's reader gives: named tensors, by rows and columns. No more is read.
+
+Safetensors and GGUF have one each.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,15 @@ from typing import Protocol
 
 from torch import Tensor
 
+from shoal.core.split import Range
 from shoal.kernels.quantized import QuantizedWeight, WeightFormat
 
 
 class WeightSource(Protocol):
-    """Named tensors of a checkpoint, read by rows (indices into the first dimension)."""
+    """Named tensors of a checkpoint, read by rows (indices into the first dimension).
+
+    `columns` (of a matrix) None: all of them.
+    """
 
     @property
     def names(self) -> frozenset[str]: ...
@@ -20,10 +27,13 @@ class WeightSource(Protocol):
     def row_bytes(self, name: str) -> int:
         """Bytes in the file of one row."""
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
+    def rows(self, name: str, start: int, stop: int, columns: Range | None = None) -> Tensor:
         """Values, floating point."""
 
     def format(self, name: str) -> WeightFormat | None:
         """What `quantized_rows` gives without loss; None: there are only values."""
 
-    def quantized_rows(self, name: str, start: int, stop: int) -> QuantizedWeight: ...
+    def quantized_rows(
+        self, name: str, start: int, stop: int, columns: Range | None = None
+    ) -> QuantizedWeight:
+        """Codes; columns of 4 bits are cut between bytes, at even numbers."""

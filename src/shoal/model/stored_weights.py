@@ -2,8 +2,9 @@
 
     F rows   K columns   G groups of columns   value[f, k] = (code[f, k] - zero[f, g]) * scale[f, g]
 
-Each family of files says how its codes, zeros and scales are read (`Read`: rows [start, stop));
-what can be had of them is decided here. Knows nothing of names or of config.json.
+Each family of files says how its codes are read (`ReadCodes`: rows [start, stop) of some columns)
+and its zeros and scales, which are few (`Read`: whole rows); what can be had of them is decided
+here. Knows nothing of names or of config.json.
 """
 
 from __future__ import annotations
@@ -16,9 +17,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from shoal.core.split import Range
 from shoal.kernels.quantized import QuantizedWeight, WeightFormat
+from shoal.model.columns import covering, take_groups
 
 Read = Callable[[int, int], Tensor]
+ReadCodes = Callable[[int, int, Range], Tensor]
+
+_WORD_COLUMNS = 8
 
 
 class StoredWeight(Protocol):
@@ -34,9 +40,11 @@ class StoredWeight(Protocol):
     def format(self) -> WeightFormat | None:
         """What `quantized_rows` gives without loss; None: nothing, there are only values."""
 
-    def quantized_rows(self, start: int, stop: int) -> QuantizedWeight: ...
+    def quantized_rows(
+        self, start: int, stop: int, columns: Range | None = None
+    ) -> QuantizedWeight: ...
 
-    def rows(self, start: int, stop: int) -> Tensor:
+    def rows(self, start: int, stop: int, columns: Range | None = None) -> Tensor:
         """The values, fp32."""
 
 
@@ -47,6 +55,7 @@ class IntegerWeight:
     Attributes:
         group_size: columns of a group; the last one may be shorter.
         codes: 4 bits: uint8 [F, ⌈K/2⌉], the even column in the low bits; 8 bits: int8 [F, K].
+            Columns are asked for in whole words of the file: from a multiple of 8, to one or K.
         zeros: codes that mean zero, [F, G]; None: 8 of 4 bits, 0 of 8 bits.
         scales: floating point, [F, G].
         groups: of each column; None: column k is in group k // group_size.
@@ -56,7 +65,7 @@ class IntegerWeight:
     num_bytes: int
     bits: int
     group_size: int
-    codes: Read
+    codes: ReadCodes
     scales: Read
     zeros: Read | None = None
     groups: Callable[[], Tensor] | None = None
@@ -70,26 +79,41 @@ class IntegerWeight:
             return "int4" if columns % 2 == 0 else None
         return "int8" if self._is_symmetric else None
 
-    def quantized_rows(self, start: int, stop: int) -> QuantizedWeight:
-        codes, scales_FG = self.codes(start, stop), _exact(self.scales(start, stop))
+    def quantized_rows(
+        self, start: int, stop: int, columns: Range | None = None
+    ) -> QuantizedWeight:
+        columns, cover = self._ranges(columns)
+        first, last = columns.start - cover.start, columns.stop - cover.start
+        codes, scales_FG = self.codes(start, stop, cover), _exact(self.scales(start, stop))
+        some_FG = take_groups(scales_FG, self.group_size, columns)
         if self.format == "int8":
-            return QuantizedWeight("int8", codes, scales_FG)
+            return QuantizedWeight("int8", codes[:, first:last], some_FG)
         minimums_FG = None
         if self.zeros is not None and not self._is_symmetric:
             minimums_FG = self.zeros(start, stop).float().mul_(scales_FG.float()).neg_()
-        return QuantizedWeight("int4", codes, scales_FG, minimums_FG)
+            minimums_FG = take_groups(minimums_FG, self.group_size, columns)
+        return QuantizedWeight("int4", codes[:, first // 2 : last // 2], some_FG, minimums_FG)
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        codes = self.codes(start, stop)
-        values_FK = _unpacked(codes, self.shape[1]) if self.bits == 4 else codes.float()
+    def rows(self, start: int, stop: int, columns: Range | None = None) -> Tensor:
+        columns, cover = self._ranges(columns)
+        codes = self.codes(start, stop, cover)
+        values_FK = _unpacked(codes, len(cover)) if self.bits == 4 else codes.float()
+        first = columns.start - cover.start
+        values_FK = values_FK[:, first : first + len(columns)]
         groups_K = self._permuted
         if groups_K is None:
             groups_K = torch.arange(self.shape[1]) // self.group_size
+        groups_K = groups_K[columns.start : columns.stop]
         if self.zeros is not None:
             values_FK -= self.zeros(start, stop).float()[:, groups_K]
         elif self.bits == 4:
             values_FK -= 8
         return values_FK.mul_(self.scales(start, stop).float()[:, groups_K])
+
+    def _ranges(self, columns: Range | None) -> tuple[Range, Range]:
+        """The columns asked for, and those that are read for them."""
+        columns = Range(0, self.shape[1]) if columns is None else columns
+        return columns, covering(columns, _WORD_COLUMNS, self.shape[1])
 
     @cached_property
     def _permuted(self) -> Tensor | None:
@@ -116,20 +140,25 @@ class Float8Weight:
     shape: tuple[int, int]
     num_bytes: int
     group_size: int
-    codes: Read
+    codes: ReadCodes
     scales: Read
 
     @property
     def format(self) -> WeightFormat | None:
         return None if self.shape[1] % self.group_size else "fp8"
 
-    def quantized_rows(self, start: int, stop: int) -> QuantizedWeight:
-        return QuantizedWeight("fp8", self.codes(start, stop), _exact(self.scales(start, stop)))
+    def quantized_rows(
+        self, start: int, stop: int, columns: Range | None = None
+    ) -> QuantizedWeight:
+        columns = Range(0, self.shape[1]) if columns is None else columns
+        scales_FG = take_groups(_exact(self.scales(start, stop)), self.group_size, columns)
+        return QuantizedWeight("fp8", self.codes(start, stop, columns), scales_FG)
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        groups_K = torch.arange(self.shape[1]) // self.group_size
+    def rows(self, start: int, stop: int, columns: Range | None = None) -> Tensor:
+        columns = Range(0, self.shape[1]) if columns is None else columns
+        groups_K = torch.arange(columns.start, columns.stop) // self.group_size
         scales_FG = self.scales(start, stop).float()
-        return self.codes(start, stop).float().mul_(scales_FG[:, groups_K])
+        return self.codes(start, stop, columns).float().mul_(scales_FG[:, groups_K])
 
 
 def words_as_bytes(words: Tensor) -> Tensor:

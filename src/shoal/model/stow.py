@@ -6,12 +6,14 @@ to codes (`kernels/quantized.py`). Knows nothing of names or shapes.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
 from shoal.core.errors import WeightsError
+from shoal.core.split import Range
 from shoal.kernels.cpu.arena import Arena, PackedWeight
 from shoal.kernels.quantized import (
     GROUP_SIZE,
@@ -20,6 +22,7 @@ from shoal.kernels.quantized import (
     quantize,
     quantize_with_minimums,
 )
+from shoal.model.columns import take_columns
 from shoal.model.parameters import Placement
 from shoal.model.sources import WeightSource
 
@@ -27,68 +30,83 @@ from shoal.model.sources import WeightSource
 class BlockSource(Protocol):
     """A source of GGUF blocks that can be packed as they lie in the file."""
 
-    def blocks(self, name: str, start: int, stop: int) -> tuple[str, Tensor] | None: ...
+    def blocks(
+        self, name: str, start: int, stop: int, columns: Range | None = None
+    ) -> tuple[str, Tensor] | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows [start, stop) of a tensor of the checkpoint; `columns` None: all of them."""
+
+    source: WeightSource
+    name: str
+    start: int
+    stop: int
+    columns: Range | None
+
+    def values(self) -> Tensor:
+        return self.source.rows(self.name, self.start, self.stop, self.columns)
+
+    def whole_values(self) -> Tensor:
+        return self.source.rows(self.name, self.start, self.stop)
+
+    def quantized(self) -> QuantizedWeight:
+        return self.source.quantized_rows(self.name, self.start, self.stop, self.columns)
+
+    def blocks(self) -> tuple[str, Tensor] | None:
+        if not hasattr(self.source, "blocks"):
+            return None
+        source = cast(BlockSource, self.source)
+        return source.blocks(self.name, self.start, self.stop, self.columns)
 
 
 def stow(
     placement: Placement, start: int, stop: int, source: WeightSource, arena: Arena | None
 ) -> None:
-    """Rows [start, stop) of the placement's tensor to their place.
+    """Rows [start, stop) of the placement's range to their place.
 
     Args:
         arena: where packed weights lie.
     """
-    name, target = placement.name, placement.target
+    target, first = placement.target, placement.start
+    rows = _Rows(source, placement.name, first + start, first + stop, placement.columns)
     if placement.places is None:
         assert isinstance(target, Tensor)
-        target.copy_(source.rows(name, start, stop))
+        target.copy_(rows.values())
         return
     places = placement.places[start:stop]
     match target:
         case PackedWeight():
             assert arena is not None
-            _pack(arena, target, places, source, name, start, stop)
+            _pack(arena, target, places, rows)
         case QuantizedWeight():
             minimums = target.minimums_FG is not None
-            group_size = target.group_size
-            rows = _codes(source, name, start, stop, target.format, minimums, group_size)
-            rows = _regroup(rows, group_size)
-            _copy(target.codes, places, rows.codes)
-            _copy(target.scales_FG, places, rows.scales_FG)
-            if target.minimums_FG is not None and rows.minimums_FG is not None:
-                _copy(target.minimums_FG, places, rows.minimums_FG)
+            found = _codes(rows, target.format, minimums, target.group_size)
+            found = _regroup(found, target.group_size)
+            _copy(target.codes, places, found.codes)
+            _copy(target.scales_FG, places, found.scales_FG)
+            if target.minimums_FG is not None and found.minimums_FG is not None:
+                _copy(target.minimums_FG, places, found.minimums_FG)
         case Tensor():
-            _copy(target, places, source.rows(name, start, stop))
+            _copy(target, places, rows.values())
 
 
-def _pack(
-    arena: Arena,
-    target: PackedWeight,
-    places: Tensor,
-    source: WeightSource,
-    name: str,
-    start: int,
-    stop: int,
-) -> None:
+def _pack(arena: Arena, target: PackedWeight, places: Tensor, rows: _Rows) -> None:
     if target.format in ("float32", "bfloat16"):
-        arena.put(target, places, _packable(source.rows(name, start, stop)))
+        arena.put(target, places, _packable(rows.values()))
         return
-    if (blocks := _blocks(source, name, start, stop, target)) is not None:
+    if (blocks := _blocks(rows, target)) is not None:
         arena.put_blocks(target, places, blocks[1], blocks[0])
         return
     weight_format: WeightFormat = "int8" if target.format == "int8" else "int4"
     minimums = target.format == "int4_min"
-    rows = _codes(source, name, start, stop, weight_format, minimums, GROUP_SIZE)
-    arena.put(target, places, rows)
+    arena.put(target, places, _codes(rows, weight_format, minimums, GROUP_SIZE))
 
 
-def _blocks(
-    source: WeightSource, name: str, start: int, stop: int, target: PackedWeight
-) -> tuple[str, Tensor] | None:
+def _blocks(rows: _Rows, target: PackedWeight) -> tuple[str, Tensor] | None:
     wanted = {"Q4_0": "int4", "Q4_1": "int4_min", "Q8_0": "int8"}
-    if not hasattr(source, "blocks"):
-        return None
-    blocks = cast(BlockSource, source).blocks(name, start, stop)
+    blocks = rows.blocks()
     return blocks if blocks is not None and wanted.get(blocks[0]) == target.format else None
 
 
@@ -97,28 +115,30 @@ def _packable(rows: Tensor) -> Tensor:
 
 
 def _codes(
-    source: WeightSource,
-    name: str,
-    start: int,
-    stop: int,
-    weight_format: WeightFormat,
-    minimums: bool,
-    group_size: int,
+    rows: _Rows, weight_format: WeightFormat, minimums: bool, group_size: int
 ) -> QuantizedWeight:
     """Rows in that format: the checkpoint's own codes, or values rounded to codes."""
-    rows = None
-    if source.format(name) == weight_format:
-        rows = source.quantized_rows(name, start, stop)
-    if rows is None or rows.group_size % group_size:
+    found = rows.quantized() if rows.source.format(rows.name) == weight_format else None
+    if found is None or found.group_size % group_size:
         try:
-            values = source.rows(name, start, stop).float()
-            rows = quantize_with_minimums(values) if minimums else quantize(values, weight_format)
+            found = _rounded(rows, weight_format, minimums)
         except ValueError as error:
-            raise WeightsError(f"{name}: {error}") from error
-    assert minimums or rows.minimums_FG is None, "a format with minimums was to be chosen"
-    if not minimums or rows.minimums_FG is not None:
-        return rows
-    return QuantizedWeight(weight_format, rows.codes, rows.scales_FG, rows.scales_FG.float() * -8)
+            raise WeightsError(f"{rows.name}: {error}") from error
+    assert minimums or found.minimums_FG is None, "a format with minimums was to be chosen"
+    if not minimums or found.minimums_FG is not None:
+        return found
+    return QuantizedWeight(
+        weight_format, found.codes, found.scales_FG, found.scales_FG.float() * -8
+    )
+
+
+def _rounded(rows: _Rows, weight_format: WeightFormat, minimums: bool) -> QuantizedWeight:
+    if minimums:
+        return quantize_with_minimums(rows.values().float())
+    if weight_format != "fp8" or rows.columns is None:
+        return quantize(rows.values().float(), weight_format)
+    # Its scale is a whole row's: whoever holds a part of it must find the same.
+    return take_columns(quantize(rows.whole_values().float(), weight_format), rows.columns)
 
 
 def _regroup(rows: QuantizedWeight, group_size: int) -> QuantizedWeight:

@@ -1,7 +1,8 @@
 """From a checkpoint on disk to a decoder on its device: checked, converted, a little at a time.
 
 Tensors are memory-mapped and go to their place in chunks of rows, so that beyond the weights
-themselves only a few chunks are in memory. Knows nothing of what a decoder computes.
+themselves only a few chunks are in memory. Of tensors that are shared out, a shard reads its own
+ranges. Knows nothing of what a decoder computes.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from shoal.comm import Group
 from shoal.core.errors import DeviceError, WeightsError
 from shoal.core.model_spec import ModelSpec
 from shoal.core.options import Quantization
+from shoal.core.split import Range, Shard, whole
 from shoal.kernels import KernelSet
 from shoal.kernels.cpu.arena import Arena, PackedWeight, packed_bytes
 from shoal.kernels.cpu.step import Session
@@ -32,11 +35,13 @@ from shoal.model.parameters import (
     DecoderParameters,
     Placement,
     allocate,
+    granule_of,
     packed_format,
-    placements,
+    table_formats,
     weight_shapes,
 )
-from shoal.model.precision import WeightFormats, choose_formats
+from shoal.model.placements import placements, tensor_shapes
+from shoal.model.precision import Format, WeightFormats, choose_formats
 from shoal.model.safetensors_source import SafetensorsSource
 from shoal.model.sources import WeightSource
 from shoal.model.stow import stow
@@ -48,6 +53,8 @@ def load_decoder(
     path: Path,
     spec: ModelSpec,
     *,
+    shard: Shard | None = None,
+    group: Group | None = None,
     device: torch.device,
     dtype: torch.dtype,
     kernels: KernelSet | Session,
@@ -57,7 +64,13 @@ def load_decoder(
 ) -> Decoder | PackedDecoder:
     """A decoder with the weights of a safetensors folder or .gguf file.
 
+    Precision is chosen for the whole model, so that every split of it computes the same. Where
+    FFN columns are kept in groups, the decoder's shard has its range of them moved to the nearest
+    groups' edges.
+
     Args:
+        shard: what it holds of the model; None: all.
+        group: the ranks that hold the rest, where there are any.
         dtype: of what is not quantised.
         kernels: a kernel set, or a session of the compiled CPU path.
         quantize: see `precision.py`.
@@ -77,21 +90,35 @@ def load_decoder(
         formats = replace(
             formats, embedding=None, head=None if spec.tied_embeddings else formats.head
         )
-    arena = _arena(spec, formats, dtype, kernels) if isinstance(kernels, Session) else None
-    parameters = allocate(spec, formats, Allocator(device, dtype, arena))
-    needed = list(placements(spec, parameters, names))
-    _check(path, needed, source, names)
+    _check(path, tensor_shapes(spec, names), source, names)
+    shard = _snapped(spec, shard or whole(spec), formats, isinstance(kernels, Session))
+    arena = None
+    if isinstance(kernels, Session):
+        arena = _arena(spec, shard, formats, dtype, kernels)
+    parameters = allocate(spec, shard, formats, Allocator(device, dtype, arena))
+    needed = list(placements(spec, shard, parameters, names))
     if arena is None:
         _fill(needed, source, None, progress)
     else:
-        cache = PackedCache(fingerprint, path, (spec, formats, dtype))
+        held = shard.layers, shard.heads, shard.ffn, shard.vocab
+        ends = shard.has_embedding, shard.has_head
+        cache = PackedCache(fingerprint, path, (spec, formats, dtype, held, ends))
         _fill_arena(needed, source, arena, cache, progress)
     if spec.norm_plus_one:
         _add_one_to_norms(parameters)
     if isinstance(kernels, Session):
         label = None if formats.label == "fp8" else formats.label  # kept in bfloat16
-        return PackedDecoder(spec, parameters, kernels, dtype, label)
-    return Decoder(spec, parameters, kernels, formats.label)
+        return PackedDecoder(spec, parameters, kernels, dtype, label, shard=shard, group=group)
+    return Decoder(
+        spec,
+        parameters,
+        kernels,
+        formats.label,
+        shard=shard,
+        group=group,
+        device=device,
+        dtype=dtype,
+    )
 
 
 _CHUNK_BYTES = 4 * 2**20
@@ -111,18 +138,31 @@ class _Chunk:
     num_bytes: int
 
 
-def _arena(spec: ModelSpec, formats: WeightFormats, dtype: torch.dtype, session: Session) -> Arena:
-    shapes = weight_shapes(spec, packed=True)
-    wanted = [
-        (part, getattr(layer, part))
-        for layer in formats.layers
-        for part in ("qkv", "o", "gate_up", "down")
-    ]
-    tables = [formats.head] if spec.tied_embeddings else [formats.head, formats.embedding]
-    wanted += [("table", weight_format) for weight_format in tables]
+def _snapped(spec: ModelSpec, shard: Shard, formats: WeightFormats, packed: bool) -> Shard:
+    """The shard with its FFN columns cut between groups, as its neighbours cut theirs."""
+    granules = [granule_of(each.down, spec.ffn_size, packed) for each in formats.layers]
+    granule = max(granules, default=1)
+
+    def nearest(edge: int) -> int:
+        return min(round(edge / granule) * granule, spec.ffn_size)
+
+    return replace(shard, ffn=Range(nearest(shard.ffn.start), nearest(shard.ffn.stop)))
+
+
+def _arena(
+    spec: ModelSpec, shard: Shard, formats: WeightFormats, dtype: torch.dtype, session: Session
+) -> Arena:
+    wanted: list[tuple[Format, int, int]] = []
+    for index in range(shard.layers.start, shard.layers.stop):
+        layer = formats.layers[index]
+        shapes = weight_shapes(spec, shard, layer, packed=True)
+        wanted += [(getattr(layer, part), *shape) for part, shape in shapes.items()]
+    tables = table_formats(spec, shard, formats).values()
+    wanted += [(each, len(shard.vocab), spec.hidden_size) for each in tables]
     size = sum(
-        packed_bytes(session.native, packed_format(weight_format, dtype), *shapes[part])
-        for part, weight_format in wanted
+        packed_bytes(session.native, packed_format(weight_format, dtype), rows, columns)
+        for weight_format, rows, columns in wanted
+        if rows and columns
     )
     try:
         return Arena(session.native, size)
@@ -133,21 +173,22 @@ def _arena(spec: ModelSpec, formats: WeightFormats, dtype: torch.dtype, session:
         ) from error
 
 
-def _check(path: Path, needed: list[Placement], source: WeightSource, names: TensorNames) -> None:
-    """Everything is there in its shape, before anything is read."""
-    for placement in needed:
-        if placement.name not in source.names:
+def _check(
+    path: Path, needed: dict[str, tuple[int, ...]], source: WeightSource, names: TensorNames
+) -> None:
+    """Everything is there in its shape, before anything is read; also what others hold."""
+    for name, shape in needed.items():
+        if name not in source.names:
             raise WeightsError(
-                f"{path} lacks the tensor {placement.name}; fetch the model again, or check that "
-                "its config belongs to it"
+                f"{path} lacks the tensor {name}; fetch the model again, or check that its config "
+                "belongs to it"
             )
-        found = source.shape(placement.name)
-        if found != placement.shape:
+        found = source.shape(name)
+        if found != shape:
             raise WeightsError(
-                f"{path}: {placement.name} has shape {list(found)}; the config needs "
-                f"{list(placement.shape)}"
+                f"{path}: {name} has shape {list(found)}; the config needs {list(shape)}"
             )
-    unknown = sorted(source.names - {placement.name for placement in needed})
+    unknown = sorted(source.names - needed.keys())
     unknown = [name for name in unknown if not names.is_ignored(name)]
     if unknown:
         _log.warning("%s: %d tensors are not used, %s the first", path, len(unknown), unknown[0])
@@ -195,7 +236,9 @@ def _fill_arena(
 
 
 def _chunks(placement: Placement, source: WeightSource) -> Iterator[_Chunk]:
-    num_rows, row_bytes = placement.shape[0], source.row_bytes(placement.name)
+    num_rows, row_bytes = placement.num_rows, source.row_bytes(placement.name)
+    if placement.columns is not None:
+        row_bytes = row_bytes * len(placement.columns) // placement.shape[1]
     step = num_rows if placement.places is None else max(1, _CHUNK_BYTES // max(row_bytes, 1))
     for start in range(0, num_rows, step):
         stop = min(start + step, num_rows)

@@ -9,16 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from chain_worker import ChainWorker, expected_output
+from chain_worker import ChainWorkers, expected_output
 
 from shoal.core.clock import MonotonicClock
 from shoal.core.errors import InvalidRequestError
 from shoal.core.request import GenerateRequest, Grammar, Output, SamplingParams
 from shoal.core.stats import EngineStats
-from shoal.core.step import Step, StepResult
+from shoal.core.step import InstancesReady, Step, StepFailure, StepResult
 from shoal.engine.config import EngineConfig
 from shoal.engine.events import Cancel, Submit
-from shoal.engine.loop import EngineLoop
+from shoal.engine.loop import MAX_FAILURES_IN_A_ROW, EngineLoop
 from shoal.engine.sequence import GrammarMatcher
 from shoal.engine.state import EngineState
 from shoal.executor.inproc import InprocExecutor
@@ -39,7 +39,7 @@ class LiveWorker:
     """A chain worker behind the executor's interface; fails when told to."""
 
     def __init__(self, num_blocks: int) -> None:
-        self._chain = ChainWorker(num_blocks, VOCAB)
+        self._chain = ChainWorkers((num_blocks,), VOCAB)
         self.failures_left = 0
         self.num_resets = 0
 
@@ -82,7 +82,9 @@ def refuse(_grammar: Grammar, _prefix: tuple[int, ...]) -> GrammarMatcher:
 
 @contextmanager
 def running(worker: LiveWorker) -> Iterator[tuple[EngineLoop, Client]]:
-    config = EngineConfig(num_blocks=100, max_model_len=200, vocab_size=VOCAB, eos_token_ids=(0,))
+    config = EngineConfig(
+        instance_blocks=(100,), max_model_len=200, vocab_size=VOCAB, eos_token_ids=(0,)
+    )
     client = Client()
     executor = InprocExecutor(worker)
     with ThreadPoolExecutor(1) as threads:
@@ -133,6 +135,18 @@ def test_a_failed_step_is_tried_again_with_nothing_lost() -> None:
     assert worker.num_resets == 1
 
 
+def test_workers_that_are_started_again_and_again_do_not_end_the_loop() -> None:
+    with running(LiveWorker(100)) as (loop, client):
+        for incarnation in range(2 * MAX_FAILURES_IN_A_ROW):
+            loop.post(
+                StepFailure(step_id=None, reason="it died", incarnation=incarnation, down=(0,))
+            )
+            loop.post(InstancesReady((0,)))
+        loop.post(Submit(request("q", [1, 2, 3])))
+        client.wait(lambda: "q" in client.finished)
+    assert client.tokens["q"] == expected_output([1, 2, 3], 20, VOCAB)
+
+
 def test_a_cancelled_request_ends_at_once() -> None:
     with running(LiveWorker(100)) as (loop, client):
         loop.post(Submit(request("q", [1, 2, 3], max_tokens=150)))
@@ -161,7 +175,7 @@ def test_idle_time_brings_heartbeats() -> None:
             beats.append(stats)
             super().report(outputs, stats)
 
-    config = EngineConfig(num_blocks=10, max_model_len=100, vocab_size=VOCAB)
+    config = EngineConfig(instance_blocks=(10,), max_model_len=100, vocab_size=VOCAB)
     executor = InprocExecutor(LiveWorker(10))
     listener = Listener()
     with ThreadPoolExecutor(1) as threads:

@@ -3,121 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections import deque
-from dataclasses import dataclass, field
 
 import pytest
-from chain_worker import EOS, ChainWorker, expected_output
+from chain_worker import EOS, expected_output
+from engine_bench import VOCAB, Bench, make_config, make_request
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shoal.core.errors import InvalidRequestError
-from shoal.core.request import ErrorInfo, GenerateRequest, Grammar, Output, SamplingParams
-from shoal.core.step import Step, StepFailure
-from shoal.engine.config import EngineConfig
-from shoal.engine.events import (
-    Cancel,
-    CompileGrammar,
-    Emit,
-    Event,
-    GrammarFailed,
-    GrammarReady,
-    GrammarStarted,
-    RunStep,
-    Submit,
-    Tick,
-)
-from shoal.engine.state import EngineState
-
-VOCAB = 50
-
-
-@dataclass
-class Bench:
-    """An engine, a chain worker, and the books a test keeps of both."""
-
-    config: EngineConfig
-    now: float = 0.0
-    steps: deque[Step] = field(default_factory=deque)
-    outputs: dict[str, list[int]] = field(default_factory=dict)
-    finished: dict[str, Output] = field(default_factory=dict)
-    compiling: list[CompileGrammar] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.state = EngineState(self.config)
-        self.worker = ChainWorker(self.config.num_blocks, VOCAB)
-
-    def tell(self, *events: Event) -> None:
-        for event in [*events, Tick()]:
-            for effect in self.state.handle(event, self.now):
-                self._carry_out(effect)
-        self.state.check_integrity()
-        assert self.state.num_steps_in_flight <= self.config.max_steps_in_flight
-
-    def submit(self, request: GenerateRequest) -> None:
-        self.outputs[request.request_id] = list(request.output_ids)
-        self.tell(Submit(request))
-
-    def step(self) -> None:
-        self.now += 0.01
-        if self.steps:
-            self.tell(self.worker.run(self.steps.popleft()))
-
-    def fail_step(self) -> None:
-        if self.steps:
-            step = self.steps[0]
-            self.steps.clear()
-            self.worker.reset()
-            self.tell(
-                StepFailure(step_id=step.step_id, incarnation=step.incarnation, reason="test")
-            )
-
-    def run_out(self) -> None:
-        for _ in range(200_000):
-            if not self.steps:
-                break
-            self.step()
-        assert self.state.num_unfinished == 0, "requests are left, but no Step is"
-        stats = self.state.stats()
-        assert stats.num_blocks_used == 0
-        assert stats.num_running == stats.num_waiting == 0
-
-    def _carry_out(self, effect: object) -> None:
-        if isinstance(effect, RunStep):
-            assert 0 < effect.step.num_tokens <= self.config.max_num_batched_tokens
-            assert len(effect.step.rows) <= self.config.max_num_seqs
-            self.steps.append(effect.step)
-        elif isinstance(effect, CompileGrammar):
-            self.compiling.append(effect)
-        elif isinstance(effect, Emit):
-            output = effect.output
-            assert output.request_id not in self.finished, "news after the terminal event"
-            self.outputs.setdefault(output.request_id, []).extend(output.token_ids)
-            if output.finish is not None:
-                self.finished[output.request_id] = output
-
-
-def make_request(request_id: str, prompt: list[int], **fields: object) -> GenerateRequest:
-    max_tokens, seed = fields.pop("max_tokens", 8), fields.pop("seed", None)
-    return GenerateRequest(
-        request_id=request_id,
-        prompt_ids=tuple(prompt),
-        sampling=SamplingParams(max_tokens=max_tokens, seed=seed),  # type: ignore[arg-type]
-        **fields,  # type: ignore[arg-type]
-    )
-
-
-def make_config(**fields: object) -> EngineConfig:
-    defaults: dict[str, object] = {
-        "num_blocks": 40,
-        "max_model_len": 200,
-        "vocab_size": VOCAB,
-        "eos_token_ids": (EOS,),
-        "max_num_seqs": 6,
-        "max_num_batched_tokens": 24,
-        "max_waiting": 10_000,
-    }
-    return EngineConfig(**{**defaults, **fields})  # type: ignore[arg-type]
+from shoal.core.request import ErrorInfo, GenerateRequest, Grammar, SamplingParams
+from shoal.engine.events import Cancel, GrammarFailed, GrammarReady, GrammarStarted, Submit
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -135,7 +30,7 @@ def test_outputs_depend_on_prompts_alone(
     rng = random.Random(seed)
     bench = Bench(
         make_config(
-            num_blocks=num_blocks,
+            instance_blocks=(num_blocks,),
             max_steps_in_flight=depth,
             max_num_batched_tokens=budget,
             prefix_caching=prefix_caching,
@@ -183,7 +78,7 @@ def test_outputs_depend_on_prompts_alone(
 
 def test_thousands_of_requests_leave_no_block_behind() -> None:
     rng = random.Random(1)
-    bench = Bench(make_config(num_blocks=18))
+    bench = Bench(make_config(instance_blocks=(18,)))
     for i in range(3000):
         prompt = [rng.randrange(1, VOCAB) for _ in range(rng.randrange(1, 90))]
         bench.submit(make_request(f"r{i}", prompt, max_tokens=rng.randrange(1, 90)))
@@ -356,7 +251,7 @@ def test_the_worker_is_told_when_sequences_are_over() -> None:
     bench.run_out()
     bench.submit(make_request("last", [1] * 10, max_tokens=5))
     bench.run_out()
-    assert bench.worker.num_known_sequences <= 2
+    assert bench.workers.num_known_sequences <= 2
 
 
 class OnlyEven:

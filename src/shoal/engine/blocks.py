@@ -4,9 +4,10 @@ A block is 16 tokens of KV. A full one is named by its content, so that any late
 with the same beginning finds it:
 
     name(i) = hash(name(i-1), tokens of block i)      name(-1) = hash(model, adapter, salt)
+    key(i) = name(i), layers                          what a pool finds it by
 
 A block no sequence holds stays findable until its room is needed: least recently used
-first, the tail of a sequence before its head. Knows nothing of devices or of sequences.
+first, the tail of a sequence before its head. Knows nothing of devices, sequences or routes.
 """
 
 from __future__ import annotations
@@ -104,6 +105,11 @@ class BlockPool:
         if name not in self._index:
             self._index[name] = block
             self._names[block] = name
+
+    def forget(self, blocks: Iterable[int]) -> None:
+        """The content of these blocks can't be trusted: nobody shall find them."""
+        for block in blocks:
+            self._forget(block)
 
     def forget_all(self) -> None:
         """No block's content can be trusted any more (its workers are gone)."""

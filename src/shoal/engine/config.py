@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shoal.core.errors import ConfigError
+from shoal.core.plan import Hop, Route
+from shoal.core.split import Range
 from shoal.core.step import BLOCK_SIZE
+
+_ONE_DEVICE: tuple[Route, ...] = ((Hop(0, Range(0, 1)),),)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,23 +17,27 @@ class EngineConfig:
     """Capacity and limits of one engine.
 
     Attributes:
-        num_blocks: KV blocks of 16 tokens.
+        instance_blocks: KV blocks of 16 tokens of each instance.
+        routes: chains of instances that a request may take, all of one length; the default: all
+            layers on instance 0.
         max_model_len: prompt and output tokens of one request at most.
         vocab_size: token ids lie in [0, vocab_size).
         eos_token_ids: ids that end a generation unless it ignores EOS.
-        max_num_seqs: rows in one Step at most.
+        max_num_seqs: sequences that run at once, and rows in one Step, at most.
         max_num_batched_tokens: tokens in one Step at most; longer prompts go in chunks.
         max_waiting: requests that may wait for a row; one more is refused.
-        max_steps_in_flight: Steps handed out before the first one's result is back.
+        max_steps_in_flight: Steps handed out before the first one's result is back; of each
+            route, and of a pipeline never fewer than keep all of its stages busy.
         prefix_caching: reuse KV blocks across requests.
         model_digest: names the weights, precision and KV type in block names.
         grammar_timeout_s: a grammar that takes longer to compile is refused.
         max_step_failures: a request whose Steps failed this often ends in an error.
     """
 
-    num_blocks: int
+    instance_blocks: tuple[int, ...]
     max_model_len: int
     vocab_size: int
+    routes: tuple[Route, ...] = _ONE_DEVICE
     eos_token_ids: tuple[int, ...] = ()
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
@@ -41,7 +49,7 @@ class EngineConfig:
     max_step_failures: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("num_blocks", "max_model_len", "max_num_seqs", "max_steps_in_flight"):
+        for name in ("max_model_len", "max_num_seqs", "max_steps_in_flight"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -50,9 +58,48 @@ class EngineConfig:
                 f"({self.max_num_seqs}), so a Step could not hold a token of every sequence; "
                 f"raise --max-num-batched-tokens or lower --max-num-seqs"
             )
-        if self.max_model_len > self.num_blocks * BLOCK_SIZE:
+        self._check_routes()
+        room = max(self.route_tokens(route) for route in range(len(self.routes)))
+        if self.max_model_len > room:
             raise ConfigError(
                 f"max_model_len is {self.max_model_len} tokens, but the KV cache holds only "
-                f"{self.num_blocks * BLOCK_SIZE}; lower --max-model-len or give it more memory "
+                f"{room}; lower --max-model-len or give it more memory "
                 f"with --kv-cache-memory-bytes"
             )
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.routes[0])
+
+    @property
+    def steps_per_route(self) -> int:
+        """Steps of one route in flight at most: one for each stage, and one that waits."""
+        if self.num_stages == 1:
+            return self.max_steps_in_flight
+        return max(self.max_steps_in_flight, self.num_stages + 1)
+
+    def route_tokens(self, route: int) -> int:
+        """Tokens that one sequence may have on a route: its smallest instance binds."""
+        return min(self.instance_blocks[hop.instance] for hop in self.routes[route]) * BLOCK_SIZE
+
+    def _check_routes(self) -> None:
+        for instance, num_blocks in enumerate(self.instance_blocks):
+            if num_blocks < 1:
+                raise ConfigError(
+                    f"instance {instance} has {num_blocks} KV blocks; it needs at least 1: give "
+                    "it more memory with --kv-cache-memory-bytes"
+                )
+        if not self.routes or not self.routes[0]:
+            raise ConfigError("an engine has no route; name at least one, of at least one hop")
+        for number, route in enumerate(self.routes):
+            instances = [hop.instance for hop in route]
+            if len(route) != self.num_stages or len(set(instances)) != len(route):
+                raise ConfigError(
+                    f"route {number} goes through instances {instances}; needed are "
+                    f"{self.num_stages} different ones, as on route 0"
+                )
+            if not 0 <= min(instances) <= max(instances) < len(self.instance_blocks):
+                raise ConfigError(
+                    f"route {number} goes through instances {instances}; there are "
+                    f"{len(self.instance_blocks)}, counted from 0: name one of them"
+                )

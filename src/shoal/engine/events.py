@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shoal.core.request import ErrorInfo, GenerateRequest, Grammar, Output
-from shoal.core.step import Step, StepFailure, StepResult
+from shoal.core.step import InstancesReady, Step, StepFailure, StepResult
 from shoal.engine.sequence import GrammarMatcher
 
 
@@ -58,6 +58,7 @@ Event = (
     | GrammarFailed
     | StepResult
     | StepFailure
+    | InstancesReady
     | Tick
 )
 

@@ -30,7 +30,7 @@ from shoal.engine.events import (
 )
 from shoal.engine.sequence import GrammarMatcher
 from shoal.engine.state import EngineState
-from shoal.executor.inproc import InprocExecutor
+from shoal.executor import Executor
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class EngineLoop:
 
     Args:
         state: the engine.
-        executor: where its Steps run; its results are posted back here.
+        executor: where its Steps run; told to post its results here.
         compile_grammar: makes a matcher; runs on `threads`, may raise RequestError.
         threads: a small pool for compiling.
         report: told of new outputs, and at least every `HEARTBEAT_S` of the stats; it is
@@ -56,7 +56,7 @@ class EngineLoop:
     def __init__(
         self,
         state: EngineState,
-        executor: InprocExecutor,
+        executor: Executor,
         *,
         compile_grammar: Compile,
         threads: ThreadPool,
@@ -71,6 +71,7 @@ class EngineLoop:
         self._clock = clock
         self._events: SimpleQueue[Event | None] = SimpleQueue()
         self._failures_in_a_row = 0
+        executor.listen(self.post)
 
     def post(self, event: Event) -> None:
         """Tell the engine something; from any thread."""
@@ -109,10 +110,13 @@ class EngineLoop:
         return events, True
 
     def _device_is_lost(self, events: list[Event]) -> bool:
-        """After some device errors nothing works again but a new process."""
+        """After some device errors nothing works again but a new process.
+
+        Workers that are started again are not such errors: their executor counts them.
+        """
         for event in events:
             if isinstance(event, StepFailure):
-                self._failures_in_a_row += 1
+                self._failures_in_a_row += not event.down
             elif isinstance(event, StepResult):
                 self._failures_in_a_row = 0
         if self._failures_in_a_row < MAX_FAILURES_IN_A_ROW:
@@ -125,7 +129,7 @@ class EngineLoop:
         for effect in effects:
             match effect:
                 case RunStep(step):
-                    self._executor.submit(step, self.post)
+                    self._executor.submit(step)
                 case Emit(output):
                     outputs.append(output)
                 case CompileGrammar():

@@ -5,39 +5,69 @@ prompts already begun, then waiting requests in order of (priority, arrival). Wh
 out the worst-ranked running sequence gives its blocks back and is computed again later;
 the best-ranked one therefore always advances, so the whole does.
 
+A Step follows one route. In a pipeline of S stages it decodes for one S-th of those that run
+there, in turns, so that every stage has some; rows that rebuild KV on the first hops alone go
+into Steps of their own, in turns with the others.
+
 Knows nothing of events, outputs or time.
 """
 
 from __future__ import annotations
 
 from bisect import insort
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 
-from shoal.core.step import BLOCK_SIZE, StepRow
-from shoal.engine.blocks import BlockPool, blocks_for
+from shoal.core.step import StepRow
+from shoal.engine.blocks import blocks_for
 from shoal.engine.config import EngineConfig
-from shoal.engine.sequence import Sequence, Status
+from shoal.engine.places import Place, Places
+from shoal.engine.pools import Pools
+from shoal.engine.sequence import HopBlocks, Status
+from shoal.engine.sequence import Sequence as TokenSequence
 
-Rows = list[tuple[Sequence, StepRow]]
+Rows = list[tuple[TokenSequence, StepRow]]
+
+
+@dataclass(slots=True)
+class Batch:
+    """Rows of one Step, all of them through the first `num_hops` hops of a route."""
+
+    route: int
+    step_id: int
+    turn: int
+    budget: int
+    num_hops: int
+    rows: Rows = field(default_factory=list)
 
 
 class Scheduler:
-    """Holds the waiting and running sequences and the block pool."""
+    """Holds the waiting and running sequences and the block pools."""
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
-        self.pool = BlockPool(config.num_blocks)
-        self.waiting: list[Sequence] = []
-        self.running: list[Sequence] = []
+        self.pools = Pools(config)
+        self.places = Places(config, self.pools)
+        self.waiting: list[TokenSequence] = []
+        self.running: list[TokenSequence] = []
         # Finished or preempted, their blocks still in use by Steps in flight.
-        self.leaving: list[Sequence] = []
+        self.leaving: list[TokenSequence] = []
+        # Of each route: those whose sampler state its workers may forget.
+        self._released: list[list[int]] = [[] for _ in config.routes]
+        self._max_pending = config.max_steps_in_flight if config.num_stages == 1 else 1
+        self._last_turns: Counter[tuple[int, int]] = Counter()
+        self._num_turns = 0
+        self._num_steps: Counter[int] = Counter()  # of each route
         self.num_preemptions = 0
+        self.num_admissions = 0
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: TokenSequence) -> None:
         """Queue a sequence that is ready to run."""
         sequence.status = Status.WAITING
-        insort(self.waiting, sequence, key=lambda waiting: waiting.rank)
+        insort(self.waiting, sequence, key=_rank)
 
-    def remove(self, sequence: Sequence) -> None:
+    def remove(self, sequence: TokenSequence) -> None:
         """The sequence is over; its blocks go once no Step in flight uses them."""
         if sequence.status is Status.WAITING:
             self.waiting.remove(sequence)
@@ -46,169 +76,285 @@ class Scheduler:
             self._let_go(sequence)
         sequence.status = Status.FINISHED
 
-    def fill(self, step_id: int) -> Rows:
-        """The rows of the next Step; none if there is nothing to do."""
+    def fill(self, route: int, step_id: int) -> Batch:
+        """The next Step of a route; without rows if there is nothing to do."""
         suspect = next((s for s in [*self.running, *self.waiting] if s.num_failures), None)
         if suspect is not None:
-            rows = self._fill_alone(suspect, step_id)
-            if rows or suspect.in_flight:
-                return rows
+            batch = self._fill_alone(suspect, route, step_id)
+            if batch.rows or suspect.in_flight or self._runs_elsewhere(suspect, route):
+                return batch
         self._displace()
-        rows = []
-        budget = self._config.max_num_batched_tokens
-        ready = [sequence for sequence in self.running if sequence.can_schedule]
-        for sequence in sorted(ready, key=lambda s: (s.num_to_compute > 1, s.rank)):
-            if budget == 0:
-                return rows
-            # An earlier turn of this loop may have preempted it.
-            if sequence.status is Status.RUNNING and self._grow(sequence, rows):
-                budget -= self._put(sequence, budget, rows, step_id)
-        while self.waiting and budget > 0:
-            sequence = self.waiting[0]
-            if not self._admit(sequence):
+        batch = self._batch(route, step_id, self._config.num_stages)
+        for num_hops, sequences in self._in_turn(route):
+            batch = self._batch(route, step_id, num_hops)
+            for sequence in sequences:
+                # An earlier turn of this loop may have preempted it.
+                if sequence.status is Status.RUNNING and self._grow(sequence, batch.rows):
+                    self._put(sequence, batch)
+                if not batch.budget:
+                    break
+            if batch.rows:
                 break
-            budget -= self._put(sequence, budget, rows, step_id)
-        return rows
+        self._fill_up(batch)
+        if batch.rows:
+            self._last_turns[route, batch.num_hops] = self._num_turns = batch.turn
+            self._num_steps[route] += 1
+        return batch
 
-    def _fill_alone(self, suspect: Sequence, step_id: int) -> Rows:
-        """A Step of the one sequence that was in a failed Step: only the guilty fail again."""
-        rows: Rows = []
-        if suspect.status is Status.WAITING:
-            self._admit(suspect)
-        if suspect.status is Status.RUNNING and suspect.can_schedule and self._grow(suspect, rows):
-            self._put(suspect, self._config.max_num_batched_tokens, rows, step_id)
-        return rows
+    def note_returned(self, sequence: TokenSequence, row: StepRow) -> None:
+        """A Step with a row of the sequence came back."""
+        if sequence.status is Status.RUNNING:
+            sequence.num_returned = max(sequence.num_returned, row.end)
+            if not self._is_in_order:
+                self.publish(sequence)
+        self.note_gone(sequence)
 
-    def note_returned(self, sequence: Sequence) -> None:
+    def note_gone(self, sequence: TokenSequence) -> None:
         """A Step with a row of the sequence came back, or was abandoned."""
         sequence.in_flight -= 1
         if sequence.in_flight == 0 and sequence in self.leaving:
             self.leaving.remove(sequence)
             self._release(sequence)
 
-    def publish(self, sequence: Sequence) -> None:
-        """Make its newly full blocks findable."""
-        if self._config.prefix_caching and sequence.block_ids:
-            for block, name in sequence.take_publishable():
-                self.pool.publish(block, name)
+    def publish(self, sequence: TokenSequence) -> None:
+        """Make its newly full blocks findable.
 
-    def restart(self) -> None:
-        """All KV is lost and no Step is in flight: everyone starts again from what is known."""
-        for sequence in list(self.running):
-            self._preempt(sequence)
-        self.pool.forget_all()
+        Workers run the Steps of a route in order: with one route, whoever finds a block whose KV
+        is still in flight reads it after it was written. With several it must have come back.
+        """
+        if not self._config.prefix_caching or sequence.status is not Status.RUNNING:
+            return
+        num_tokens = sequence.num_scheduled if self._is_in_order else sequence.num_returned
+        for index, hop in enumerate(sequence.hops):
+            named = sequence.take_publishable(hop, num_tokens)
+            if named:
+                self.pools.publish(sequence.route, index, named)
+
+    def preempt(self, sequence: TokenSequence) -> None:
+        """Take its place from a running sequence; it waits, and is computed again."""
+        self.num_preemptions += 1
+        self.running.remove(sequence)
+        self._let_go(sequence)
+        self.add(sequence)
+
+    def leave_unusable(self) -> None:
+        """Those on routes that can't be taken now wait for another, if there is one."""
+        if self.places.usable:
+            for sequence in list(self.running):
+                if not self.places.is_usable(sequence.route):
+                    self.preempt(sequence)
+
+    def take_released(self, route: int) -> tuple[int, ...]:
+        """Sequences that a route's workers may forget; said once."""
+        released, self._released[route] = tuple(self._released[route]), []
+        return released
+
+    def forget_workers(self) -> None:
+        """All workers forgot all sequences."""
+        self._released = [[] for _ in self._released]
 
     def check_integrity(self) -> None:
         """Every block is accounted for; for tests and idle time."""
         holding = [*self.running, *self.leaving]
-        self.pool.check_integrity(sequence.block_ids for sequence in holding)
-        assert all(not sequence.block_ids for sequence in self.waiting if not sequence.in_flight)
+        for instance, pool in enumerate(self.pools.of_instance):
+            pool.check_integrity(self._held(holding, instance))
+        assert all(not sequence.hops for sequence in self.waiting if not sequence.in_flight)
         assert all(sequence.in_flight for sequence in self.leaving)
         for queue in (self.waiting, self.running):
-            assert queue == sorted(queue, key=lambda sequence: sequence.rank)
+            assert queue == sorted(queue, key=_rank)
+        for sequence in self.running:
+            assert sequence.num_returned <= sequence.num_scheduled <= sequence.total_len
+
+    # --- whose turn it is ---
+
+    @property
+    def _is_in_order(self) -> bool:
+        return len(self._config.routes) == 1
+
+    def _in_turn(self, route: int) -> Iterable[tuple[int, Sequence[TokenSequence]]]:
+        """Those that could go into a Step: the hops they run, and who, in order.
+
+        A Step takes those of one number of hops; whose turn was longest ago is first.
+        """
+        mine = [sequence for sequence in self.running if sequence.route == route]
+        ready = [sequence for sequence in mine if sequence.can_schedule(self._max_pending)]
+        turns = self._last_turns
+        counts = {sequence.run.num_hops for sequence in ready}
+        for num_hops in sorted(counts, key=lambda count: (turns[route, count], count)):
+            same = [sequence for sequence in ready if sequence.run.num_hops == num_hops]
+            prompts = [sequence for sequence in same if sequence.num_in_run > 1]
+            decoding = [sequence for sequence in same if sequence.num_in_run == 1]
+            if self._config.num_stages > 1:
+                decoding.sort(key=lambda sequence: (sequence.last_turn, sequence.rank))
+                decoding = decoding[: self._micro_batch(mine, route)]
+            yield num_hops, [*decoding, *prompts]
+
+    def _micro_batch(self, running: Sequence[TokenSequence], route: int) -> int:
+        """Rows that decode in a route's next Step: n of them in S Steps, as even as can be."""
+        num, stages = sum(1 for s in running if s.num_in_run <= 1), self._config.num_stages
+        turn = self._num_steps[route] % stages
+        return max(1, num * (turn + 1) // stages - num * turn // stages)
+
+    def _batch(self, route: int, step_id: int, num_hops: int) -> Batch:
+        budget = self._config.max_num_batched_tokens
+        return Batch(route, step_id, self._num_turns + 1, budget, num_hops)
+
+    def _fill_alone(self, suspect: TokenSequence, route: int, step_id: int) -> Batch:
+        """A Step of the one sequence that was in a failed Step: only the guilty fail again."""
+        if suspect.status is Status.WAITING:
+            self._admit(suspect)
+        batch = self._batch(route, step_id, suspect.run.num_hops)
+        if (
+            suspect.status is Status.RUNNING
+            and suspect.route == route
+            and suspect.can_schedule(self._max_pending)
+            and self._grow(suspect, batch.rows)
+        ):
+            self._put(suspect, batch)
+        return batch
+
+    def _runs_elsewhere(self, suspect: TokenSequence, route: int) -> bool:
+        is_bound = suspect.status is Status.RUNNING and suspect.route != route
+        return is_bound and self.places.is_usable(suspect.route)
+
+    def _fill_up(self, batch: Batch) -> None:
+        """Admit who waits while the Step has room; some may be bound to other routes."""
+        while self.waiting and batch.budget:
+            sequence = self.waiting[0]
+            if not self._admit(sequence):
+                return
+            if sequence.route != batch.route:
+                continue
+            if not batch.rows:
+                batch.num_hops = sequence.run.num_hops
+            if sequence.run.num_hops != batch.num_hops:
+                return  # its turn comes; more of its kind need not hold blocks yet
+            self._put(sequence, batch)
 
     # --- one row ---
 
-    def _put(self, sequence: Sequence, budget: int, rows: Rows, step_id: int) -> int:
-        num_tokens = min(sequence.num_to_compute, budget)
-        row = sequence.make_row(num_tokens)
-        sequence.note_scheduled(row, step_id, len(rows))
-        self.publish(sequence)
-        rows.append((sequence, row))
-        return num_tokens
+    def _put(self, sequence: TokenSequence, batch: Batch) -> None:
+        row = sequence.make_row(min(sequence.num_in_run, batch.budget))
+        sequence.note_scheduled(row, batch.step_id, len(batch.rows), batch.turn)
+        if self._is_in_order:
+            self.publish(sequence)
+        batch.rows.append((sequence, row))
+        batch.budget -= row.num_tokens
 
-    def _grow(self, sequence: Sequence, rows: Rows) -> bool:
+    def _grow(self, sequence: TokenSequence, rows: Rows) -> bool:
         """Give a running sequence the block its next token needs, if there is one to be had."""
-        missing = blocks_for(sequence.total_len) - len(sequence.block_ids)
+        missing = blocks_for(sequence.total_len) - len(sequence.hops[0].block_ids)
         if missing <= 0:
             return True
-        while self.pool.num_free < missing:
-            if self.pool.num_free + self._num_returning() >= missing:
+        pools = self.pools.along(sequence.route)
+        instances = self.places.instances(sequence.route)
+        while short := {i for i, p in zip(instances, pools, strict=True) if p.num_free < missing}:
+            returning = self.places.blocks(self.leaving)
+            free = (self.pools.of_instance[i].num_free + returning[i] for i in short)
+            if min(free) >= missing:
                 return False
-            victim = self._worst_running(rows)
+            victim = self._worst_running(rows, short)
             if victim is None:
                 return False
-            self._preempt(victim)
+            self.preempt(victim)
             if victim is sequence:
                 return False
-        sequence.block_ids += self.pool.allocate(missing)
+        for hop, pool in zip(sequence.hops, pools, strict=True):
+            hop.block_ids += pool.allocate(missing)
         return True
 
     # --- admission ---
 
     def _displace(self) -> None:
         """Make room for a waiting request that is more urgent than running ones."""
-        if not self.waiting or self._has_place(self.waiting[0]):
+        if not self.waiting or self._find_place(self.waiting[0]) is not None:
             return
         urgent = self.waiting[0]
         victims = [s for s in self.running if s.request.priority > urgent.request.priority]
-        returning = self._num_returning()
-        gained = sum(len(victim.block_ids) for victim in victims)
-        if not self._has_place(urgent, returning + gained, leaving=len(victims)):
-            return  # not even without all of them
-        while victims and not self._has_place(urgent, self._num_returning()):
-            self._preempt(victims.pop())
+        if not victims:
+            return
+        returning = self.places.blocks(self.leaving)
+        stay = [s for s in self.running if s.request.priority <= urgent.request.priority]
+        gained = self.places.blocks(victims) + returning
+        for place in self.places.candidates(urgent, self.running):
+            if self.places.has_room(urgent, place, stay, gained):
+                self._make_room(urgent, place, victims)
+                return
 
-    def _admit(self, sequence: Sequence) -> bool:
-        """Give a waiting sequence a place and the blocks of all its known tokens."""
-        if sequence.in_flight or not self._has_place(sequence):
+    def _make_room(self, urgent: TokenSequence, place: Place, victims: list[TokenSequence]) -> None:
+        """Preempt the worst ones until there is a place."""
+        if len(self.running) < self._config.max_num_seqs:
+            wanted = set(self.places.instances(place.route))
+            victims = [s for s in victims if wanted & set(self.places.instances(s.route))]
+        while victims and not self.places.has_room(
+            urgent, place, self.running, self.places.blocks(self.leaving)
+        ):
+            self.preempt(victims.pop())
+
+    def _admit(self, sequence: TokenSequence) -> bool:
+        """Give a waiting sequence a route and the blocks of all its known tokens."""
+        if sequence.in_flight or (place := self._find_place(sequence)) is None:
             return False
-        cached = self._cached_blocks(sequence)
-        self.pool.hold(cached)
-        fresh = self.pool.allocate(blocks_for(sequence.total_len) - len(cached))
-        sequence.block_ids = [*cached, *fresh]
-        sequence.num_published = len(cached)
-        sequence.num_scheduled = len(cached) * BLOCK_SIZE
+        wanted, hops = blocks_for(sequence.total_len), []
+        for pool, found in zip(self.pools.along(place.route), place.found, strict=True):
+            pool.hold(found)
+            fresh = pool.allocate(wanted - len(found))
+            hops.append(HopBlocks([*found, *fresh], len(found), len(found)))
+        self.num_admissions += 1
+        # A new name each time: its old workers may be told late that they may forget it.
+        sequence.sequence_id = self.num_admissions
+        sequence.route, sequence.hops = place.route, tuple(hops)
+        sequence.runs = place.work.runs[:-1]  # the last one is all the rest
+        sequence.num_scheduled = sequence.num_returned = place.work.start
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = min(sequence.num_scheduled, sequence.prompt_len)
         self.waiting.remove(sequence)
         sequence.status = Status.RUNNING
-        insort(self.running, sequence, key=lambda running: running.rank)
+        insort(self.running, sequence, key=_rank)
         return True
 
-    def _has_place(self, sequence: Sequence, returning: int = 0, leaving: int = 0) -> bool:
-        """Whether it could run, once `returning` blocks are back and `leaving` sequences gone."""
-        num_running = len(self.running) - leaving
-        if num_running >= self._config.max_num_seqs:
-            return False
-        # Room for one more block each, or the newcomer would be preempted at once.
-        return self._blocks_lacking(sequence) + num_running <= self.pool.num_free + returning
-
-    def _blocks_lacking(self, sequence: Sequence) -> int:
-        """Free blocks that admitting it would use up."""
-        shared = sum(1 for block in self._cached_blocks(sequence) if not self.pool.is_free(block))
-        return blocks_for(sequence.total_len) - shared
-
-    def _cached_blocks(self, sequence: Sequence) -> list[int]:
-        if not self._config.prefix_caching or sequence.wants_prompt_logprobs:
-            return []
-        # The last token is always computed, as its logits are wanted; tokens still in flight
-        # (it may have been preempted) have no names yet.
-        num_known = min(sequence.total_len - 1, len(sequence.token_ids))
-        return self.pool.find(sequence.names(num_known // BLOCK_SIZE))
+    def _find_place(self, sequence: TokenSequence) -> Place | None:
+        """The best route with room for it."""
+        if len(self.running) >= self._config.max_num_seqs:
+            return None
+        for place in self.places.candidates(sequence, self.running):
+            if self.places.has_room(sequence, place, self.running, Counter()):
+                return place
+        return None
 
     # --- giving blocks back ---
 
-    def _worst_running(self, rows: Rows) -> Sequence | None:
+    def _worst_running(self, rows: Rows, short: Collection[int]) -> TokenSequence | None:
+        """The worst-ranked that is in no row yet and holds blocks of the instances."""
         placed = {id(sequence) for sequence, _ in rows}
-        return next((s for s in reversed(self.running) if id(s) not in placed), None)
+        for sequence in reversed(self.running):
+            if id(sequence) not in placed and not set(short).isdisjoint(
+                self.places.instances(sequence.route)
+            ):
+                return sequence
+        return None
 
-    def _num_returning(self) -> int:
-        return sum(len(sequence.block_ids) for sequence in self.leaving)
-
-    def _preempt(self, sequence: Sequence) -> None:
-        self.num_preemptions += 1
-        self.running.remove(sequence)
-        sequence.note_rebuild()
-        self._let_go(sequence)
-        self.add(sequence)
-
-    def _let_go(self, sequence: Sequence) -> None:
+    def _let_go(self, sequence: TokenSequence) -> None:
         if sequence.in_flight:
             self.leaving.append(sequence)
         else:
             self._release(sequence)
 
-    def _release(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.block_ids)
-        sequence.block_ids = []
+    def _release(self, sequence: TokenSequence) -> None:
+        """Its blocks, and what its workers know of it."""
+        for pool, hop in zip(self.pools.along(sequence.route), sequence.hops, strict=True):
+            pool.release(hop.block_ids)
+        sequence.hops = ()
+        if sequence.num_hops_told:
+            self._released[sequence.route].append(sequence.sequence_id)
+        sequence.num_hops_told = 0
+
+    def _held(self, sequences: Iterable[TokenSequence], instance: int) -> Iterable[list[int]]:
+        for sequence in sequences:
+            for at, hop in zip(self.places.instances(sequence.route), sequence.hops, strict=True):
+                if at == instance:
+                    yield hop.block_ids
+
+
+def _rank(sequence: TokenSequence) -> tuple[int, int]:
+    return sequence.rank

@@ -1,20 +1,22 @@
 """One request inside the engine: its tokens, its blocks, what of it is in flight.
 
     token_ids   [ prompt | outputs known ]            (then `num_pending` tokens in flight)
-    KV          [ computed or in flight: num_scheduled ][ still to compute ]
+    KV          [ came back: num_returned | in flight: num_scheduled ][ still to compute ]
 
-Knows nothing of other sequences or of how rows are chosen.
+While it runs it is bound to a route, with blocks of each hop's instance. Knows nothing of other
+sequences or of how rows and routes are chosen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Protocol
 
 from shoal.core.request import GenerateRequest, TokenLogprobs
 from shoal.core.step import BLOCK_SIZE, SequenceStart, StepRow, TokenRef
 from shoal.engine.blocks import BlockName, block_name
+from shoal.policy.cost import Run
 
 
 class GrammarMatcher(Protocol):
@@ -36,6 +38,21 @@ class Status(Enum):
     FINISHED = auto()  # its terminal event is out; rows of it may still be in flight
 
 
+@dataclass(slots=True, eq=False)
+class HopBlocks:
+    """Blocks of a sequence on one hop of its route.
+
+    Attributes:
+        block_ids: they cover all its tokens, in order.
+        num_found: the first of them, whose KV others had computed.
+        num_published: the first of them, which may be found.
+    """
+
+    block_ids: list[int]
+    num_found: int
+    num_published: int
+
+
 class Sequence:
     """State of one request. Only the scheduler and the state machine change it."""
 
@@ -43,15 +60,14 @@ class Sequence:
         self,
         request: GenerateRequest,
         *,
-        sequence_id: int,
+        arrival: int,
         now: float,
         max_len: int,
         eos_token_ids: tuple[int, ...],
         root: BlockName,
     ) -> None:
         self.request = request
-        self.sequence_id = sequence_id
-        self.rank = (request.priority, sequence_id)
+        self.rank = (request.priority, arrival)
         self.deadline = None if request.timeout_s is None else now + request.timeout_s
         self.prompt_len = len(request.prompt_ids)
         self.max_len = max_len
@@ -62,13 +78,16 @@ class Sequence:
         self.matcher_deadline: float | None = None
         self.mask: bytes | None = None
 
-        self.block_ids: list[int] = []
-        self.num_published = 0
+        self.sequence_id = 0
+        self.route = 0
+        self.hops: tuple[HopBlocks, ...] = ()
+        self.runs: tuple[Run, ...] = ()
         self.num_scheduled = 0
+        self.num_returned = 0
         self.num_pending = 0
         self.in_flight = 0
-        self.known_to_worker = False
-        self.ever_sent = False
+        self.last_turn = 0
+        self.num_hops_told = 0
         self.num_failures = 0
         self.last_ref: TokenRef | None = None
 
@@ -93,12 +112,26 @@ class Sequence:
         return self.total_len - self.num_scheduled
 
     @property
-    def can_schedule(self) -> bool:
-        """Whether a row of it could go into the next Step, blocks permitting."""
+    def run(self) -> Run:
+        """What it has to compute next; to the end of its tokens on all hops, but for rebuilding."""
+        rebuilding = (run for run in self.runs if run.stop > self.num_scheduled)
+        return next(rebuilding, Run(self.total_len, len(self.hops)))
+
+    @property
+    def num_in_run(self) -> int:
+        """Tokens that its next rows may hold."""
+        return self.run.stop - self.num_scheduled
+
+    def can_schedule(self, max_pending: int) -> bool:
+        """Whether a row of it could go into the next Step, blocks permitting.
+
+        Args:
+            max_pending: sampled tokens in flight that the row may follow.
+        """
         if self.num_to_compute == 0 or self.total_len >= self.max_len:
             return False
         # A mask needs every token before it; everything else may run ahead.
-        return self.matcher is None or self.num_pending == 0
+        return self.num_pending <= (max_pending if self.matcher is None else 0)
 
     @property
     def next_deadline(self) -> float | None:
@@ -113,36 +146,41 @@ class Sequence:
         return self.request.sampling.prompt_logprobs is not None
 
     def make_row(self, num_tokens: int) -> StepRow:
-        """A row of the next `num_tokens` tokens; its blocks are there."""
-        start = self.num_scheduled
+        """A row of the next `num_tokens` tokens of its run; its blocks are there."""
+        start, num_hops = self.num_scheduled, self.run.num_hops
         end = start + num_tokens
         known = tuple(self.token_ids[start:end])
         samples = end == self.total_len
+        num_blocks = -(-end // BLOCK_SIZE)
         return StepRow(
             sequence_id=self.sequence_id,
             start=start,
             token_ids=known,
             token_ref=self.last_ref if len(known) < num_tokens else None,
-            block_ids=tuple(self.block_ids[: -(-end // BLOCK_SIZE)]),
+            block_ids=tuple(tuple(hop.block_ids[:num_blocks]) for hop in self.hops),
             samples=samples,
             mask=self.mask if samples else None,
-            start_state=None if self.known_to_worker else self._start_state(),
+            start_state=None if self.num_hops_told >= num_hops else self._start_state(),
         )
 
-    def note_scheduled(self, row: StepRow, step_id: int, row_index: int) -> None:
+    def note_scheduled(self, row: StepRow, step_id: int, row_index: int, turn: int) -> None:
         """The row went into a Step."""
+        self.num_hops_told = max(self.num_hops_told, self.run.num_hops)
         self.num_scheduled = row.end
         self.in_flight += 1
-        self.known_to_worker = self.ever_sent = True
+        self.last_turn = turn
         if row.samples:
             self.num_pending += 1
             self.last_ref = TokenRef(step_id, row_index)
 
-    def note_rebuild(self) -> None:
-        """Its KV is gone or going: start again from what is known."""
-        self.num_scheduled = 0
-        self.num_published = 0
-        self.known_to_worker = False
+    def note_abandoned(self) -> None:
+        """What was in flight is lost, and its workers forgot it: go on from what came back."""
+        self.num_pending = 0
+        self.num_hops_told = 0
+        self.num_scheduled = self.num_returned
+        for hop in self.hops:
+            kept = max(hop.num_found, self.num_returned // BLOCK_SIZE)
+            hop.num_published = min(hop.num_published, kept)
 
     def names(self, num_blocks: int) -> list[BlockName]:
         """Names of its first `num_blocks` blocks; all their tokens are known."""
@@ -187,18 +225,18 @@ class Sequence:
         already = len(self.prompt_logprobs) - row.start
         self.prompt_logprobs.extend(found[max(already, 0) :])
 
-    def take_publishable(self) -> Iterator[tuple[int, BlockName]]:
-        """(block, name) of blocks that became full and known since the last call.
+    def take_publishable(self, hop: HopBlocks, num_tokens: int) -> list[tuple[int, BlockName]]:
+        """(block, name) of a hop's blocks that became full and known since the last call.
 
-        Their KV may still be in flight: workers run Steps in order, so whoever finds a block
-        in a later row reads it after it was written.
+        Args:
+            num_tokens: those whose KV whoever finds a block may read.
         """
-        num_full = min(self.num_scheduled, len(self.token_ids)) // BLOCK_SIZE
-        if num_full > self.num_published:
-            first, self.num_published = self.num_published, num_full
-            yield from zip(
-                self.block_ids[first:num_full], self.names(num_full)[first:], strict=True
-            )
+        first, num_full = hop.num_published, min(num_tokens, len(self.token_ids)) // BLOCK_SIZE
+        if num_full <= first:
+            return []
+        hop.num_published = num_full
+        names = self.names(num_full)[first:]
+        return list(zip(hop.block_ids[first:num_full], names, strict=True))
 
     def _start_state(self) -> SequenceStart:
         return SequenceStart(

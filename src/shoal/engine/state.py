@@ -4,14 +4,12 @@
             (grammar)  ▲─ preempted ─┘
 
 `handle(event, now)` returns effects. A driver feeds it every event it has, then a `Tick`,
-upon which Steps are handed out until `max_steps_in_flight` are. Results come back in order;
-those that overrun a stop are discarded. Every request gets exactly one Output with `finish`.
+upon which Steps are handed out until enough are in flight on every route. Results that overrun a
+stop are discarded; when workers fail, sequences go on from what came back. Every request gets
+exactly one Output with `finish`.
 """
 
 from __future__ import annotations
-
-from collections import deque
-from dataclasses import dataclass
 
 from shoal.core.errors import (
     InvalidRequestError,
@@ -21,8 +19,7 @@ from shoal.core.errors import (
 )
 from shoal.core.request import ErrorInfo, FinishReason, GenerateRequest, Output, TokenLogprobs
 from shoal.core.stats import EngineStats
-from shoal.core.step import RowResult, Step, StepFailure, StepResult, StepRow
-from shoal.engine.blocks import root_name
+from shoal.core.step import InstancesReady, RowResult, StepFailure, StepResult, StepRow
 from shoal.engine.config import EngineConfig
 from shoal.engine.events import (
     Cancel,
@@ -37,15 +34,12 @@ from shoal.engine.events import (
     Submit,
     Tick,
 )
+from shoal.engine.flight import Flight
+from shoal.engine.intake import already_over, new_sequence, refuse_if_wrong
 from shoal.engine.pace import CompletionPace
-from shoal.engine.scheduler import Rows, Scheduler
+from shoal.engine.recovery import recover
+from shoal.engine.scheduler import Scheduler
 from shoal.engine.sequence import GrammarMatcher, Sequence, Status
-
-
-@dataclass(frozen=True, slots=True)
-class _InFlight:
-    step_id: int
-    rows: Rows
 
 
 class EngineState:
@@ -57,10 +51,7 @@ class EngineState:
         self._sequences: dict[str, Sequence] = {}
         # Those that time alone may end: looked at with every Tick, so not all of them.
         self._timed: dict[str, Sequence] = {}
-        self._in_flight: deque[_InFlight] = deque()
-        self._released: list[int] = []
-        self._incarnation = 0
-        self._next_step_id = 0
+        self._flight = Flight(config)
         self._num_submitted = 0
         self._pace = CompletionPace()
         self._counters = {"prompt": 0, "cached": 0, "output": 0, "steps": 0}
@@ -74,7 +65,7 @@ class EngineState:
 
     @property
     def num_steps_in_flight(self) -> int:
-        return len(self._in_flight)
+        return len(self._flight)
 
     def next_deadline(self) -> float | None:
         """When a Tick is due even if nothing happens."""
@@ -82,18 +73,20 @@ class EngineState:
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def stats(self) -> EngineStats:
-        pool = self._scheduler.pool
+        pools = self._scheduler.pools.of_instance
+        fullest = min(pools, key=lambda pool: pool.num_free / pool.num_blocks)
         return EngineStats(
             num_running=len(self._scheduler.running),
             num_waiting=len(self._sequences) - len(self._scheduler.running),
-            num_blocks=pool.num_blocks,
-            num_blocks_used=pool.num_blocks - pool.num_free,
+            num_blocks=fullest.num_blocks,
+            num_blocks_used=fullest.num_blocks - fullest.num_free,
             prompt_tokens=self._counters["prompt"],
             cached_tokens=self._counters["cached"],
             output_tokens=self._counters["output"],
             preemptions=self._scheduler.num_preemptions,
             steps=self._counters["steps"],
             busy_s=self._busy_s,
+            recovering=bool(self._scheduler.places.down),
         )
 
     def check_integrity(self) -> None:
@@ -102,8 +95,8 @@ class EngineState:
         known = {id(sequence) for sequence in self._sequences.values()}
         for sequence in [*self._scheduler.waiting, *self._scheduler.running]:
             assert id(sequence) in known
-        if not self._sequences and not self._in_flight:
-            assert self._scheduler.pool.num_free == self._config.num_blocks
+        if not self._sequences and not self._flight:
+            assert all(p.num_free == p.num_blocks for p in self._scheduler.pools.of_instance)
 
     # --- events ---
 
@@ -123,20 +116,24 @@ class EngineState:
                 return self._step_done(event, now)
             case StepFailure():
                 return self._step_failed(event, now)
+            case InstancesReady(instances):
+                return self._instances_ready(instances)
             case Tick():
                 return [*self._expire(now), *self._hand_out()]
 
     def _submit(self, request: GenerateRequest, now: float) -> list[Effect]:
         try:
-            self._refuse_if_wrong(request)
+            refuse_if_wrong(request, self._config)
+            self._refuse_if_no_room(request)
         except RequestError as error:
             return [_refusal(request.request_id, error)]
-        sequence = self._new_sequence(request, now)
+        self._num_submitted += 1
+        sequence = new_sequence(request, self._config, arrival=self._num_submitted, now=now)
         self._sequences[request.request_id] = sequence
         if sequence.deadline is not None:
             self._timed[request.request_id] = sequence
         self._counters["prompt"] += sequence.prompt_len
-        if (reason := _already_over(sequence)) is not None:
+        if (reason := already_over(sequence)) is not None:
             return self._end(sequence, reason, now)
         if request.sampling.grammar is None:
             self._scheduler.add(sequence)
@@ -163,42 +160,40 @@ class EngineState:
         return []
 
     def _step_done(self, result: StepResult, now: float) -> list[Effect]:
-        if result.incarnation != self._incarnation:
+        if result.incarnation != self._flight.incarnation:
             return []
-        step = self._in_flight.popleft()
-        assert step.step_id == result.step_id, "workers return Steps in order"
+        batch = self._flight.take(result)
         self._counters["steps"] += 1
         self._busy_s += result.compute_s
         effects: list[Effect] = []
-        for (sequence, row), row_result in zip(step.rows, result.rows, strict=True):
-            self._scheduler.note_returned(sequence)
-            if sequence.status is Status.FINISHED:
-                self._note_gone(sequence)
-            else:
+        for (sequence, row), row_result in zip(batch.rows, result.rows, strict=True):
+            self._scheduler.note_returned(sequence, row)
+            if sequence.status is not Status.FINISHED:
                 effects += self._take_row(sequence, row, row_result, now)
         return effects
 
     def _step_failed(self, failure: StepFailure, now: float) -> list[Effect]:
         """Abandon everything in flight; its requests go on from what they have."""
-        if failure.incarnation != self._incarnation:
+        if failure.incarnation != self._flight.incarnation:
             return []
-        self._incarnation += 1
-        self._next_step_id = 0
-        self._released.clear()
-        abandoned, self._in_flight = self._in_flight, deque()
+        abandoned = self._flight.abandon()
+        for batch in abandoned:
+            for sequence, _row in batch.rows:
+                sequence.num_failures += batch.step_id == failure.step_id
+        self._scheduler.places.down.update(failure.down)
+        everywhere = range(len(self._config.instance_blocks))
+        recover(self._scheduler, abandoned, everywhere if failure.lost is None else failure.lost)
         effects: list[Effect] = []
-        for step in abandoned:
-            for sequence, _row in step.rows:
-                sequence.num_pending = 0
-                sequence.num_failures += step.step_id == failure.step_id
-                sequence.ever_sent = False
-                self._scheduler.note_returned(sequence)
-        self._scheduler.restart()
         for sequence in list(self._sequences.values()):
             if sequence.num_failures > self._config.max_step_failures:
                 error = RequestError(f"the model failed on this request: {failure.reason}")
                 effects += self._end(sequence, "error", now, ErrorInfo.of(error))
         return effects
+
+    def _instances_ready(self, instances: tuple[int, ...]) -> list[Effect]:
+        self._scheduler.places.down.difference_update(instances)
+        self._scheduler.leave_unusable()
+        return []
 
     def _expire(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
@@ -222,72 +217,33 @@ class EngineState:
         return effects
 
     def _hand_out(self) -> list[Effect]:
+        """A Step for each route in turn, until none has room or rows."""
         effects: list[Effect] = []
-        while len(self._in_flight) < self._config.max_steps_in_flight:
-            rows = self._scheduler.fill(self._next_step_id)
-            if not rows:
-                break
-            step = Step(
-                step_id=self._next_step_id,
-                incarnation=self._incarnation,
-                rows=tuple(row for _, row in rows),
-                released=tuple(self._released),
-            )
-            self._released.clear()
-            self._next_step_id += 1
-            self._in_flight.append(_InFlight(step.step_id, rows))
-            effects.append(RunStep(step))
+        scheduler, flight, before = self._scheduler, self._flight, -1
+        while (progress := flight.next_step_id + scheduler.num_admissions) != before:
+            before = progress
+            for route in scheduler.places.usable:
+                if not flight.has_room(route):
+                    continue
+                batch = scheduler.fill(route, flight.next_step_id)
+                if batch.rows:
+                    effects.append(RunStep(flight.hand_out(batch, scheduler.take_released(route))))
         return effects
 
     # --- one request ---
 
-    def _refuse_if_wrong(self, request: GenerateRequest) -> None:
-        config = self._config
+    def _refuse_if_no_room(self, request: GenerateRequest) -> None:
         if request.request_id in self._sequences:
             raise InvalidRequestError(
                 f"request id {request.request_id!r} is in use", code="duplicate_request_id"
             )
-        if not request.prompt_ids:
-            raise InvalidRequestError(
-                "the prompt is empty; it needs at least one token",
-                code="empty_prompt",
-                param="prompt",
-            )
-        if len(request.prompt_ids) >= config.max_model_len:
-            raise InvalidRequestError(
-                f"the prompt has {len(request.prompt_ids)} tokens; this model's context is "
-                f"{config.max_model_len} tokens, prompt and output together; shorten the prompt",
-                code="context_length_exceeded",
-                param="prompt",
-            )
-        if len(self._sequences) >= config.max_num_seqs + config.max_waiting:
+        if len(self._sequences) >= self._config.max_num_seqs + self._config.max_waiting:
             raise QueueFullError(
                 f"{len(self._sequences)} requests are running or waiting, which is the limit; "
                 f"try again later",
                 code="queue_full",
                 retry_after_s=self._pace.seconds_per_completion(),
             )
-        token_ids = (*request.prompt_ids, *request.output_ids)
-        if min(token_ids) < 0 or max(token_ids) >= config.vocab_size:
-            raise InvalidRequestError(
-                f"token ids lie between {min(token_ids)} and {max(token_ids)}; this model's "
-                f"vocabulary is 0 to {config.vocab_size - 1}",
-                code="invalid_token_id",
-                param="prompt",
-            )
-
-    def _new_sequence(self, request: GenerateRequest, now: float) -> Sequence:
-        config = self._config
-        max_tokens = request.sampling.max_tokens or config.max_model_len
-        self._num_submitted += 1
-        return Sequence(
-            request,
-            sequence_id=self._num_submitted,
-            now=now,
-            max_len=min(len(request.prompt_ids) + max_tokens, config.max_model_len),
-            eos_token_ids=config.eos_token_ids,
-            root=root_name(config.model_digest, request.salt),
-        )
 
     def _take_row(
         self, sequence: Sequence, row: StepRow, result: RowResult, now: float
@@ -362,18 +318,6 @@ class EngineState:
         self._timed.pop(sequence.request.request_id, None)
         self._scheduler.remove(sequence)
         self._pace.note_completion(now)
-        self._note_gone(sequence)
-
-    def _note_gone(self, sequence: Sequence) -> None:
-        if sequence.in_flight == 0 and sequence.ever_sent:
-            self._released.append(sequence.sequence_id)
-
-
-def _already_over(sequence: Sequence) -> FinishReason | None:
-    """Whether a continued request had already reached its end when it was cut."""
-    if sequence.num_output and sequence.stops_at(sequence.token_ids[-1]):
-        return "stop"
-    return "length" if len(sequence.token_ids) >= sequence.max_len else None
 
 
 def _grammar_failure(error: Exception) -> ErrorInfo:

@@ -1,0 +1,133 @@
+"""Which route a waiting sequence takes: what is cached along it against what runs there.
+
+A route is usable while none of its instances is down. Its cost is `policy/cost.py`'s; a route that
+has no room now, or could never hold the whole sequence, is none. Knows nothing of Steps.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from shoal.core.step import BLOCK_SIZE
+from shoal.engine.blocks import blocks_for
+from shoal.engine.config import EngineConfig
+from shoal.engine.pools import Pools
+from shoal.engine.sequence import Sequence as TokenSequence
+from shoal.policy.cost import Work, cheapest_work, route_cost
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A route for a sequence.
+
+    Attributes:
+        found: for each hop, the blocks it need not compute.
+        work: what it must.
+    """
+
+    route: int
+    found: tuple[list[int], ...]
+    work: Work
+    cost: float
+
+
+class Places:
+    """The routes, and which of them may be taken."""
+
+    def __init__(self, config: EngineConfig, pools: Pools) -> None:
+        self._config = config
+        self._pools = pools
+        largest = max(config.instance_blocks)
+        self._shares = [num_blocks / largest for num_blocks in config.instance_blocks]
+        self._layers = [[len(hop.layers) for hop in route] for route in config.routes]
+        self._instances = [[hop.instance for hop in route] for route in config.routes]
+        self.down: set[int] = set()
+
+    def is_usable(self, route: int) -> bool:
+        return self.down.isdisjoint(self._instances[route])
+
+    @property
+    def usable(self) -> list[int]:
+        return [route for route in range(len(self._instances)) if self.is_usable(route)]
+
+    def instances(self, route: int) -> list[int]:
+        """Of each hop."""
+        return self._instances[route]
+
+    def candidates(self, sequence: TokenSequence, running: Sequence[TokenSequence]) -> list[Place]:
+        """Its places on usable routes that could hold all of it, the cheapest first."""
+        routes = [
+            route for route in self.usable if sequence.max_len <= self._config.route_tokens(route)
+        ]
+        load = self._tokens(running) if len(routes) > 1 else Counter()
+        return sorted((self._place(sequence, route, load) for route in routes), key=_by_cost)
+
+    def has_room(
+        self,
+        sequence: TokenSequence,
+        place: Place,
+        running: Sequence[TokenSequence],
+        returning: Counter[int],
+    ) -> bool:
+        """Whether it could run beside `running`, once `returning` blocks of instances are back."""
+        if len(running) >= self._config.max_num_seqs:
+            return False
+        beside = Counter(i for other in running for i in self._instances[other.route])
+        wanted = blocks_for(sequence.total_len)
+        hops = zip(self._instances[place.route], place.found, strict=True)
+        # Room for one more block each, or the newcomer would be preempted at once.
+        return all(
+            self._lacking(instance, wanted, found) + beside[instance]
+            <= self._pools.of_instance[instance].num_free + returning[instance]
+            for instance, found in hops
+        )
+
+    def blocks(self, sequences: Iterable[TokenSequence]) -> Counter[int]:
+        """Blocks of each instance that these hold."""
+        held: Counter[int] = Counter()
+        for sequence in sequences:
+            instances = self._instances[sequence.route]
+            for instance, hop in zip(instances, sequence.hops, strict=True):
+                held[instance] += len(hop.block_ids)
+        return held
+
+    def _place(self, sequence: TokenSequence, route: int, load: Counter[int]) -> Place:
+        found = self._found(sequence, route)
+        layers, instances = self._layers[route], self._instances[route]
+        work = cheapest_work(
+            [len(blocks) * BLOCK_SIZE for blocks in found], layers, sequence.total_len
+        )
+        cost = route_cost(
+            work,
+            layers,
+            [load[instance] for instance in instances],
+            [self._shares[instance] for instance in instances],
+        )
+        return Place(route, found, work, cost)
+
+    def _found(self, sequence: TokenSequence, route: int) -> tuple[list[int], ...]:
+        if not self._config.prefix_caching or sequence.wants_prompt_logprobs:
+            return tuple([] for _ in self._instances[route])
+        # The last token is always computed, as its logits are wanted; tokens still in flight
+        # (it may have been preempted) have no names yet.
+        num_known = min(sequence.total_len - 1, len(sequence.token_ids))
+        return self._pools.find(route, sequence.names(num_known // BLOCK_SIZE))
+
+    def _lacking(self, instance: int, wanted: int, found: list[int]) -> int:
+        """Free blocks of an instance that admitting a sequence would use up."""
+        pool = self._pools.of_instance[instance]
+        return wanted - sum(1 for block in found if not pool.is_free(block))
+
+    def _tokens(self, running: Sequence[TokenSequence]) -> Counter[int]:
+        """Tokens of the sequences that run on each instance."""
+        tokens: Counter[int] = Counter()
+        for sequence in running:
+            for instance in self._instances[sequence.route]:
+                tokens[instance] += sequence.total_len
+        return tokens
+
+
+def _by_cost(place: Place) -> float:
+    return place.cost

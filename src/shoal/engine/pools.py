@@ -1,0 +1,44 @@
+"""The KV blocks of all instances, seen along the routes that go through them.
+
+One pool for each instance: what one has more than its neighbours keeps prefixes. A block holds
+the layers that its route runs there, so routes that run others don't find it. Knows nothing of
+sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from shoal.core.plan import Route
+from shoal.engine.blocks import BlockName, BlockPool
+from shoal.engine.config import EngineConfig
+
+
+class Pools:
+    """A `BlockPool` for each instance."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._routes = config.routes
+        self._layers = tuple(_layer_keys(route) for route in config.routes)
+        self.of_instance = tuple(BlockPool(num_blocks) for num_blocks in config.instance_blocks)
+
+    def along(self, route: int) -> tuple[BlockPool, ...]:
+        """The pool of each hop."""
+        return tuple(self.of_instance[hop.instance] for hop in self._routes[route])
+
+    def find(self, route: int, names: Sequence[BlockName]) -> tuple[list[int], ...]:
+        """For each hop, the blocks of the longest known beginning of `names`."""
+        return tuple(
+            pool.find(name + layers for name in names)
+            for pool, layers in zip(self.along(route), self._layers[route], strict=True)
+        )
+
+    def publish(self, route: int, hop: int, named: Iterable[tuple[int, BlockName]]) -> None:
+        """Make blocks of a hop findable by their names."""
+        pool, layers = self.along(route)[hop], self._layers[route][hop]
+        for block, name in named:
+            pool.publish(block, name + layers)
+
+
+def _layer_keys(route: Route) -> tuple[bytes, ...]:
+    return tuple(f" {hop.layers.start}-{hop.layers.stop}".encode() for hop in route)

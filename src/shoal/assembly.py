@@ -1,5 +1,9 @@
 """Wires one engine: reads, loads, sizes, assembles. Used by `LLM` and the engine process.
 
+    one device       a worker in this process           executor/inproc.py
+    a replica plan   workers in processes of their own  executor/local.py
+                     or, for tests, in threads          executor/threads.py
+
 Knows every room; decides nothing itself. Importing it loads no torch; calling it does.
 """
 
@@ -7,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,20 +20,28 @@ from shoal.core.clock import MonotonicClock
 from shoal.core.errors import ConfigError
 from shoal.core.model_spec import ModelSpec
 from shoal.core.options import EngineOptions
+from shoal.core.plan import Hop, RankPlan, ReplicaPlan, Route, check
 from shoal.core.request import Grammar
+from shoal.core.split import Range
 from shoal.core.stats import EngineInfo
 from shoal.engine.config import EngineConfig
 from shoal.engine.loop import EngineLoop, Report
 from shoal.engine.sequence import GrammarMatcher
 from shoal.engine.state import EngineState
+from shoal.executor import Executor
+from shoal.executor.capacity import Capacity
 from shoal.executor.inproc import InprocExecutor
+from shoal.executor.shares import rank_options
 from shoal.model.spec import read_spec
+from shoal.wire.messages import HostNet
 
 Say = Callable[[str], None]
 Progress = Callable[[int, int], None]
 
 _CPU_STEP_TOKENS = 512
 _CUDA_STEP_TOKENS = 2048
+# Chunks of one long prompt are on several stages at once only if there are several.
+_PIPELINE_STEP_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +49,26 @@ class LoadedEngine:
     """An engine ready to run: call `loop.run()` in some thread."""
 
     loop: EngineLoop
-    executor: InprocExecutor
+    executor: Executor
     info: EngineInfo
 
 
 def load_engine(
-    options: EngineOptions, report: Report, *, say: Say, progress: Progress
+    options: EngineOptions,
+    report: Report,
+    *,
+    say: Say,
+    progress: Progress,
+    replica: ReplicaPlan | None = None,
+    hosts: Mapping[str, HostNet] | None = None,
+    in_threads: bool = False,
 ) -> LoadedEngine:
     """Wire an engine: read, load, size, assemble.
+
+    Args:
+        replica: how the model is shared out; None: all of it on the device of `options`.
+        hosts: of a lab, that the plan names.
+        in_threads: a plan's workers are threads of this process, for tests.
 
     Raises:
         ModelError, DeviceError, ConfigError: what the user can mend.
@@ -54,42 +78,114 @@ def load_engine(
     spec = read_spec(path)
     _check_limits(options, spec)
     say(f"model      {path.name} ({spec.architecture}, {spec.num_layers} layers)")
-    from shoal.worker.launch import launch_worker  # the one import that loads torch
-
-    say(f"imports    {time.perf_counter() - started_s:.1f} s")
-    launched = launch_worker(options, spec, say=say, progress=progress)
+    if replica is not None:
+        check(replica, spec)
+        options, replica = _one_device(options, replica)
+    workers = _start_workers(options, spec, replica, hosts or {}, in_threads, say, progress)
+    capacity = workers.capacity
     config = EngineConfig(
-        num_blocks=launched.num_blocks,
-        max_model_len=launched.max_model_len,
+        instance_blocks=capacity.instance_blocks,
+        max_model_len=capacity.max_model_len,
         vocab_size=spec.vocab_size,
         eos_token_ids=spec.eos_token_ids,
         max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=_step_tokens(options, launched.device_type),
+        max_num_batched_tokens=_step_tokens(options, capacity, replica),
         max_waiting=options.max_waiting,
         max_steps_in_flight=options.max_steps_in_flight,
         prefix_caching=options.enable_prefix_caching,
-        model_digest=f"{options.fingerprint}/{launched.digest}",
+        model_digest=f"{options.fingerprint}/{capacity.digest}",
+        routes=_whole_route(spec) if replica is None else replica.routes,
     )
-    executor = InprocExecutor(launched.worker)
     loop = EngineLoop(
         EngineState(config),
-        executor,
+        workers.executor,
         compile_grammar=_LazyGrammars(path, spec),
         threads=ThreadPoolExecutor(2, thread_name_prefix="shoal-grammar"),
         report=report,
         clock=MonotonicClock(),
     )
+    workers.when_lost(loop.stop)
     info = EngineInfo(
         max_model_len=config.max_model_len,
-        num_kv_blocks=config.num_blocks,
+        num_kv_blocks=max(
+            min(capacity.instance_blocks[hop.instance] for hop in route) for route in config.routes
+        ),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_waiting=config.max_waiting,
-        device=launched.device,
-        dtype=launched.dtype,
+        device=capacity.device,
+        dtype=capacity.dtype,
         load_s=time.perf_counter() - started_s,
     )
-    return LoadedEngine(loop, executor, info)
+    return LoadedEngine(loop, workers.executor, info)
+
+
+@dataclass(frozen=True, slots=True)
+class _Workers:
+    """An executor, what it can carry, and who is told if it can go on no more."""
+
+    executor: Executor
+    capacity: Capacity
+    when_lost: Callable[[Callable[[], None]], None]
+
+
+def _start_workers(
+    options: EngineOptions,
+    spec: ModelSpec,
+    replica: ReplicaPlan | None,
+    hosts: Mapping[str, HostNet],
+    in_threads: bool,
+    say: Say,
+    progress: Progress,
+) -> _Workers:
+    if replica is None:
+        return _start_worker(options, spec, say, progress)
+    if in_threads:
+        from shoal.executor.threads import ThreadExecutor
+
+        threads = ThreadExecutor(replica, options, spec, say=say, progress=progress)
+        return _Workers(threads, threads.capacity, _ignore)
+    from shoal.executor.local import LocalExecutor
+
+    local = LocalExecutor(replica, options, spec, hosts=hosts, say=say, progress=progress)
+    return _Workers(local, local.capacity, local.when_lost)
+
+
+def _start_worker(
+    options: EngineOptions, spec: ModelSpec, say: Say, progress: Progress
+) -> _Workers:
+    """The one device of `options`, without a wire."""
+    started_s = time.perf_counter()
+    from shoal.worker.launch import launch_worker  # the one import that loads torch
+
+    say(f"imports    {time.perf_counter() - started_s:.1f} s")
+    launched = launch_worker(options, spec, say=say, progress=progress)
+    capacity = Capacity(
+        instance_blocks=(launched.num_blocks,),
+        max_model_len=launched.max_model_len,
+        device=launched.device,
+        device_type=launched.device_type,
+        dtype=launched.dtype,
+        digest=launched.digest,
+        lines=(),
+    )
+    return _Workers(InprocExecutor(launched.worker), capacity, _ignore)
+
+
+def _ignore(_tell: Callable[[], None]) -> None:
+    """Workers that live in this process are lost only with it."""
+
+
+def _one_device(
+    options: EngineOptions, replica: ReplicaPlan
+) -> tuple[EngineOptions, ReplicaPlan | None]:
+    """A plan of one device is that device's options, unless it is a lab's."""
+    if len(replica.instances) > 1 or len(replica.instances[0].ranks) > 1:
+        return options, replica
+    (rank,) = replica.instances[0].ranks
+    if rank != RankPlan(device=rank.device, num_threads=rank.num_threads):
+        return options, replica
+    return rank_options(options, replica, 0, 0), None
 
 
 def _check_limits(options: EngineOptions, spec: ModelSpec) -> None:
@@ -105,6 +201,10 @@ def _check_limits(options: EngineOptions, spec: ModelSpec) -> None:
             f"({options.max_num_seqs}), so a Step could not hold a token of every sequence; "
             f"raise the one or lower the other"
         )
+
+
+def _whole_route(spec: ModelSpec) -> tuple[Route, ...]:
+    return ((Hop(0, Range(0, spec.num_layers)),),)
 
 
 class _LazyGrammars:
@@ -129,6 +229,8 @@ class _LazyGrammars:
         return self._compile(grammar, prefix_ids)
 
 
-def _step_tokens(options: EngineOptions, device_type: str) -> int:
-    default = _CUDA_STEP_TOKENS if device_type == "cuda" else _CPU_STEP_TOKENS
+def _step_tokens(options: EngineOptions, capacity: Capacity, replica: ReplicaPlan | None) -> int:
+    default = _CUDA_STEP_TOKENS if capacity.device_type == "cuda" else _CPU_STEP_TOKENS
+    if capacity.device_type == "cpu" and replica is not None and len(replica.stages) > 1:
+        default = _PIPELINE_STEP_TOKENS
     return options.max_num_batched_tokens or max(default, options.max_num_seqs)

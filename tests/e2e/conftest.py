@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import httpx
@@ -18,13 +19,19 @@ def start_server(smollm2_gguf: Path) -> Iterator[StartServer]:
     """Starts servers on the small model with further flags; stops them all at the end."""
     servers: list[ServerProcess] = []
 
-    def start(*flags: str, wait: bool = True) -> ServerProcess:
-        command = [sys.executable, "-m", "shoal", "serve", str(smollm2_gguf), "--port", "0"]
+    def start(
+        *flags: str,
+        wait: bool = True,
+        model: Path = smollm2_gguf,
+        env: Mapping[str, str] | None = None,
+    ) -> ServerProcess:
+        command = [sys.executable, "-m", "shoal", "serve", str(model), "--port", "0"]
         process = subprocess.Popen(
             [*command, "--served-model-name", "smollm2-135m", *flags],
             stderr=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
             text=True,
+            env={**os.environ, **(env or {})},
         )
         server = ServerProcess(process)
         servers.append(server)

@@ -74,7 +74,7 @@ def test_mixed_steps_give_the_logits_of_the_reference(
 
 def make_worker(kernels: str, num_graph_rows: int | None = None, device: str = DEVICE) -> Worker:
     decoder = random_decoder(GEMMA_LIKE, select(kernels), device)
-    kv = allocate(GEMMA_LIKE, 40, decoder.dtype, decoder.device)
+    kv = allocate(GEMMA_LIKE, decoder.shard, 40, decoder.dtype, decoder.device)
     worker = Worker(decoder, kv)
     if num_graph_rows is not None:
         if INTERPRETED:
@@ -106,7 +106,7 @@ def decode_together(worker: Worker, num_rows: int, num_steps: int) -> list[list[
                 sequence_id=i,
                 start=0,
                 token_ids=prompts[i],
-                block_ids=blocks[i],
+                block_ids=(blocks[i],),
                 samples=True,
                 start_state=starts[i],
             )
@@ -121,7 +121,7 @@ def decode_together(worker: Worker, num_rows: int, num_steps: int) -> list[list[
                 start=len(prompts[i]) + step_id - 1,
                 token_ids=(),
                 token_ref=TokenRef(step_id - 1, i),
-                block_ids=blocks[i],
+                block_ids=(blocks[i],),
                 samples=True,
             )
             for i in range(num_rows)
@@ -157,12 +157,12 @@ def test_padding_rows_store_nothing(graphs: None) -> None:
 def test_steps_that_no_graph_takes(graphs: None) -> None:
     worker = make_worker("cuda", num_graph_rows=2)
     assert worker._graphs is not None
-    row = StepRow(sequence_id=0, start=5, token_ids=(1,), block_ids=(0,), samples=True)
+    row = StepRow(sequence_id=0, start=5, token_ids=(1,), block_ids=((0,),), samples=True)
     assert worker._graphs.take(Step(step_id=0, rows=(row, row)))
     assert not worker._graphs.take(Step(step_id=0, rows=(row, row, row)))
-    two = StepRow(sequence_id=0, start=5, token_ids=(1, 2), block_ids=(0,), samples=True)
-    silent = StepRow(sequence_id=0, start=5, token_ids=(1,), block_ids=(0,))
-    long = StepRow(sequence_id=0, start=70, token_ids=(1,), block_ids=(0,) * 5, samples=True)
+    two = StepRow(sequence_id=0, start=5, token_ids=(1, 2), block_ids=((0,),), samples=True)
+    silent = StepRow(sequence_id=0, start=5, token_ids=(1,), block_ids=((0,),))
+    long = StepRow(sequence_id=0, start=70, token_ids=(1,), block_ids=((0,) * 5,), samples=True)
     for other in (two, silent, long):
         assert not worker._graphs.take(Step(step_id=0, rows=(other,)))
 
@@ -199,7 +199,9 @@ def test_a_step_that_samples_nothing_is_done_when_the_device_is() -> None:
     start = SequenceStart(
         token_ids=(1,) * 40, prompt_len=40, sampling=SamplingParams(), eos_token_ids=()
     )
-    row = StepRow(sequence_id=0, start=0, token_ids=(1,) * 20, block_ids=(0, 1), start_state=start)
+    row = StepRow(
+        sequence_id=0, start=0, token_ids=(1,) * 20, block_ids=((0, 1),), start_state=start
+    )
     torch.cuda._sleep(200_000_000)
     launched = worker.launch(Step(step_id=0, rows=(row,)))
     assert not launched.done

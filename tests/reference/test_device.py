@@ -8,8 +8,9 @@ import torch
 
 from shoal.core.errors import ConfigError, DeviceError
 from shoal.core.model_spec import LayerSpec, ModelSpec, RopeSpec
+from shoal.core.split import Range, Split, shards, whole
 from shoal.worker.device import choose_device, choose_dtype, free_memory_bytes, kv_budget_bytes
-from shoal.worker.kv_pool import allocate, num_blocks_for
+from shoal.worker.kv_pool import allocate, num_blocks_for, token_bytes
 
 SPEC = ModelSpec(
     architecture="test",
@@ -80,10 +81,10 @@ def test_kv_is_sized_in_whole_blocks_scales_included_and_starts_as_zeros(
     dtype: torch.dtype, head_bytes: int
 ) -> None:
     block_bytes = 2 * 3 * 2 * head_bytes * 16
-    assert num_blocks_for(SPEC, dtype, 5 * block_bytes + 1) == 5
+    assert num_blocks_for(SPEC, whole(SPEC), dtype, 5 * block_bytes + 1) == 5
     with pytest.raises(ConfigError, match="one block"):
-        num_blocks_for(SPEC, dtype, block_bytes - 1)
-    layers = allocate(SPEC, 5, dtype, CPU).cache.layers
+        num_blocks_for(SPEC, whole(SPEC), dtype, block_bytes - 1)
+    layers = allocate(SPEC, whole(SPEC), 5, dtype, CPU).cache.layers
     assert len(layers) == 3
     tensors = [
         tensor
@@ -105,14 +106,14 @@ def test_kv_is_sized_in_whole_blocks_scales_included_and_starts_as_zeros(
 
 def test_kv_costs_no_memory_before_it_is_used() -> None:
     before = psutil.Process().memory_info().rss
-    pool = allocate(SPEC, 300_000, torch.float32, CPU)
+    pool = allocate(SPEC, whole(SPEC), 300_000, torch.float32, CPU)
     assert psutil.Process().memory_info().rss - before < 32 << 20
     assert pool.cache.layers[2].values_NBHD.nbytes > 256 << 20
 
 
 def test_a_cache_beyond_all_memory_is_refused() -> None:
     with pytest.raises(DeviceError, match="does not fit"):
-        allocate(SPEC, 1 << 50, torch.float32, CPU)
+        allocate(SPEC, whole(SPEC), 1 << 50, torch.float32, CPU)
 
 
 def test_kv_holds_two_long_requests_but_never_all_memory() -> None:
@@ -120,3 +121,19 @@ def test_kv_holds_two_long_requests_but_never_all_memory() -> None:
     assert kv_budget_bytes(CPU, 1.0, 1000) == min(1 << 30, free // 4)
     assert kv_budget_bytes(CPU, 1.0, 1 << 60) == pytest.approx(free / 4, rel=0.1)
     assert kv_budget_bytes(CPU, 0.5, 1 << 60) == pytest.approx(free / 8, rel=0.1)
+
+
+def test_a_shard_keeps_the_kv_of_its_own_heads_and_layers_only() -> None:
+    """Of 2 KV heads one rank touches both, one the second, one none at all."""
+    split = Split(
+        heads=(Range(0, 3), Range(3, 4), Range(4, 4)),
+        ffn=(Range(0, 16),) * 3,
+        vocab=(Range(0, 16),) * 3,
+    )
+    both, second, none = shards(split, Range(1, 3), has_embedding=False, has_head=True)
+    token = 2 * 8 * 4
+    assert token_bytes(SPEC, both, torch.float32) == 2 * 2 * token
+    assert token_bytes(SPEC, second, torch.float32) == 2 * 1 * token
+    assert num_blocks_for(SPEC, none, torch.float32, 1000) is None
+    layers = allocate(SPEC, none, 3, torch.float32, CPU).cache.layers
+    assert [tuple(kv.keys_NBHD.shape) for kv in layers] == [(3, 16, 0, 8)] * 2

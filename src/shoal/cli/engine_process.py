@@ -57,6 +57,7 @@ def main() -> None:
     channel.send(Ready(engine.info))
     loaded.set_result(engine)
     engine.loop.run()
+    engine.executor.close()
     channel.close()
     # Device threads may be in the middle of a Step nobody waits for.
     os._exit(0)
@@ -76,6 +77,8 @@ def _load(channel: Channel, launch: Launch) -> LoadedEngine:
             report,
             say=lambda line: channel.send(Loading(line=line)),
             progress=_Progress(channel),
+            replica=launch.replica,
+            hosts=launch.hosts,
         )
     except ShoalError as error:
         channel.send(LaunchFailed(str(error)))

@@ -9,19 +9,17 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
 from shoal.core.step import Step, StepFailure, StepResult
+from shoal.executor import Post
 
 log = logging.getLogger(__name__)
 
 # How often an asynchronous device is looked at while nothing new is there to launch.
 _POLL_S = 0.0005
-
-Deliver = Callable[[StepResult | StepFailure], None]
 
 
 class PendingResult(Protocol):
@@ -50,7 +48,6 @@ class StepWorker(Protocol):
 @dataclass(frozen=True, slots=True)
 class _Launched:
     step: Step
-    deliver: Deliver
     pending: PendingResult
 
 
@@ -59,15 +56,19 @@ class InprocExecutor:
 
     def __init__(self, worker: StepWorker) -> None:
         self._worker = worker
-        self._steps: SimpleQueue[tuple[Step, Deliver] | None] = SimpleQueue()
+        self._post: Post = log.debug  # until someone listens
+        self._steps: SimpleQueue[Step | None] = SimpleQueue()
         self._launched: deque[_Launched] = deque()
         self._failed_incarnation = -1
         self._thread = threading.Thread(target=self._run, name="shoal-worker", daemon=True)
         self._thread.start()
 
-    def submit(self, step: Step, deliver: Deliver) -> None:
-        """Queue a Step; `deliver` is called from the worker's thread."""
-        self._steps.put((step, deliver))
+    def listen(self, post: Post) -> None:
+        """Tell `post` of results and failures, from the worker's thread."""
+        self._post = post
+
+    def submit(self, step: Step) -> None:
+        self._steps.put(step)
 
     def close(self) -> None:
         """Finish the Step that runs, then end the thread."""
@@ -83,34 +84,34 @@ class InprocExecutor:
             else:
                 if item is None:
                     return
-                self._launch(*item)
+                self._launch(item)
             while self._launched and self._launched[0].pending.done:
                 self._collect()
 
-    def _launch(self, step: Step, deliver: Deliver) -> None:
+    def _launch(self, step: Step) -> None:
         if step.incarnation <= self._failed_incarnation:
             return
         try:
-            self._launched.append(_Launched(step, deliver, self._worker.launch(step)))
+            self._launched.append(_Launched(step, self._worker.launch(step)))
         except Exception as error:  # noqa: BLE001 - see _fail
-            self._fail(step, deliver, error)
+            self._fail(step, error)
 
     def _collect(self) -> None:
         first = self._launched.popleft()
         try:
             result = first.pending.wait()
         except Exception as error:  # noqa: BLE001 - see _fail
-            self._fail(first.step, first.deliver, error)
+            self._fail(first.step, error)
         else:
-            first.deliver(result)
+            self._post(result)
 
-    def _fail(self, step: Step, deliver: Deliver, error: Exception) -> None:
+    def _fail(self, step: Step, error: Exception) -> None:
         """Whatever a device throws ends the incarnation, not the engine."""
         log.error("step %d failed", step.step_id, exc_info=error)
         self._failed_incarnation = step.incarnation
         self._launched.clear()
         self._worker.reset()
-        deliver(
+        self._post(
             StepFailure(
                 step_id=step.step_id,
                 reason=f"{type(error).__name__}: {error}",

@@ -49,7 +49,9 @@ class Watchdog:
 
     def heard(self, stats: EngineStats, now: float) -> None:
         self._heard_s = now
-        if stats.steps != self._num_steps or stats.num_running == 0:
+        # Workers being started again, or waiting for a link, are their executor's to follow.
+        is_excused = stats.num_running == 0 or stats.recovering
+        if stats.steps != self._num_steps or is_excused:
             self._num_steps, self._progress_s = stats.steps, now
 
     def complaint(self, now: float) -> str | None:

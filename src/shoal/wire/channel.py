@@ -58,7 +58,7 @@ def body_length(header: bytes | bytearray) -> int:
 
 
 class AsyncChannel(asyncio.Protocol, Generic[Incoming, Outgoing]):
-    """The router's end, on its event loop; one task receives.
+    """The end of whoever started the other, on its event loop; one task receives.
 
     A protocol of its own because asyncio's streams took as long as all of the router. What is
     not received yet is bounded by what the requests in flight can produce.
@@ -83,8 +83,12 @@ class AsyncChannel(asyncio.Protocol, Generic[Incoming, Outgoing]):
 
     def send(self, message: Outgoing) -> None:
         """Queue a message; a peer that is gone is noticed by `receive`."""
+        self.send_frame(self._codec.encode(message))
+
+    def send_frame(self, frame: bytes) -> None:
+        """Queue what the codec encoded before."""
         if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(self._codec.encode(message))
+            self._transport.write(frame)
 
     async def receive(self) -> Incoming | None:
         """The next message; None when the peer is gone."""
@@ -137,7 +141,8 @@ class AsyncChannel(asyncio.Protocol, Generic[Incoming, Outgoing]):
 
 
 class ThreadChannel(Generic[Incoming, Outgoing]):
-    """The engine's end: a blocking reader, and a writer thread so that sending never blocks."""
+    """The end of whoever was started: a blocking reader, and a writer's thread, so that sending
+    never blocks."""
 
     def __init__(self, sock: socket.socket, codec: Codec[Incoming, Outgoing]) -> None:
         self._socket = sock

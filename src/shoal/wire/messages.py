@@ -8,17 +8,40 @@ Knows nothing of sockets.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import msgspec
 
 from shoal.core.options import EngineOptions
+from shoal.core.plan import ReplicaPlan
 from shoal.core.request import GenerateRequest, Output
 from shoal.core.stats import EngineInfo, EngineStats
 
 
+@dataclass(frozen=True, slots=True)
+class HostNet:
+    """How a worker is started on a lab's host, and where it is reached.
+
+    Attributes:
+        command: what its argv is put behind (it must end in running that).
+        address: of the interface its sockets are bound to.
+    """
+
+    command: tuple[str, ...]
+    address: str
+
+
 class Launch(msgspec.Struct, tag=True, frozen=True):
-    """What to load."""
+    """What to load.
+
+    Attributes:
+        replica: how the model is shared out; None: all of it on the device of `options`.
+        hosts: those that the plan's ranks name.
+    """
 
     options: EngineOptions
+    replica: ReplicaPlan | None = None
+    hosts: dict[str, HostNet] = {}
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True):

@@ -18,14 +18,14 @@ def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
     return host
 
 
-def make_batch(step: Step, device: torch.device) -> RaggedBatch:
-    """Positions, KV slots and block tables of a Step (see `RaggedBatch`)."""
+def make_batch(step: Step, device: torch.device, hop: int = 0) -> RaggedBatch:
+    """Positions, KV slots and block tables of a Step at a hop (see `RaggedBatch`)."""
     lens = torch.tensor([row.num_tokens for row in step.rows])
     starts = torch.tensor([row.start for row in step.rows])
-    longest = max(len(row.block_ids) for row in step.rows)
+    tables = [row.block_ids[hop] for row in step.rows]
+    longest = max(map(len, tables))
     tables_RB = torch.tensor(
-        [row.block_ids + (0,) * (longest - len(row.block_ids)) for row in step.rows],
-        dtype=torch.int64,
+        [table + (0,) * (longest - len(table)) for table in tables], dtype=torch.int64
     )
     row_T = torch.repeat_interleave(lens)
     first_T = (lens.cumsum(0) - lens)[row_T]
@@ -46,11 +46,11 @@ class HostBatches:
     def __init__(self) -> None:
         self._tables: dict[int, tuple[tuple[int, ...], array[int]]] = {}
 
-    def make(self, step: Step) -> HostBatch:
+    def make(self, step: Step, hop: int = 0) -> HostBatch:
         return HostBatch(
             array("q", [row.num_tokens for row in step.rows]),
             array("q", [row.end for row in step.rows]),
-            [self._table(row.sequence_id, row.block_ids) for row in step.rows],
+            [self._table(row.sequence_id, row.block_ids[hop]) for row in step.rows],
         )
 
     def forget(self, sequence_id: int) -> None:

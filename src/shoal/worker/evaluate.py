@@ -127,7 +127,7 @@ def _hidden_states(worker: Worker, window: Sequence[int], first_scored: int) -> 
             sequence_id=0,
             start=start,
             token_ids=tuple(window[start:stop]),
-            block_ids=tuple(range(-(-stop // BLOCK_SIZE))),
+            block_ids=(tuple(range(-(-stop // BLOCK_SIZE))),),
         )
         states_TD = worker.hidden_states(Step(step_id=step_id, rows=(row,)))
         parts.append(states_TD[max(0, first_scored - start) :])

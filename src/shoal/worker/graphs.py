@@ -63,7 +63,8 @@ class DecodeGraphs:
         """Whether there is a graph for this step: each row gets one token and samples one."""
         rows, most = len(step.rows), self._tables_MB.shape[1]
         return rows <= self.sizes[-1] and all(
-            row.num_tokens == 1 and row.samples and len(row.block_ids) <= most for row in step.rows
+            row.num_tokens == 1 and row.samples and len(row.block_ids[0]) <= most
+            for row in step.rows
         )
 
     def logits(self, token_ids_R: Tensor, batch: RaggedBatch) -> Tensor:

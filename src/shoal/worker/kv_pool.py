@@ -2,7 +2,8 @@
 
     [layer, k or v, block, slot, KV head, head size]   then, for codes, [the same but head size]
 
-Knows nothing of which block belongs to whom.
+Layers and KV heads are those of the worker's shard; it may have none. Knows nothing of which
+block belongs to whom.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from shoal.core.errors import ConfigError, DeviceError
 from shoal.core.model_spec import ModelSpec
 from shoal.core.options import KVCacheDType
+from shoal.core.split import Shard
 from shoal.core.step import BLOCK_SIZE
 from shoal.kernels import KVCache, LayerKV
 
@@ -46,18 +48,23 @@ def kv_dtype(name: KVCacheDType, model_dtype: torch.dtype) -> torch.dtype:
     return model_dtype if name == "auto" else _DTYPES[name]
 
 
-def token_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
-    """KV of one token over all layers, scales included."""
-    return spec.kv_bytes_per_token(dtype.itemsize, _SCALE_BYTES if dtype in _SCALED else 0)
+def token_bytes(spec: ModelSpec, shard: Shard, dtype: torch.dtype) -> int:
+    """KV of one token on this shard: keys and values of its heads in its layers, with scales."""
+    head_bytes = spec.head_dim * dtype.itemsize + (_SCALE_BYTES if dtype in _SCALED else 0)
+    return 2 * len(shard.layers) * len(shard.kv_heads(spec)) * head_bytes
 
 
-def num_blocks_for(spec: ModelSpec, dtype: torch.dtype, budget_bytes: int) -> int:
-    """Blocks that fit the budget.
+def num_blocks_for(
+    spec: ModelSpec, shard: Shard, dtype: torch.dtype, budget_bytes: int
+) -> int | None:
+    """Blocks that fit the budget; None: this shard keeps no KV.
 
     Raises:
         ConfigError: not even one does.
     """
-    block_bytes = token_bytes(spec, dtype) * BLOCK_SIZE
+    block_bytes = token_bytes(spec, shard, dtype) * BLOCK_SIZE
+    if block_bytes == 0:
+        return None
     num_blocks = budget_bytes // block_bytes
     if num_blocks < 1:
         raise ConfigError(
@@ -67,13 +74,15 @@ def num_blocks_for(spec: ModelSpec, dtype: torch.dtype, budget_bytes: int) -> in
     return num_blocks
 
 
-def allocate(spec: ModelSpec, num_blocks: int, dtype: torch.dtype, device: torch.device) -> KVPool:
-    """Zeroed KV of every layer, with scales where the dtype holds codes.
+def allocate(
+    spec: ModelSpec, shard: Shard, num_blocks: int, dtype: torch.dtype, device: torch.device
+) -> KVPool:
+    """Zeroed KV of every layer of a shard, with scales where the dtype holds codes.
 
     Raises:
         DeviceError: the device lacks the memory.
     """
-    size = token_bytes(spec, dtype) * BLOCK_SIZE * num_blocks
+    size = token_bytes(spec, shard, dtype) * BLOCK_SIZE * num_blocks
     try:
         pool = _zeros(size, device)
     except (OSError, MemoryError, OverflowError, torch.OutOfMemoryError) as error:
@@ -81,7 +90,7 @@ def allocate(spec: ModelSpec, num_blocks: int, dtype: torch.dtype, device: torch
             f"a KV cache of {size / 2**30:.1f} GiB does not fit the free memory of {device}; "
             f"lower --kv-cache-memory-bytes"
         ) from error
-    heads = (spec.num_layers, 2, num_blocks, BLOCK_SIZE, spec.num_kv_heads)
+    heads = (len(shard.layers), 2, num_blocks, BLOCK_SIZE, len(shard.kv_heads(spec)))
     codes_bytes = math.prod(heads) * spec.head_dim * dtype.itemsize
     numbers = pool[:codes_bytes].view(dtype).view(*heads, spec.head_dim)
     if dtype not in _SCALED:
@@ -94,7 +103,7 @@ def allocate(spec: ModelSpec, num_blocks: int, dtype: torch.dtype, device: torch
 
 
 def _zeros(size: int, device: torch.device) -> torch.Tensor:
-    if device.type != "cpu":
+    if device.type != "cpu" or size == 0:
         return torch.zeros(size, dtype=torch.uint8, device=device)
     # Zeros that cost nothing until they are touched; huge pages make gathers faster.
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

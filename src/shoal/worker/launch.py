@@ -1,6 +1,7 @@
 """From options to a worker that is ready: device, weights, KV, a first Step.
 
-Says what it does in lines a newcomer understands. Knows nothing of requests.
+Of a whole model, or of one rank's part. Says what it does in lines a newcomer understands.
+Knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -12,17 +13,21 @@ from pathlib import Path
 
 import torch
 
-from shoal.core.errors import ConfigError
+from shoal.comm import Group
 from shoal.core.model_spec import ModelSpec
 from shoal.core.options import EngineOptions
+from shoal.core.plan import Route
 from shoal.core.request import SamplingParams
-from shoal.core.step import BLOCK_SIZE, SequenceStart, Step, StepRow
+from shoal.core.split import Shard, whole
+from shoal.core.step import SequenceStart, Step, StepRow
 from shoal.model.decoder import Decoder
 from shoal.model.packed_decoder import PackedDecoder
 from shoal.model.weights import load_decoder
+from shoal.wire.worker_messages import Loaded
+from shoal.worker.capacity import kv_text, settle_max_model_len, size_text, useful_blocks
 from shoal.worker.compute import Compute, choose_compute
 from shoal.worker.device import choose_device, kv_budget_bytes
-from shoal.worker.kv_pool import KVPool, allocate, num_blocks_for, token_bytes
+from shoal.worker.kv_pool import allocate, num_blocks_for, token_bytes
 from shoal.worker.peak import step_bytes
 from shoal.worker.runner import Worker
 
@@ -32,9 +37,17 @@ Say = Callable[[str], None]
 Progress = Callable[[int, int], None]
 
 
+@dataclass(frozen=True, slots=True)
+class LoadedWorker:
+    """A worker that has its weights and its KV, and what others must know of it."""
+
+    worker: Worker
+    facts: Loaded
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchedWorker:
-    """A worker, and what it turned out to be able to carry."""
+    """A worker with all of a model, ready to run."""
 
     worker: Worker
     num_blocks: int
@@ -54,6 +67,52 @@ def launch_worker(
     Raises:
         DeviceError, ModelError, ConfigError: what the user can mend.
     """
+    loaded = load_worker(options, spec, say=say, progress=progress)
+    facts = loaded.facts
+    assert facts.num_blocks is not None, "a whole model has KV"
+    max_model_len = settle_max_model_len(options, spec, facts.num_blocks)
+    say(kv_text(facts.kv_bytes, facts.num_blocks, max_model_len, options.max_num_seqs))
+    started_s = time.perf_counter()
+    warm_up(loaded.worker)
+    say(f"warm-up    {time.perf_counter() - started_s:.1f} s")
+    started_s = time.perf_counter()
+    num_graphs = loaded.worker.record_graphs(
+        max_num_seqs=options.max_num_seqs, max_model_len=max_model_len
+    )
+    if num_graphs:
+        say(f"graphs     {num_graphs} of decode steps, {time.perf_counter() - started_s:.1f} s")
+    return LaunchedWorker(
+        worker=loaded.worker,
+        num_blocks=facts.num_blocks,
+        max_model_len=max_model_len,
+        device=facts.device,
+        device_type=facts.device_type,
+        dtype=facts.dtype,
+        kernels=facts.kernels,
+        digest=facts.digest,
+    )
+
+
+def load_worker(
+    options: EngineOptions,
+    spec: ModelSpec,
+    *,
+    shard: Shard | None = None,
+    group: Group | None = None,
+    routes: tuple[Route, ...] | None = None,
+    say: Say,
+    progress: Progress,
+) -> LoadedWorker:
+    """Load a model, or one rank's part of it. Exchanges nothing with other ranks.
+
+    Args:
+        shard: its part; None: all of it.
+        group: the ranks that share its layers.
+        routes: of the replica; None: there is one, and all of it is here.
+
+    Raises:
+        DeviceError, ModelError, ConfigError: what the user can mend.
+    """
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
     choice = choose_device(options.device)
@@ -62,6 +121,8 @@ def launch_worker(
     decoder = load_decoder(
         Path(options.model_path),
         spec,
+        shard=shard or whole(spec),
+        group=group,
         device=choice.device,
         dtype=compute.dtype,
         kernels=compute.kernels,
@@ -71,30 +132,46 @@ def launch_worker(
     )
     say(f"precision  {_precision(decoder, compute)} on {choice.device} ({choice.label})")
     say(f"kernels    {compute.label}")
-    say(_weights_line(decoder, time.perf_counter() - started_s))
-    kv = _allocate_kv(options, spec, decoder, compute.kv_dtype)
-    max_model_len = _max_model_len(options, spec, kv.num_blocks)
-    say(_kv_line(kv, max_model_len, options.max_num_seqs))
-    worker = Worker(decoder, kv)
-    started_s = time.perf_counter()
-    _warm_up(worker)
-    say(f"warm-up    {time.perf_counter() - started_s:.1f} s")
-    started_s = time.perf_counter()
-    num_graphs = worker.record_graphs(
-        max_num_seqs=options.max_num_seqs, max_model_len=max_model_len
-    )
-    if num_graphs:
-        say(f"graphs     {num_graphs} of decode steps, {time.perf_counter() - started_s:.1f} s")
-    return LaunchedWorker(
-        worker=worker,
-        num_blocks=kv.num_blocks,
-        max_model_len=max_model_len,
+    seconds = time.perf_counter() - started_s
+    say(f"weights    {size_text(decoder.weight_bytes)}, loaded in {seconds:.1f} s")
+    num_blocks = _num_blocks(options, spec, decoder, compute.kv_dtype, is_alone=group is None)
+    kv = allocate(spec, decoder.shard, num_blocks or 1, compute.kv_dtype, decoder.device)
+    facts = Loaded(
+        num_blocks=num_blocks,
+        weight_bytes=decoder.weight_bytes,
+        kv_bytes=kv.size_bytes,
         device=choice.label,
         device_type=choice.device.type,
         dtype=_precision(decoder, compute),
         kernels=compute.label,
         digest=compute.digest,
     )
+    return LoadedWorker(Worker(decoder, kv, routes=routes, group=group), facts)
+
+
+def warm_up(worker: Worker, *, route: int = 0, num_hops: int = 1, hop: int = 0) -> None:
+    """A prompt and a decode step, so that the first request does not pay for first touches.
+
+    Every rank of an instance does it at once, as they reduce among each other.
+
+    Args:
+        route, num_hops, hop: one that the worker is on.
+    """
+    start = SequenceStart(
+        token_ids=(0, 0), prompt_len=2, sampling=SamplingParams(temperature=0.0), eos_token_ids=()
+    )
+    blocks = ((0,),) * num_hops
+    prompt = StepRow(
+        sequence_id=0, start=0, token_ids=(0, 0), block_ids=blocks, samples=True, start_state=start
+    )
+    decode = StepRow(sequence_id=0, start=2, token_ids=(0,), block_ids=blocks, samples=True)
+    for step_id, row in enumerate((prompt, decode)):
+        step = Step(step_id=step_id, route=route, rows=(row,))
+        hidden_TE = worker.zeros(step.num_tokens) if hop else None
+        launched = worker.launch(step, hop, hidden_TE)
+        if launched.hidden_TE is None:
+            launched.wait()
+    worker.reset()
 
 
 def _precision(decoder: Decoder | PackedDecoder, compute: Compute) -> str:
@@ -104,78 +181,34 @@ def _precision(decoder: Decoder | PackedDecoder, compute: Compute) -> str:
     )
 
 
-def _allocate_kv(
-    options: EngineOptions, spec: ModelSpec, decoder: Decoder | PackedDecoder, dtype: torch.dtype
-) -> KVPool:
+def _num_blocks(
+    options: EngineOptions,
+    spec: ModelSpec,
+    decoder: Decoder | PackedDecoder,
+    dtype: torch.dtype,
+    *,
+    is_alone: bool,
+) -> int | None:
+    """KV blocks that there is room for.
+
+    Args:
+        is_alone: a Step can be measured without other ranks.
+    """
     longest = options.max_model_len or spec.max_positions
-    device = decoder.device
-    budget = options.kv_cache_memory_bytes
-    if budget is None:
-        measured = None
-        if device.type == "cuda" and isinstance(decoder, Decoder):
-            num_tokens = options.max_num_batched_tokens or max(_STEP_TOKENS, options.max_num_seqs)
-            measured = step_bytes(
-                decoder, dtype, num_tokens=num_tokens, max_num_seqs=options.max_num_seqs
-            )
-        budget = kv_budget_bytes(
-            device, options.device_share, longest * token_bytes(spec, dtype), measured
+    device, shard = decoder.device, decoder.shard
+    if options.kv_cache_memory_bytes is not None:
+        return num_blocks_for(spec, shard, dtype, options.kv_cache_memory_bytes)
+    measured = None
+    if device.type == "cuda" and isinstance(decoder, Decoder) and is_alone and _is_whole(shard):
+        num_tokens = options.max_num_batched_tokens or max(_STEP_TOKENS, options.max_num_seqs)
+        measured = step_bytes(
+            decoder, dtype, num_tokens=num_tokens, max_num_seqs=options.max_num_seqs
         )
-    num_blocks = num_blocks_for(spec, dtype, budget)
-    if options.kv_cache_memory_bytes is None:
-        # More than twice what every sequence at full length takes would hardly be used.
-        useful = 2 * options.max_num_seqs * (longest // BLOCK_SIZE + 1)
-        num_blocks = min(num_blocks, useful)
-    return allocate(spec, num_blocks, dtype, device)
+    full_length = longest * token_bytes(spec, shard, dtype)
+    budget = kv_budget_bytes(device, options.device_share, full_length, measured)
+    num_blocks = num_blocks_for(spec, shard, dtype, budget)
+    return None if num_blocks is None else min(num_blocks, useful_blocks(options, spec))
 
 
-def _max_model_len(options: EngineOptions, spec: ModelSpec, num_blocks: int) -> int:
-    room = num_blocks * BLOCK_SIZE
-    if options.max_model_len is None:
-        return min(spec.max_positions, room)
-    if options.max_model_len > spec.max_positions:
-        raise ConfigError(
-            f"--max-model-len is {options.max_model_len}; this model was made for "
-            f"{spec.max_positions} tokens at most; lower it, or leave it out"
-        )
-    if options.max_model_len > room:
-        raise ConfigError(
-            f"--max-model-len is {options.max_model_len}, but the KV cache holds {room} tokens; "
-            f"lower it, or raise --kv-cache-memory-bytes"
-        )
-    return options.max_model_len
-
-
-def _warm_up(worker: Worker) -> None:
-    """A prompt and a decode step, so that the first request does not pay for first touches."""
-    start = SequenceStart(
-        token_ids=(0, 0), prompt_len=2, sampling=SamplingParams(temperature=0.0), eos_token_ids=()
-    )
-    prompt = StepRow(
-        sequence_id=0, start=0, token_ids=(0, 0), block_ids=(0,), samples=True, start_state=start
-    )
-    decode = StepRow(sequence_id=0, start=2, token_ids=(0,), block_ids=(0,), samples=True)
-    for step_id, row in enumerate((prompt, decode)):
-        worker.launch(Step(step_id=step_id, rows=(row,))).wait()
-    worker.reset()
-
-
-def _weights_line(decoder: Decoder | PackedDecoder, seconds: float) -> str:
-    size = decoder.weight_bytes
-    return f"weights    {_size(size)}, loaded in {seconds:.1f} s"
-
-
-def _kv_line(kv: KVPool, max_model_len: int, max_num_seqs: int) -> str:
-    tokens = kv.num_blocks * BLOCK_SIZE
-    at_full_length = min(tokens // max_model_len, max_num_seqs)
-    line = (
-        f"KV cache   {_size(kv.size_bytes)} for {tokens:,} tokens: {at_full_length} requests of "
-        f"{max_model_len:,} tokens at once"
-    )
-    if at_full_length == max_num_seqs:
-        return line
-    most = min(max_num_seqs, kv.num_blocks)
-    return f"{line}, or {most} of {kv.num_blocks // most * BLOCK_SIZE:,}"
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"
+def _is_whole(shard: Shard) -> bool:
+    return shard.has_embedding and shard.has_head

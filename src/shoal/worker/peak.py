@@ -28,7 +28,7 @@ def step_bytes(
     """
     device, spec = decoder.device, decoder.spec
     num_blocks = -(-num_tokens // BLOCK_SIZE)
-    kv = allocate(spec, num_blocks, kv_dtype, device)
+    kv = allocate(spec, decoder.shard, num_blocks, kv_dtype, device)
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)

@@ -1,9 +1,13 @@
-"""Step → logits → tokens, on one device.
+"""Step → logits → tokens, on one device: a whole model, or one rank's part of it.
 
-Steps come in order. A token still in flight is taken from the tensor its Step sampled, so
-on an asynchronous device no result has to reach the host before the next Step is launched.
-Knows nothing of queues, requests or where Steps come from. Shapes: T new tokens, R rows,
-S rows that sample, D hidden.
+    first hop of a route   token ids     → hidden states     for the next hop
+    others                 hidden states → hidden states
+    last hop               hidden states → tokens            of the rows that sample
+
+A token still in flight is taken from the tensor its Step sampled, so on an asynchronous device
+no result has to reach the host before the next Step is launched; one that was sampled elsewhere
+is noted before. Knows nothing of queues, requests or where Steps come from. Shapes: T new
+tokens, R rows, S rows that sample, E hidden.
 """
 
 from __future__ import annotations
@@ -12,13 +16,17 @@ import itertools
 import time
 from array import array
 from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from shoal.comm import Group
+from shoal.core.plan import Hop, Route
 from shoal.core.request import TokenLogprobs
-from shoal.core.step import RowResult, Step, StepResult, StepRow
+from shoal.core.split import Range
+from shoal.core.step import Step, StepRow
 from shoal.model.decoder import Decoder
 from shoal.model.draw import add_noise
 from shoal.model.logprobs import prompt_logprobs
@@ -27,9 +35,10 @@ from shoal.model.sampling import SampledBatch, SequenceSampler, sample
 from shoal.worker.batch import HostBatches, make_batch, to_device
 from shoal.worker.graphs import DecodeGraphs
 from shoal.worker.kv_pool import KVPool
+from shoal.worker.launched import LaunchedStep
 
-# Steps whose sampled tokens may still be named; far more than are ever in flight.
-_STEPS_REMEMBERED = 32
+# Steps whose sampled tokens may still be named; far more than are ever in flight on all routes.
+_STEPS_REMEMBERED = 256
 _PROMPT_LOGPROB_ROWS = 64
 
 
@@ -52,54 +61,26 @@ class _Sequence:
     prompt_len: int
 
 
-class LaunchedStep:
-    """A Step the device works on."""
+class Worker:
+    """Holds a model or a part of it, its KV, and what sampling keeps of each sequence.
+
+    Args:
+        routes: that Steps name; None: there is one, and all of it is here.
+        group: the ranks that share the layers held here; None: this one has all of them.
+    """
 
     def __init__(
         self,
-        step: Step,
-        sampled: SampledBatch | None,
-        prompt_logprobs_of: dict[int, tuple[TokenLogprobs, ...]],
-        started_s: float,
-        device: torch.device,
+        decoder: Decoder | PackedDecoder,
+        kv: KVPool,
+        *,
+        routes: tuple[Route, ...] | None = None,
+        group: Group | None = None,
     ) -> None:
-        self._step = step
-        self._sampled = sampled
-        self._prompt_logprobs_of = prompt_logprobs_of
-        self._started_s = started_s
-        self._finished: torch.cuda.Event | None = None
-        if device.type == "cuda" and sampled is None:
-            # Without it a long prompt's chunks would all count as done and queue up.
-            self._finished = torch.cuda.current_stream(device).record_event()
-
-    @property
-    def done(self) -> bool:
-        if self._finished is not None:
-            return bool(self._finished.query())  # type: ignore[no-untyped-call]
-        return self._sampled is None or self._sampled.host_copy.done
-
-    def wait(self) -> StepResult:
-        if self._finished is not None:
-            self._finished.synchronize()
-        tokens = iter([] if self._sampled is None else self._sampled.to_rows())
-        rows = []
-        for i, row in enumerate(self._step.rows):
-            token_id, logprobs = next(tokens) if row.samples else (None, None)
-            rows.append(RowResult(token_id, logprobs, self._prompt_logprobs_of.get(i, ())))
-        return StepResult(
-            step_id=self._step.step_id,
-            incarnation=self._step.incarnation,
-            rows=tuple(rows),
-            compute_s=time.perf_counter() - self._started_s,
-        )
-
-
-class Worker:
-    """Holds a model, its KV and what sampling keeps of each sequence."""
-
-    def __init__(self, decoder: Decoder | PackedDecoder, kv: KVPool) -> None:
         self._decoder = decoder
         self._kv = kv
+        self._routes = routes or ((Hop(0, decoder.shard.layers),),)
+        self._group = group
         self._sequences: dict[int, _Sequence] = {}
         self._sampled: OrderedDict[int, _Sampled] = OrderedDict()
         self._graphs: DecodeGraphs | None = None
@@ -108,7 +89,10 @@ class Worker:
     @torch.inference_mode()
     def record_graphs(self, *, max_num_seqs: int, max_model_len: int) -> int:
         """Record decode steps as CUDA graphs, where the kernels allow; how many there are."""
+        is_whole = self._group is None and all(len(route) == 1 for route in self._routes)
         if isinstance(self._decoder, PackedDecoder) or not self._decoder.fits_cuda_graphs:
+            return 0
+        if not is_whole:
             return 0
         torch.cuda.set_device(self._kv.device)
         self._graphs = DecodeGraphs(
@@ -123,24 +107,50 @@ class Worker:
         self._sampled.clear()
         self._host_batches = HostBatches()
 
+    def release(self, sequence_ids: Iterable[int]) -> None:
+        """Forget sequences that no later Step names."""
+        for sequence_id in sequence_ids:
+            self._sequences.pop(sequence_id, None)
+            self._host_batches.forget(sequence_id)
+
+    def knows_tokens_of(self, step: Step) -> bool:
+        """Whether all tokens that a Step names have been sampled here or noted."""
+        refs = (row.token_ref for row in step.rows)
+        return all(ref is None or ref.step_id in self._sampled for ref in refs)
+
+    def note_tokens(self, step_id: int, token_ids: Sequence[int]) -> None:
+        """What a Step sampled elsewhere, row by row (-1: nothing)."""
+        sampled = to_device(torch.tensor(token_ids), self._kv.device)
+        self._remember(step_id, _Sampled(sampled, {i: i for i in range(len(token_ids))}))
+
     @torch.inference_mode()
-    def launch(self, step: Step) -> LaunchedStep:
-        """Run a Step as far as the host is concerned."""
+    def launch(self, step: Step, hop: int = 0, hidden_TE: Tensor | None = None) -> LaunchedStep:
+        """Run a Step's hop as far as the host is concerned.
+
+        Args:
+            hidden_TE: what the hop before gave; None on the first one.
+        """
         started_s = time.perf_counter()
         if self._kv.device.type == "cuda":
             torch.cuda.set_device(self._kv.device)  # each thread has its own
-        for sequence_id in step.released:
-            self._sequences.pop(sequence_id, None)
-            self._host_batches.forget(sequence_id)
+        self.release(step.released)
+        num_hops = len(self._routes[step.route])
+        if step.num_hops is not None or hop + 1 < num_hops:
+            hidden_TE = self.hidden_states(step, hop, hidden_TE)
+            goes_on = hop + 1 < (step.num_hops or num_hops)
+            return LaunchedStep(
+                step, None, {}, started_s, self._kv.device, hidden_TE if goes_on else None
+            )
         for row in step.rows:
             self._note_start(row)
         found: dict[int, tuple[TokenLogprobs, ...]] = {}
         if isinstance(self._decoder, PackedDecoder):
             out = self._decoder.step(
-                self._host_token_ids(step),
-                self._host_batches.make(step),
+                self._host_inputs(step, hidden_TE),
+                self._host_batches.make(step, hop),
                 self._kv.cache,
                 array("q", _samples(step)),
+                self._layers(step, hop),
             )
             found = self._prompt_logprobs(step, out.hidden_TE)
             sampled = self._sample(step, out.logits_NV, out.best_N)
@@ -148,32 +158,47 @@ class Worker:
             batch = make_batch(step, self._kv.device)
             sampled = self._sample(step, self._graphs.logits(self._token_ids(step), batch))
         else:
-            hidden_TD = self.hidden_states(step)
-            found = self._prompt_logprobs(step, hidden_TD)
-            sampled = self._sample(step, self._logits(step, hidden_TD))
+            hidden_TE = self.hidden_states(step, hop, hidden_TE)
+            found = self._prompt_logprobs(step, hidden_TE)
+            sampled = self._sample(step, self._logits(step, hidden_TE))
         return LaunchedStep(step, sampled, found, started_s, self._kv.device)
 
     @torch.inference_mode()
-    def hidden_states(self, step: Step) -> Tensor:
-        """Hidden states [T, D] of a Step's tokens; writes their KV. Nothing is sampled."""
+    def hidden_states(self, step: Step, hop: int = 0, hidden_TE: Tensor | None = None) -> Tensor:
+        """Hidden states [T, E] of a Step's tokens after a hop; writes their KV there."""
+        layers = self._layers(step, hop)
         if isinstance(self._decoder, PackedDecoder):
-            rows = self._host_batches.make(step)
-            return self._decoder.forward(self._host_token_ids(step), rows, self._kv.cache)
-        token_ids_T = self._token_ids(step)
-        batch = make_batch(step, self._kv.device)
-        return self._decoder.forward(token_ids_T, batch, self._kv.cache)
+            rows = self._host_batches.make(step, hop)
+            inputs = self._host_inputs(step, hidden_TE)
+            return self._decoder.forward(inputs, rows, self._kv.cache, layers)
+        batch = make_batch(step, self._kv.device, hop)
+        inputs_T = self._token_ids(step) if hidden_TE is None else self._here(hidden_TE)
+        return self._decoder.forward(inputs_T, batch, self._kv.cache, layers)
+
+    def zeros(self, num_tokens: int) -> Tensor:
+        """Hidden states [T, E] as another hop might have sent them."""
+        return torch.zeros(num_tokens, self._decoder.spec.hidden_size)
 
     @torch.inference_mode()
-    def logits(self, hidden_ND: Tensor) -> Tensor:
+    def logits(self, hidden_NE: Tensor) -> Tensor:
         """fp32 logits [N, V] of the tokens that follow."""
-        return self._decoder.logits(hidden_ND)
+        return self._decoder.logits(hidden_NE)
+
+    def _layers(self, step: Step, hop: int) -> Range:
+        return self._routes[step.route][hop].layers
+
+    def _here(self, hidden_TE: Tensor) -> Tensor:
+        """Activations of another device, as this one computes with them."""
+        return hidden_TE.to(self._kv.device, self._decoder.hidden_dtype)
+
+    def _host_inputs(self, step: Step, hidden_TE: Tensor | None) -> array[int] | Tensor:
+        return self._host_token_ids(step) if hidden_TE is None else self._here(hidden_TE)
 
     def _note_start(self, row: StepRow) -> None:
         start = row.start_state
         if start is not None:
-            sampler = SequenceSampler(
-                start, vocab_size=self._decoder.spec.vocab_size, device=self._kv.device
-            )
+            vocab = self._decoder.shard.vocab
+            sampler = SequenceSampler(start, vocab=vocab, device=self._kv.device)
             self._sequences[row.sequence_id] = _Sequence(sampler, start.token_ids, start.prompt_len)
 
     def _token_ids(self, step: Step) -> Tensor:
@@ -204,13 +229,13 @@ class Worker:
                 token_ids.append(sampled.on_host[sampled.index_of_row[ref.row]])
         return array("q", token_ids)
 
-    def _logits(self, step: Step, hidden_TD: Tensor) -> Tensor | None:
+    def _logits(self, step: Step, hidden_TE: Tensor) -> Tensor | None:
         """fp32 logits [S, V] of the rows that sample."""
         samples = _samples(step)
         if not samples:
             return None
         last_S = to_device(torch.tensor(samples), self._kv.device)
-        return self._decoder.logits(hidden_TD[last_S])
+        return self._decoder.logits(hidden_TE[last_S])
 
     def _sample(
         self, step: Step, logits_SV: Tensor | None, best_S: Tensor | None = None
@@ -225,16 +250,20 @@ class Worker:
             [row.mask for _, row in rows],
             best_S,
             self._decoder.add_noise if isinstance(self._decoder, PackedDecoder) else add_noise,
+            vocab=self._decoder.shard.vocab,
+            group=self._group,
         )
-        self._sampled[step.step_id] = _Sampled(
-            sampled.token_ids_N, {i: index for index, (i, _) in enumerate(rows)}
-        )
-        while len(self._sampled) > _STEPS_REMEMBERED:
-            self._sampled.popitem(last=False)
+        index_of_row = {i: index for index, (i, _) in enumerate(rows)}
+        self._remember(step.step_id, _Sampled(sampled.token_ids_N, index_of_row))
         return sampled
 
+    def _remember(self, step_id: int, sampled: _Sampled) -> None:
+        self._sampled[step_id] = sampled
+        while len(self._sampled) > _STEPS_REMEMBERED:
+            self._sampled.popitem(last=False)
+
     def _prompt_logprobs(
-        self, step: Step, hidden_TD: Tensor
+        self, step: Step, hidden_TE: Tensor
     ) -> dict[int, tuple[TokenLogprobs, ...]]:
         found: dict[int, tuple[TokenLogprobs, ...]] = {}
         offset = 0
@@ -243,19 +272,25 @@ class Worker:
             top_n = sequence.sampler.sampling.prompt_logprobs
             targets = sequence.token_ids[row.start + 1 : min(row.end + 1, sequence.prompt_len)]
             if top_n is not None and targets:
-                hidden = hidden_TD[offset : offset + len(targets)]
+                hidden = hidden_TE[offset : offset + len(targets)]
                 found[i] = self._score(hidden, targets, top_n)
             offset += row.num_tokens
         return found
 
     def _score(
-        self, hidden_TD: Tensor, targets: tuple[int, ...], top_n: int
+        self, hidden_TE: Tensor, targets: tuple[int, ...], top_n: int
     ) -> tuple[TokenLogprobs, ...]:
         # In parts: the logits of a whole chunk would take far more memory than its KV.
         scored: list[TokenLogprobs] = []
         for first in range(0, len(targets), _PROMPT_LOGPROB_ROWS):
             part = slice(first, first + _PROMPT_LOGPROB_ROWS)
-            scored += prompt_logprobs(self._decoder.logits(hidden_TD[part]), targets[part], top_n)
+            scored += prompt_logprobs(
+                self._decoder.logits(hidden_TE[part]),
+                targets[part],
+                top_n,
+                vocab=self._decoder.shard.vocab,
+                group=self._group,
+            )
         return tuple(scored)
 
 

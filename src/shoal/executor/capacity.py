@@ -1,0 +1,101 @@
+"""What a replica can carry, from what its workers said when they were loaded.
+
+KV blocks of an instance are the fewest of its ranks; of a route, the fewest of its instances,
+and that stage binds. Knows nothing of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from shoal.core.model_spec import ModelSpec
+from shoal.core.options import EngineOptions
+from shoal.core.plan import ReplicaPlan, Route
+from shoal.core.split import Range
+from shoal.core.step import BLOCK_SIZE
+from shoal.wire.worker_messages import Loaded
+from shoal.worker.capacity import settle_max_model_len, size_text, useful_blocks
+from shoal.worker.place import worker_name
+
+Facts = Mapping[tuple[int, int], Loaded]
+"""By instance and rank."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capacity:
+    """What an engine must know of its workers.
+
+    Attributes:
+        instance_blocks: KV blocks of each instance.
+        max_model_len: tokens of one request at most.
+        device, device_type, dtype: for people, and for defaults.
+        digest: what, beside the checkpoint, the bytes of the KV follow from.
+        lines: the same for people, worker by worker.
+    """
+
+    instance_blocks: tuple[int, ...]
+    max_model_len: int
+    device: str
+    device_type: str
+    dtype: str
+    digest: str
+    lines: tuple[str, ...]
+
+
+def settle(replica: ReplicaPlan, options: EngineOptions, spec: ModelSpec, facts: Facts) -> Capacity:
+    """
+    Raises:
+        ConfigError: --max-model-len is more than any route holds.
+    """
+    blocks = _instance_blocks(replica, options, spec, facts)
+    route = max(replica.routes, key=lambda each: _room(each, blocks))
+    binding = min((hop.instance for hop in route), key=lambda instance: blocks[instance])
+    where = f"instance {binding} of stage {replica.stage_of(binding)}"
+    max_model_len = settle_max_model_len(options, spec, blocks[binding], where)
+    kinds = [facts[key] for key in sorted(facts)]
+    return Capacity(
+        instance_blocks=blocks,
+        max_model_len=max_model_len,
+        device=", ".join(dict.fromkeys(each.device for each in kinds)),
+        device_type="cuda" if all(each.device_type == "cuda" for each in kinds) else "cpu",
+        dtype=", ".join(dict.fromkeys(each.dtype for each in kinds)),
+        digest="+".join(dict.fromkeys(each.digest for each in kinds)),
+        lines=(
+            *(_worker_line(replica, spec, key, facts[key]) for key in sorted(facts)),
+            f"KV cache   {blocks[binding] * BLOCK_SIZE:,} tokens, bound by {where}: "
+            f"{blocks[binding] * BLOCK_SIZE // max_model_len} requests of {max_model_len:,} "
+            "tokens at once",
+        ),
+    )
+
+
+def _instance_blocks(
+    replica: ReplicaPlan, options: EngineOptions, spec: ModelSpec, facts: Facts
+) -> tuple[int, ...]:
+    found: dict[int, int] = {}
+    for (instance, _rank), each in facts.items():
+        if each.num_blocks is not None:
+            found[instance] = min(each.num_blocks, found.get(instance, each.num_blocks))
+    # One that keeps no KV (it only embeds, say) never binds.
+    unbounded = max(useful_blocks(options, spec), *found.values(), 1)
+    return tuple(found.get(i, unbounded) for i in range(len(replica.instances)))
+
+
+def _room(route: Route, blocks: tuple[int, ...]) -> int:
+    return min(blocks[hop.instance] for hop in route)
+
+
+def _worker_line(replica: ReplicaPlan, spec: ModelSpec, key: tuple[int, int], found: Loaded) -> str:
+    shard = replica.shards(key[0])[key[1]]
+    parts = [f"layers {_text(shard.layers)}"]
+    if shard.num_ranks > 1:
+        parts += [f"heads {_text(shard.heads)}", f"ffn {_text(shard.ffn)}"]
+    parts += [f"{size_text(found.weight_bytes)} in {found.dtype}", found.device]
+    tokens = None if found.num_blocks is None else found.num_blocks * BLOCK_SIZE
+    parts.append("no KV" if tokens is None else f"KV of {tokens:,} tokens")
+    return f"{worker_name(replica, *key):<10} {', '.join(parts)}"
+
+
+def _text(each: Range) -> str:
+    return f"{each.start}-{each.stop}" if len(each) else "none"

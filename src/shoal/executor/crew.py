@@ -1,0 +1,207 @@
+"""The worker processes of a replica: started instance by instance, found by name.
+
+    start      every rank of an instance is told what to load, its keys, its group's memory
+    connect    all are told where all are
+    end        an instance's processes are killed, and reaped
+
+Runs on the executor's event loop. Knows nothing of Steps, or of when an instance is to be
+started again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from shoal.core.options import EngineOptions
+from shoal.core.plan import ReplicaPlan
+from shoal.executor.shares import rank_options
+from shoal.executor.worker_process import WorkerCodec, WorkerProcess
+from shoal.wire.curve import make_keys
+from shoal.wire.messages import HostNet
+from shoal.wire.worker_messages import (
+    Connect,
+    FromWorker,
+    LaunchWorker,
+    StoreGet,
+    StoreSet,
+    StoreValue,
+)
+from shoal.worker.group_kinds import group_kind, group_memory
+from shoal.worker.place import worker_name, worker_names
+
+Take = Callable[[WorkerProcess, FromWorker], None]
+Gone = Callable[[WorkerProcess, str], None]
+
+
+class Crew:
+    """The workers there are.
+
+    Args:
+        hosts: of a lab, that the plan's ranks name.
+        take: told what a worker says; gone: that it ended, and how.
+    """
+
+    def __init__(
+        self,
+        replica: ReplicaPlan,
+        options: EngineOptions,
+        hosts: Mapping[str, HostNet],
+        *,
+        take: Take,
+        gone: Gone,
+    ) -> None:
+        self.codec: WorkerCodec = WorkerCodec(FromWorker)
+        self.workers: dict[str, WorkerProcess] = {}
+        self.hosts_of = {
+            worker_name(replica, instance, rank): each.host
+            for instance, plan in enumerate(replica.instances)
+            for rank, each in enumerate(plan.ranks)
+        }
+        self._replica = replica
+        self._options = options
+        self._hosts = hosts
+        self._take = take
+        self._gone = gone
+        self._keys = make_keys(self.hosts_of)
+        self._kv_bytes: dict[str, int] = {}
+        self._stores: dict[int, _Store] = {}
+        self._following: set[asyncio.Task[None]] = set()
+
+    def of(self, instance: int) -> list[WorkerProcess]:
+        return [each for each in self.workers.values() if each.instance == instance]
+
+    async def start(self, instance: int, incarnation: int) -> list[WorkerProcess]:
+        """Start an instance's workers; they load by themselves."""
+        ranks = self._replica.instances[instance].ranks
+        kind = group_kind(ranks)
+        self._stores[instance] = _Store()
+        fd = group_memory(kind, len(ranks))
+        started = []
+        try:
+            for rank in range(len(ranks)):
+                started.append(await self._start(instance, rank, incarnation, kind, fd))
+        finally:
+            if fd is not None:
+                os.close(fd)
+        return started
+
+    async def ready(self, workers: Iterable[WorkerProcess]) -> None:
+        """Let everyone know where all are, and wait until these have run their first Step.
+
+        Raises:
+            DeviceError: one of them ended.
+        """
+        workers = list(workers)
+        await _all(worker.bound for worker in workers)
+        for worker in workers:
+            self._kv_bytes[worker.name] = (await worker.loaded).kv_bytes
+        self.connect()
+        await _all(worker.warm for worker in workers)
+
+    def connect(self) -> None:
+        """Tell everyone where all are; who has moved is reached anew."""
+        addresses = {
+            name: each.bound.result() for name, each in self.workers.items() if each.is_bound
+        }
+        for worker in self.workers.values():
+            if worker.is_bound:
+                worker.send(Connect(addresses))
+
+    async def end(self, workers: Iterable[WorkerProcess]) -> None:
+        """Kill and reap them."""
+        workers = list(workers)
+        for worker in workers:
+            worker.kill()
+            if self.workers.get(worker.name) is worker:
+                del self.workers[worker.name]
+        await asyncio.gather(*(asyncio.to_thread(worker.wait) for worker in workers))
+
+    async def close(self) -> None:
+        """End everyone."""
+        await self.end(self.workers.values())
+        for task in list(self._following):
+            task.cancel()
+        await asyncio.gather(*self._following, return_exceptions=True)
+
+    def set_in_store(self, worker: WorkerProcess, message: StoreSet) -> None:
+        """One rank's word to the others of its instance, who may be waiting for it."""
+        self._stores[worker.instance].set(message)
+
+    def get_from_store(self, worker: WorkerProcess, message: StoreGet) -> None:
+        self._stores[worker.instance].get(worker, message)
+
+    async def _start(
+        self, instance: int, rank: int, incarnation: int, kind: str, fd: int | None
+    ) -> WorkerProcess:
+        place = self._replica.instances[instance].ranks[rank]
+        name = worker_names(self._replica, instance)[rank]
+        options = rank_options(self._options, self._replica, instance, rank)
+        if name in self._kv_bytes:
+            # As much as the engine counts on, whatever is free now.
+            options = replace(options, kv_cache_memory_bytes=self._kv_bytes[name] or None)
+        host = self._hosts.get(place.host or "")
+        keys = self._keys[name]
+        worker = WorkerProcess(
+            LaunchWorker(
+                name=name,
+                options=options,
+                replica=self._replica,
+                instance=instance,
+                rank=rank,
+                incarnation=incarnation,
+                group=kind,
+                group_fd=fd,
+                address=host.address if host else "127.0.0.1",
+                keys=keys,
+                speed=place.speed,
+            ),
+            self.codec,
+        )
+        self.workers[name] = worker
+        await worker.start(host.command if host else ())
+        task = asyncio.create_task(self._follow(worker))
+        self._following.add(task)
+        task.add_done_callback(self._following.discard)
+        return worker
+
+    async def _follow(self, worker: WorkerProcess) -> None:
+        how = "said what cannot be understood"
+        try:
+            while (message := await worker.receive()) is not None:
+                self._take(worker, message)
+            how = ""
+        finally:
+            worker.kill()
+            how = how or await asyncio.to_thread(worker.wait)
+            worker.fail(f"{worker.name} {how}")
+            self._gone(worker, how)
+
+
+class _Store:
+    """Values by which the ranks of an instance find each other."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, bytes] = {}
+        self._waiting: list[tuple[WorkerProcess, str]] = []
+
+    def set(self, message: StoreSet) -> None:
+        self._values[message.key] = message.value
+        waiting, self._waiting = self._waiting, []
+        for worker, key in waiting:
+            self.get(worker, StoreGet(key))
+
+    def get(self, worker: WorkerProcess, message: StoreGet) -> None:
+        value = self._values.get(message.key)
+        if value is None:
+            self._waiting.append((worker, message.key))
+        else:
+            worker.send(StoreValue(message.key, value))
+
+
+async def _all(futures: Iterable[asyncio.Future[Any]]) -> None:
+    """All of them, or the first failure."""
+    await asyncio.gather(*map(asyncio.shield, futures))

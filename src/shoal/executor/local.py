@@ -1,0 +1,278 @@
+"""Executor: the workers of a replica in processes on this host.
+
+    submit ─► every rank of every instance on the Step's route        encoded once
+    rank 0 of its last instance ─► result ─► engine
+
+Workers that fail are `recovery.py`'s. Everything happens on an event loop in a thread of its
+own. Knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from shoal.core.errors import ConfigError
+from shoal.core.model_spec import ModelSpec
+from shoal.core.options import EngineOptions
+from shoal.core.plan import ReplicaPlan
+from shoal.core.step import ExecutorEvent, Step, StepResult
+from shoal.executor import Post
+from shoal.executor.capacity import Capacity, settle
+from shoal.executor.crew import Crew
+from shoal.executor.lab_state import VARIABLE, LabState
+from shoal.executor.recovery import Recovery
+from shoal.executor.worker_process import WorkerProcess
+from shoal.wire.messages import HostNet, LaunchFailed, Loading
+from shoal.wire.worker_messages import (
+    Beat,
+    Bound,
+    Done,
+    Failed,
+    FromWorker,
+    Loaded,
+    Release,
+    ResetDone,
+    Run,
+    StoreGet,
+    StoreSet,
+    Warm,
+)
+
+log = logging.getLogger(__name__)
+
+_LOOK_EVERY_S = 0.2
+_NO_RESULT_S = 60.0
+
+Progress = Callable[[int, int], None]
+Result = TypeVar("Result")
+
+
+class LocalExecutor:
+    """Runs a replica plan in worker processes.
+
+    Args:
+        hosts: of a lab, that the plan's ranks name.
+
+    Raises:
+        DeviceError, ModelError, ConfigError: what the user can mend.
+    """
+
+    def __init__(
+        self,
+        replica: ReplicaPlan,
+        options: EngineOptions,
+        spec: ModelSpec,
+        *,
+        hosts: Mapping[str, HostNet],
+        say: Callable[[str], None],
+        progress: Progress,
+    ) -> None:
+        _check_hosts(replica, hosts)
+        self._replica = replica
+        self._progress = _TotalProgress(progress)
+        self._post: Post = log.debug  # until someone listens
+        self._when_lost: Callable[[], None] = lambda: None
+        self._crew = Crew(replica, options, hosts, take=self._take, gone=self._gone)
+        self._recovery = Recovery(
+            replica, self._crew, post=self._tell, began=self._forget, give_up=self._give_up
+        )
+        self._lab = _lab_state(self._crew)
+        self._submitted_s: dict[int, float] = {}
+        self._result_s = 0.0
+        self._is_watched = False
+        self._looking: asyncio.Task[None] | None = None
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="shoal-executor", daemon=True)
+        self._thread.start()
+        try:
+            self.capacity: Capacity = self._call(self._launch(options, spec, say))
+        except BaseException:
+            self.close()
+            raise
+
+    def listen(self, post: Post) -> None:
+        self._post = post
+
+    def when_lost(self, tell: Callable[[], None]) -> None:
+        """Call `tell`, from another thread, when workers cannot be started any more."""
+        self._when_lost = tell
+
+    def submit(self, step: Step) -> None:
+        frame = self._crew.codec.encode(Run(step))
+        self._loop.call_soon_threadsafe(self._deliver, step, frame)
+
+    def close(self) -> None:
+        """End every worker."""
+        if self._thread.is_alive():
+            self._call(self._end())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    # --- starting and ending ---
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+
+    def _call(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    async def _launch(
+        self, options: EngineOptions, spec: ModelSpec, say: Callable[[str], None]
+    ) -> Capacity:
+        started_s = time.monotonic()
+        crews = [
+            await self._crew.start(instance, 0) for instance in range(len(self._replica.instances))
+        ]
+        workers = [worker for crew in crews for worker in crew]
+        found = await asyncio.gather(*(asyncio.shield(worker.loaded) for worker in workers))
+        facts = {
+            (worker.instance, worker.rank): each
+            for worker, each in zip(workers, found, strict=True)
+        }
+        capacity = settle(self._replica, options, spec, facts)
+        for line in capacity.lines:
+            say(line)
+        await self._crew.ready(workers)
+        say(f"workers    {len(workers)} ready after {time.monotonic() - started_s:.1f} s")
+        self._is_watched = True
+        self._recovery.watch()
+        self._looking = asyncio.create_task(self._look())
+        return capacity
+
+    async def _end(self) -> None:
+        self._is_watched = False
+        self._recovery.close()
+        if self._looking is not None:
+            self._looking.cancel()
+        await self._crew.close()
+
+    def _give_up(self, reason: str) -> None:
+        log.critical("%s", reason)
+        self._when_lost()
+
+    # --- Steps ---
+
+    def _deliver(self, step: Step, frame: bytes) -> None:
+        if step.incarnation != self._recovery.incarnation:
+            return
+        self._submitted_s[step.step_id] = time.monotonic()
+        hops = self._replica.routes[step.route][: step.num_hops]
+        on_route = {hop.instance for hop in hops}
+        for worker in self._crew.workers.values():
+            if worker.instance in on_route:
+                worker.send_frame(frame)
+            elif step.released:
+                worker.send(Release(step.released))
+
+    def _tell(self, event: ExecutorEvent) -> None:
+        self._post(event)
+
+    def _forget(self) -> None:
+        self._submitted_s.clear()
+        if self._lab is not None:
+            self._write_workers(self._lab)
+
+    def _done(self, result: StepResult) -> None:
+        if result.incarnation == self._recovery.incarnation:
+            self._submitted_s.pop(result.step_id, None)
+            self._result_s = time.monotonic()
+            self._post(result)
+
+    # --- what workers say ---
+
+    def _take(self, worker: WorkerProcess, message: FromWorker) -> None:
+        match message:
+            case Done(result):
+                self._done(result)
+            case Beat():
+                self._recovery.liveness.beat(worker.name, message, time.monotonic())
+            case Failed():
+                self._recovery.step_failed(worker, message)
+            case ResetDone(incarnation):
+                self._recovery.reset_done(worker, incarnation)
+            case Loading(_, done, total):
+                self._progress(worker.name, done, total)
+            case Bound(address, pid):
+                worker.pid = pid
+                _settle(worker.bound, address)
+            case Loaded():
+                _settle(worker.loaded, message)
+            case Warm():
+                _settle(worker.warm, None)
+                self._put_in_lab(worker)
+            case LaunchFailed(reason):
+                worker.fail(f"{worker.name}: {reason}")
+            case StoreSet():
+                self._crew.set_in_store(worker, message)
+            case StoreGet():
+                self._crew.get_from_store(worker, message)
+
+    def _gone(self, worker: WorkerProcess, how: str) -> None:
+        if self._is_watched:
+            self._recovery.worker_gone(worker, how)
+            return
+        for other in self._crew.workers.values():
+            other.fail(f"{worker.name} {how}")  # without it there is no use in waiting for them
+
+    # --- what is looked at from time to time ---
+
+    async def _look(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            now = time.monotonic()
+            if self._submitted_s:
+                waited_s = now - max(self._result_s, min(self._submitted_s.values()))
+                if waited_s > _NO_RESULT_S:
+                    self._recovery.nothing_came(_NO_RESULT_S)
+            if self._lab is not None and self._lab.changed():
+                for worker in self._crew.workers.values():
+                    self._put_in_lab(worker)
+
+    def _put_in_lab(self, worker: WorkerProcess) -> None:
+        if self._lab is not None and worker.is_warm:
+            worker.send(self._lab.wanted(worker.name, worker.speed))
+            self._write_workers(self._lab)
+
+    def _write_workers(self, lab: LabState) -> None:
+        lab.write_workers({each.name: each.pid for each in self._crew.workers.values()})
+
+
+def _settle(future: asyncio.Future[Result], value: Result) -> None:
+    if not future.done():
+        future.set_result(value)
+
+
+def _check_hosts(replica: ReplicaPlan, hosts: Mapping[str, HostNet]) -> None:
+    named = {rank.host for each in replica.instances for rank in each.ranks if rank.host}
+    if unknown := sorted(named - hosts.keys()):
+        raise ConfigError(
+            f"the plan names host {unknown[0]!r}, which is not there; hosts are a lab's: start it "
+            "with `shoal lab up`, or remove host from the plan"
+        )
+
+
+def _lab_state(crew: Crew) -> LabState | None:
+    path = os.environ.get(VARIABLE)
+    return LabState(Path(path), crew.hosts_of) if path else None
+
+
+class _TotalProgress:
+    """How far all workers are with loading, together."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._parts: dict[str, tuple[int, int]] = {}
+
+    def __call__(self, worker: str, done: int, total: int) -> None:
+        self._parts[worker] = done, total
+        sums = (sum(part) for part in zip(*self._parts.values(), strict=True))
+        self._progress(*sums)

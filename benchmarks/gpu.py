@@ -44,6 +44,7 @@ from gpu_models import (
 )
 
 from shoal.core.model_spec import ModelSpec
+from shoal.core.split import whole
 from shoal.core.step import BLOCK_SIZE
 from shoal.kernels import KernelSet, RaggedBatch, select
 from shoal.kernels.quantized import QuantizedWeight
@@ -199,7 +200,7 @@ def decode_batch(batch: int, context: int, device: torch.device) -> tuple[Ragged
 
 def time_attention(run: Run, spec: ModelSpec, batch: int, context: int) -> None:
     made, num_blocks = decode_batch(batch, context, run.device)
-    layers = allocate(spec, num_blocks, torch.bfloat16, run.device).cache.layers
+    layers = allocate(spec, whole(spec), num_blocks, torch.bfloat16, run.device).cache.layers
     turn = itertools.cycle(layers)  # together they are beyond the cache
     q = torch.randn(batch, spec.num_heads, spec.head_dim, device=run.device).bfloat16()
 
@@ -227,7 +228,7 @@ def time_decode(
         time_s = run.seconds(
             lambda: decoder.logits(decoder.forward(token_ids, made, kv.cache)).argmax(-1)
         )
-    kv_bytes = batch * context * token_bytes(decoder.spec, torch.bfloat16)
+    kv_bytes = batch * context * token_bytes(decoder.spec, decoder.shard, torch.bfloat16)
     share = (bytes_read_in_decode(decoder) + kv_bytes) / run.bandwidth / time_s
     run.note(
         f"{name} decode, batch {batch}",
@@ -268,7 +269,7 @@ def time_model(run: Run, name: str, spec: ModelSpec, formats: tuple[str, ...]) -
     num_blocks = max(max(batches) * -(-context // BLOCK_SIZE), max(prefills) // BLOCK_SIZE)
     for weight_format in formats:
         decoder = random_decoder(spec, weight_format, run.kernels, run.device)
-        kv = allocate(spec, num_blocks, torch.bfloat16, run.device)
+        kv = allocate(spec, whole(spec), num_blocks, torch.bfloat16, run.device)
         label = f"{name} {weight_format}"
         for batch in batches:
             run.section(

@@ -131,6 +131,7 @@ def kv_options(model: Path, options: dict[str, Any], job: dict[str, Any]) -> dic
     import torch
 
     from shoal.core.options import EngineOptions
+    from shoal.core.split import whole
     from shoal.worker.compute import choose_compute
     from shoal.worker.kv_pool import token_bytes
 
@@ -139,7 +140,7 @@ def kv_options(model: Path, options: dict[str, Any], job: dict[str, Any]) -> dic
     kv_dtype = choose_compute(choices, spec, torch.device("cpu")).kv_dtype
     room = {
         "max_model_len": job["max_len"],
-        "kv_cache_memory_bytes": job["kv_tokens"] * token_bytes(spec, kv_dtype),
+        "kv_cache_memory_bytes": job["kv_tokens"] * token_bytes(spec, whole(spec), kv_dtype),
     }
     return {**room, **options}
 

@@ -19,13 +19,15 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, SupportsIndex
 
 from shoal.assembly import LoadedEngine, Progress, Say, load_engine
 from shoal.core.clock import MonotonicClock
-from shoal.core.errors import InvalidRequestError, UnavailableError
+from shoal.core.errors import ConfigError, InvalidRequestError, UnavailableError
 from shoal.core.options import EngineOptions
+from shoal.core.plan import ReplicaPlan
 from shoal.core.request import (
     ErrorInfo,
     GenerateRequest,
@@ -37,7 +39,9 @@ from shoal.core.stats import EngineStats
 from shoal.engine.events import Cancel, Submit
 from shoal.engine.loop import EngineLoop
 from shoal.model.generation_config import read_default_sampling
+from shoal.model.spec import read_spec
 from shoal.model.store import resolve
+from shoal.plan_file import Parallelism, PlanFile, plan_table, read_plan
 from shoal.text.completion import Choice, Chunk, Completion, CompletionStream
 from shoal.text.text_stream import TextStream
 from shoal.text.tokenizer import Tokenizer, load_tokenizer
@@ -47,22 +51,30 @@ __all__ = ["LLM", "Choice", "Chunk", "Completion"]
 Messages = Sequence[Mapping[str, Any]]
 
 _NO_LIMIT = 1 << 31
+_DEFAULT_MODEL = "smollm2-135m"
 _log = logging.getLogger(__name__)
 
 
 class LLM:
-    """One model on one device, in this process.
+    """One model, used from this process: on one device in it, or on workers of its own.
 
     Args:
-        model: a catalogue name, a local folder, a .gguf file or a Hugging Face id.
+        model: a catalogue name, a local folder, a .gguf file or a Hugging Face id; None: the one
+            that the plan names, else smollm2-135m.
+        plan: a plan file with one replica, or what `read_plan` made of one.
+        tensor_parallel_size, pipeline_parallel_size: without a plan: devices that share every
+            layer, and stages that the layers are cut into.
         options: further `EngineOptions` by name (dtype, device, max_model_len, ...).
         say: takes lines about loading; silent by default.
     """
 
     def __init__(
         self,
-        model: str = "smollm2-135m",
+        model: str | None = None,
         *,
+        plan: str | Path | PlanFile | None = None,
+        tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
         revision: str | None = None,
         token: str | None = None,
         chat_template: str | None = None,
@@ -71,8 +83,16 @@ class LLM:
         **options: Any,
     ) -> None:
         # First of all, so that a wrong one does not wait for a download to be told.
-        engine_options = EngineOptions(model_path=model, **{"max_waiting": _NO_LIMIT, **options})
-        resolved = resolve(model, revision=revision, token=token, progress=progress)
+        engine_options = EngineOptions(model_path="", **{"max_waiting": _NO_LIMIT, **options})
+        parallelism = Parallelism(
+            file=read_plan(Path(plan)) if isinstance(plan, str | Path) else plan,
+            tensor_parallel_size=tensor_parallel_size,
+            pipeline_parallel_size=pipeline_parallel_size,
+            device=engine_options.device,
+            num_threads=engine_options.num_threads,
+        )
+        named = model or (parallelism.file and parallelism.file.model) or _DEFAULT_MODEL
+        resolved = resolve(named, revision=revision, token=token, progress=progress)
         # What the model's makers recommend, and an end that comes in reasonable time.
         recommended = read_default_sampling(resolved.path)
         # Files say 50.0 or -1 (off) as well.
@@ -91,6 +111,7 @@ class LLM:
             self._report,
             say=say,
             progress=progress,
+            replica=_one_replica(parallelism, resolved.path, say),
         )
         self._info = engine.info
         self._lock = threading.Lock()
@@ -280,6 +301,21 @@ def _died(error: BaseException) -> ErrorInfo:
         code="engine_died",
         message=f"The engine died of {type(error).__name__}: {error}; make a new LLM",
     )
+
+
+def _one_replica(parallelism: Parallelism, path: Path, say: Say) -> ReplicaPlan | None:
+    """What it runs on; None: the one device that the options name."""
+    if parallelism.is_plain:
+        return None
+    replicas = parallelism.replicas(read_spec(path))
+    if len(replicas) > 1:
+        raise ConfigError(
+            f"the plan has {len(replicas)} replicas, and an LLM is one; keep one of them, or use "
+            "`shoal serve --plan`"
+        )
+    for line in plan_table(replicas):
+        say(line)
+    return replicas[0]
 
 
 def _as_list(prompts: Any) -> list[Any]:

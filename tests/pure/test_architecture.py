@@ -31,6 +31,8 @@ ALLOWED: dict[str, str] = {
     "comm": "core",
     "kvstore": "core",
     "policy": "core",
+    "plan_file": "core",
+    "lab": "plan_file core",
     "text": "core",
     "wire": "core",
     "observe": "core",
@@ -46,7 +48,10 @@ EXCEPTIONS = {
     (room, "shoal.model.spec") for room in ("engine", "sim", "planner")
 }  # reads a ModelSpec without torch
 
-WITHOUT_TORCH = {"core", "text", "wire", "router", "engine", "server", "observe", "policy"}
+WITHOUT_TORCH = {
+    *("core", "text", "wire", "router", "engine", "server", "observe", "policy"),
+    *("plan_file", "lab"),
+}
 TORCH = {"torch", "triton", "transformers"}
 
 NOWHERE = {
@@ -64,7 +69,18 @@ NOWHERE = {
 }
 
 STATE_MACHINES = {
-    "engine": {"state", "scheduler", "sequence", "blocks", "events"},
+    "engine": {
+        "state",
+        "scheduler",
+        "sequence",
+        "blocks",
+        "events",
+        "flight",
+        "intake",
+        "places",
+        "pools",
+        "recovery",
+    },
     "router": {"state", "events"},
 }
 """Modules that are told the time and do no I/O; so is all of policy/ and core/ but its clock."""
@@ -236,7 +252,7 @@ def test_docs_show_the_same_table() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     shown = {
         room: set(rooms.split()) - {"—"}
-        for row in re.findall(r"^(?:[a-z]+ )+ *→ .*$", text, flags=re.MULTILINE)
+        for row in re.findall(r"^(?:[a-z_]+ )+ *→ .*$", text, flags=re.MULTILINE)
         for left, _, rooms in [row.partition("→")]
         for room in left.split()
     }
@@ -250,11 +266,15 @@ def test_docs_show_the_same_table() -> None:
         "text",
         "wire",
         "engine",
+        "policy",
         "router",
         "server",
         "observe",
         "model.spec",
         "model.store",
+        "plan_file",
+        "lab",
+        "policy",
         "cli.main",
     ],
 )

@@ -36,6 +36,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 ENGINE = (
     "--dtype --quantize --kv-cache-dtype --kernels --device --max-model-len --num-threads "
+    "--plan --tensor-parallel-size --pipeline-parallel-size "
     "--chat-template --revision --hf-token"
 )
 SAMPLING = "--max-tokens --temperature --top-p --top-k --seed --stop"
@@ -51,6 +52,15 @@ GOLDEN = {
     "--against --against-dtype --against-quantize --against-kv-cache-dtype --against-kernels "
     "--device --num-threads --revision --hf-token --json --config --help",
     "quantize": "--output --format --group-size --include-head --revision --hf-token --json --help",
+    "lab": "--help",
+    "lab up": "--port --namespaces --no-namespaces --name --help",
+    "lab down": "--name --help",
+    "lab slow": "--name --help",
+    "lab stop": "--name --help",
+    "lab kill": "--name --help",
+    "lab cut": "--name --help",
+    "lab heal": "--name --help",
+    "lab status": "--json --name --help",
     "models": "--json --help",
     "models pull": "--revision --hf-token --help",
     "models remove": "--yes --help",

@@ -58,6 +58,9 @@ def chat(
     kv_cache_dtype: options.KVCacheDType = "auto",
     kernels: options.Kernels = "auto",
     device: options.Device = "auto",
+    plan: options.Plan = None,
+    tensor_parallel_size: options.TensorParallelSize = 1,
+    pipeline_parallel_size: options.PipelineParallelSize = 1,
     max_model_len: options.MaxModelLen = None,
     num_threads: options.NumThreads = None,
     chat_template: options.ChatTemplate = None,
@@ -81,7 +84,7 @@ def chat(
     if url is not None:
         talker = RemoteTalker(url, model=model, api_key=api_key)
     else:
-        name = model or options.DEFAULT_MODEL
+        file, name = options.plan_and_model(plan, model)
         llm = open_model(
             name,
             revision,
@@ -91,6 +94,9 @@ def chat(
             kv_cache_dtype=kv_cache_dtype,
             kernels=kernels,
             device=device,
+            plan=file,
+            tensor_parallel_size=tensor_parallel_size,
+            pipeline_parallel_size=pipeline_parallel_size,
             max_model_len=max_model_len,
             num_threads=num_threads,
             chat_template=options.template_text(chat_template),

@@ -51,6 +51,9 @@ def generate(
     kv_cache_dtype: options.KVCacheDType = "auto",
     kernels: options.Kernels = "auto",
     device: options.Device = "auto",
+    plan: options.Plan = None,
+    tensor_parallel_size: options.TensorParallelSize = 1,
+    pipeline_parallel_size: options.PipelineParallelSize = 1,
     max_model_len: options.MaxModelLen = None,
     num_threads: options.NumThreads = None,
     chat_template: options.ChatTemplate = None,
@@ -71,9 +74,10 @@ def generate(
         stop=tuple(stop or ()),
     )
     texts = _with_stdin(prompts or _piped())
+    file, named = options.plan_and_model(plan, model)
     started_s = time.monotonic()
     llm = open_model(
-        model,
+        named,
         revision,
         hf_token,
         dtype=dtype,
@@ -81,6 +85,9 @@ def generate(
         kv_cache_dtype=kv_cache_dtype,
         kernels=kernels,
         device=device,
+        plan=file,
+        tensor_parallel_size=tensor_parallel_size,
+        pipeline_parallel_size=pipeline_parallel_size,
         max_model_len=max_model_len,
         num_threads=num_threads,
         chat_template=options.template_text(chat_template),

@@ -25,6 +25,7 @@ COMMANDS = {
     "bench": "shoal.cli.bench:bench",
     "eval": "shoal.cli.eval:eval_model",
     "quantize": "shoal.cli.quantize:quantize",
+    "lab": "shoal.cli.lab:app",
 }
 """Command → where its function, or its Typer app with commands of its own, is found."""
 

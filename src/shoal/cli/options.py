@@ -15,7 +15,7 @@ import os
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,6 +24,9 @@ from shoal.core.options import DType as DTypeName
 from shoal.core.options import Kernels as KernelsName
 from shoal.core.options import KVCacheDType as KVCacheDTypeName
 from shoal.core.options import Quantization as QuantizationName
+
+if TYPE_CHECKING:
+    from shoal.plan_file import PlanFile
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -86,6 +89,18 @@ def template_text(path: Path | None) -> str | None:
         raise ConfigError(f"--chat-template {path}: {error}; give a Jinja file") from error
 
 
+def plan_and_model(plan: Path | None, model: str | None) -> tuple[PlanFile | None, str]:
+    """What --plan holds, and the model to run: as named, else the plan's, else the default.
+
+    Raises:
+        ConfigError: a plan that is malformed.
+    """
+    from shoal.plan_file import read_plan
+
+    file = read_plan(plan) if plan is not None else None
+    return file, model or (file.model if file is not None else None) or DEFAULT_MODEL
+
+
 def _use_settings(ctx: typer.Context, path: Path | None) -> Path | None:
     """Make the file's and the environment's values the command's defaults."""
     types = _parameter_types(ctx)
@@ -143,6 +158,13 @@ Model = Annotated[
         help="A catalogue name, a safetensors folder, a .gguf file or a Hugging Face id.",
     ),
 ]
+OptionalModel = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[MODEL]",
+        help=f"As a name, a folder, a .gguf file or a Hugging Face id; {DEFAULT_MODEL}.",
+    ),
+]
 Config = Annotated[
     Path | None,
     typer.Option(
@@ -198,6 +220,18 @@ MaxWaiting = Annotated[
 ]
 NumThreads = Annotated[
     int | None, _option("--num-threads", "CPU threads; all by default.", _ENGINE, min=1)
+]
+Plan = Annotated[
+    Path | None,
+    _option("--plan", "YAML: which devices run which part of the model.", _ENGINE, metavar="FILE"),
+]
+TensorParallelSize = Annotated[
+    int,
+    _option("--tensor-parallel-size", "Devices that share every layer.", _ENGINE, min=1),
+]
+PipelineParallelSize = Annotated[
+    int,
+    _option("--pipeline-parallel-size", "Stages that the layers are cut into.", _ENGINE, min=1),
 ]
 ChatTemplate = Annotated[
     Path | None, _option("--chat-template", "Jinja file to use for the model's own.", _ENGINE)

@@ -10,7 +10,7 @@ from shoal.cli import options
 
 
 def serve(
-    model: options.Model = options.DEFAULT_MODEL,
+    model: options.OptionalModel = None,
     host: options.Host = "127.0.0.1",
     port: options.Port = 8000,
     api_key: options.ApiKey = None,
@@ -24,6 +24,9 @@ def serve(
     kv_cache_dtype: options.KVCacheDType = "auto",
     kernels: options.Kernels = "auto",
     device: options.Device = "auto",
+    plan: options.Plan = None,
+    tensor_parallel_size: options.TensorParallelSize = 1,
+    pipeline_parallel_size: options.PipelineParallelSize = 1,
     max_model_len: options.MaxModelLen = None,
     max_num_seqs: options.MaxNumSeqs = 64,
     max_num_batched_tokens: options.MaxNumBatchedTokens = None,
@@ -37,14 +40,25 @@ def serve(
 ) -> None:
     """Serve a model over the OpenAI API."""
     del config
-    from shoal.cli.serving import ServeSettings, bind, run, start_engines
+    from shoal.cli.serving import ServeSettings, bind, lab_hosts, plan_replicas, run, start_engines
     from shoal.cli.terminal import find_model
     from shoal.core.options import EngineOptions
+    from shoal.plan_file import Parallelism
 
     template = options.template_text(chat_template)
+    file, named = options.plan_and_model(plan, model)
+    parallelism = Parallelism(
+        file=file,
+        tensor_parallel_size=tensor_parallel_size,
+        pipeline_parallel_size=pipeline_parallel_size,
+        data_parallel_size=data_parallel_size,
+        device=device,
+        num_threads=num_threads,
+    )
     keys = tuple(api_key or ())
     with contextlib.closing(bind(host, port, keys)) as sock:
-        found = find_model(model, revision, hf_token)
+        found = find_model(named, revision, hf_token)
+        replicas = plan_replicas(parallelism, found.path)
         settings = ServeSettings(
             engine=EngineOptions(
                 model_path=str(found.path),
@@ -65,7 +79,8 @@ def serve(
             served_model_names=tuple(served_model_name or (found.name,)),
             host=host,
             api_keys=keys,
-            num_replicas=data_parallel_size,
+            replicas=replicas,
+            hosts=lab_hosts(replicas),
             drain_timeout_s=drain_timeout,
             request_timeout_s=request_timeout,
             chat_template=template,

@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,15 @@ import uvloop
 from shoal.core.clock import MonotonicClock
 from shoal.core.errors import ConfigError
 from shoal.core.options import EngineOptions
+from shoal.core.plan import ReplicaPlan
+from shoal.lab.folder import state_of_environment
+from shoal.model.spec import read_spec
+from shoal.plan_file import Parallelism, device_share, plan_table
 from shoal.router.driver import Router
 from shoal.router.engine_client import EngineClient
 from shoal.router.state import RouterConfig, RouterState
 from shoal.router.watchdog import WatchdogLimits
-from shoal.wire.messages import Loading
+from shoal.wire.messages import HostNet, Loading
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +49,8 @@ class ServeSettings:
     """What `shoal serve` was told.
 
     Attributes:
-        num_replicas: engines on this device (--data-parallel-size).
+        replicas: an engine for each; None: on the one device that `engine` names.
+        hosts: of a lab, that ranks of the replicas name.
         drain_timeout_s: after SIGTERM, how long running requests may take.
         watchdog: how long an engine may be quiet before it is ended and started again.
     """
@@ -54,7 +59,8 @@ class ServeSettings:
     served_model_names: tuple[str, ...]
     host: str = "127.0.0.1"
     api_keys: tuple[str, ...] = ()
-    num_replicas: int = 1
+    replicas: tuple[ReplicaPlan | None, ...] = (None,)
+    hosts: Mapping[str, HostNet] = field(default_factory=dict)
     drain_timeout_s: float = 30.0
     request_timeout_s: float | None = None
     chat_template: str | None = None
@@ -91,20 +97,68 @@ def bind(host: str, port: int, api_keys: tuple[str, ...]) -> socket.socket:
     return sock
 
 
+def plan_replicas(parallelism: Parallelism, path: Path) -> tuple[ReplicaPlan | None, ...]:
+    """What each engine runs; said in a table, unless each runs on one device.
+
+    Raises:
+        ConfigError: a plan that fits neither the model nor this machine.
+    """
+    if parallelism.is_plain:
+        return (None,) * parallelism.data_parallel_size
+    replicas = parallelism.replicas(read_spec(path))
+    for line in plan_table(replicas):
+        print(line, file=sys.stderr)
+    return replicas
+
+
+def lab_hosts(replicas: tuple[ReplicaPlan | None, ...]) -> dict[str, HostNet]:
+    """Hosts of the lab that this process runs in.
+
+    Raises:
+        ConfigError: ranks name hosts, and there is no lab that has them.
+    """
+    lab = state_of_environment(os.environ)
+    hosts = lab.hosts if lab is not None else {}
+    for replica in replicas:
+        for instance in replica.instances if replica is not None else ():
+            for rank in instance.ranks:
+                if rank.host is not None and rank.host not in hosts:
+                    raise ConfigError(
+                        f"the plan names host {rank.host!r}, which is a lab's; bring it up with "
+                        "`shoal lab up`, or remove the host"
+                    )
+    return {name: HostNet(host.command, host.address) for name, host in hosts.items()}
+
+
 def start_engines(settings: ServeSettings) -> list[EngineClient]:
     """Engine processes; they load by themselves."""
-    count = settings.num_replicas
-    options = settings.engine
-    if count > 1:
-        # Replicas on one device share its cores and memory.
-        threads = options.num_threads or max((os.cpu_count() or 1) // count, 1)
-        options = replace(options, num_threads=threads, device_share=1.0 / count)
+    count = len(settings.replicas)
     command = [sys.executable, "-m", "shoal.cli.engine_process"]
-    names = [f"replica-{i}" for i in range(count)]
+    options = _shared_out(settings)
     return [
-        EngineClient(name, command, options, _Announcer(name, count), settings.watchdog)
-        for name in names
+        EngineClient(
+            f"replica-{index}",
+            command,
+            options,
+            _Announcer(f"replica-{index}", count),
+            settings.watchdog,
+            replica,
+            settings.hosts,
+        )
+        for index, replica in enumerate(settings.replicas)
     ]
+
+
+def _shared_out(settings: ServeSettings) -> EngineOptions:
+    """The options of each engine, where several share cores and memory."""
+    options, count = settings.engine, len(settings.replicas)
+    planned = [replica for replica in settings.replicas if replica is not None]
+    if planned:
+        return replace(options, device_share=device_share(planned))
+    if count == 1:
+        return options
+    threads = options.num_threads or max((os.cpu_count() or 1) // count, 1)
+    return replace(options, num_threads=threads, device_share=1.0 / count)
 
 
 def run(settings: ServeSettings, sock: socket.socket, clients: list[EngineClient]) -> int:

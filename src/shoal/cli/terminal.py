@@ -56,7 +56,7 @@ def find_model(
 
 
 def open_model(model: str, revision: str | None, token: str | None, **options: Any) -> LLM:
-    """The model loaded in this process, with bars on the way.
+    """The model loaded, with bars on the way; on several devices, also what runs where.
 
     Args:
         options: keyword arguments of `LLM`.
@@ -64,8 +64,15 @@ def open_model(model: str, revision: str | None, token: str | None, **options: A
     path = find_model(model, revision, token).path
     from shoal.llm import LLM
 
+    sizes = (options.get("tensor_parallel_size", 1), options.get("pipeline_parallel_size", 1))
+    if options.get("plan") is not None or max(sizes) > 1:
+        options["say"] = _say
     with byte_bar("loading weights") as progress:
         return LLM(str(path), progress=progress, **options)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _start_bar() -> Progress:

@@ -13,10 +13,11 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from shoal.core.errors import WireError
 from shoal.core.options import EngineOptions
+from shoal.core.plan import ReplicaPlan
 from shoal.core.request import GenerateRequest
 from shoal.core.stats import EngineStats
 from shoal.router.driver import Router
@@ -26,6 +27,7 @@ from shoal.wire.channel import AsyncChannel, Codec
 from shoal.wire.messages import (
     Cancel,
     FromEngine,
+    HostNet,
     Launch,
     LaunchFailed,
     Loading,
@@ -53,6 +55,8 @@ class EngineClient:
         options: what it shall load.
         on_loading: told how far loading is.
         limits: how long it may be quiet once it is ready; then it is ended, and started again.
+        replica: what it shall run on; None: on the one device that the options name.
+        hosts: of a lab, that the replica's ranks name.
     """
 
     def __init__(
@@ -62,6 +66,8 @@ class EngineClient:
         options: EngineOptions,
         on_loading: Callable[[Loading], None],
         limits: WatchdogLimits | None = None,
+        replica: ReplicaPlan | None = None,
+        hosts: Mapping[str, HostNet] | None = None,
     ) -> None:
         self.name = name
         self.stats = EngineStats()
@@ -70,6 +76,7 @@ class EngineClient:
         self._options = options
         self._on_loading = on_loading
         self._limits = limits or WatchdogLimits()
+        self._launch = Launch(options, replica, dict(hosts or {}))
         self._complaint: str | None = None
         self._incarnation = 0
         self._channel: AsyncChannel[FromEngine, ToEngine] | None = None
@@ -194,7 +201,7 @@ class EngineClient:
             )
         # Now, not when the event loop comes to it: the engine loads while we still import.
         launch: Codec[FromEngine, ToEngine] = Codec(FromEngine)
-        ours.sendall(launch.encode(Launch(self._options)))
+        ours.sendall(launch.encode(self._launch))
         ours.setblocking(False)
         return process, ours
 

@@ -6,7 +6,7 @@ and that stage binds. Knows nothing of processes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from shoal.core.model_spec import ModelSpec
@@ -14,7 +14,7 @@ from shoal.core.options import EngineOptions
 from shoal.core.plan import ReplicaPlan, Route
 from shoal.core.split import Range
 from shoal.core.step import BLOCK_SIZE
-from shoal.wire.worker_messages import Loaded
+from shoal.wire.worker_messages import LinkFacts, Loaded
 from shoal.worker.capacity import settle_max_model_len, size_text, useful_blocks
 from shoal.worker.place import worker_name
 
@@ -67,6 +67,19 @@ def settle(replica: ReplicaPlan, options: EngineOptions, spec: ModelSpec, facts:
             f"{blocks[binding] * BLOCK_SIZE // max_model_len} requests of {max_model_len:,} "
             "tokens at once",
         ),
+    )
+
+
+def links_line(links: Sequence[tuple[str, LinkFacts]]) -> str:
+    """For people: what links between workers (sender, and facts) give, the slowest by name."""
+    sender, slowest = max(links, key=lambda link: link[1].latency_s)
+    narrow_sender, narrowest = min(links, key=lambda link: link[1].bandwidth_bytes_per_s)
+    interfaces = ", ".join(sorted({link.interface for _, link in links}))
+    return (
+        f"links      {len(links)} over {interfaces}; measured at most "
+        f"{slowest.latency_s * 1e6:.0f} us ({sender} to {slowest.peer}), at least "
+        f"{narrowest.bandwidth_bytes_per_s * 8 / 1e6:,.0f} Mbit/s "
+        f"({narrow_sender} to {narrowest.peer})"
     )
 
 

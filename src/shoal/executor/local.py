@@ -24,7 +24,7 @@ from shoal.core.options import EngineOptions
 from shoal.core.plan import ReplicaPlan
 from shoal.core.step import ExecutorEvent, Step, StepResult
 from shoal.executor import Post
-from shoal.executor.capacity import Capacity, settle
+from shoal.executor.capacity import Capacity, links_line, settle
 from shoal.executor.crew import Crew
 from shoal.executor.lab_state import VARIABLE, LabState
 from shoal.executor.recovery import Recovery
@@ -142,6 +142,8 @@ class LocalExecutor:
         for line in capacity.lines:
             say(line)
         await self._crew.ready(workers)
+        if links := [(worker.name, link) for worker in workers for link in worker.warm.result()]:
+            say(links_line(links))
         say(f"workers    {len(workers)} ready after {time.monotonic() - started_s:.1f} s")
         self._is_watched = True
         self._recovery.watch()
@@ -206,8 +208,8 @@ class LocalExecutor:
                 _settle(worker.bound, address)
             case Loaded():
                 _settle(worker.loaded, message)
-            case Warm():
-                _settle(worker.warm, None)
+            case Warm(links):
+                _settle(worker.warm, links)
                 self._put_in_lab(worker)
             case LaunchFailed(reason):
                 worker.fail(f"{worker.name}: {reason}")

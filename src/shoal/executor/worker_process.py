@@ -17,7 +17,13 @@ from collections.abc import Sequence
 
 from shoal.core.errors import DeviceError
 from shoal.wire.channel import AsyncChannel, Codec
-from shoal.wire.worker_messages import FromWorker, LaunchWorker, Loaded, ToWorker
+from shoal.wire.worker_messages import (
+    FromWorker,
+    LaunchWorker,
+    LinkFacts,
+    Loaded,
+    ToWorker,
+)
 
 WorkerCodec = Codec[FromWorker, ToWorker]
 
@@ -31,7 +37,7 @@ class WorkerProcess:
         pid: of the process that computes; known better once it is bound.
         bound: its sockets' address.
         loaded: what it said of itself.
-        warm: done when it is ready.
+        warm: what its links give, when it is ready.
     """
 
     def __init__(self, launch: LaunchWorker, codec: WorkerCodec) -> None:
@@ -41,7 +47,7 @@ class WorkerProcess:
         self.pid = 0
         self.bound: asyncio.Future[str] = loop.create_future()
         self.loaded: asyncio.Future[Loaded] = loop.create_future()
-        self.warm: asyncio.Future[None] = loop.create_future()
+        self.warm: asyncio.Future[list[LinkFacts]] = loop.create_future()
         self._launch = launch
         self._codec = codec
         self._process: subprocess.Popen[bytes] | None = None

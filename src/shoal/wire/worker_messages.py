@@ -124,8 +124,22 @@ class Loaded(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     digest: str
 
 
+class LinkFacts(msgspec.Struct, frozen=True):
+    """A link to a peer, as it was measured; `latency_s` is one way, of a small message."""
+
+    peer: str
+    interface: str
+    latency_s: float
+    bandwidth_bytes_per_s: float
+
+
 class Warm(msgspec.Struct, tag=True, frozen=True):
-    """The worker is ready: it has run a first Step, together with its instance's ranks."""
+    """The worker is ready: it has run a first Step, together with its instance's ranks.
+
+    `links`: to those that it sends to, at the first start.
+    """
+
+    links: list[LinkFacts] = []
 
 
 class Beat(msgspec.Struct, tag=True, frozen=True, kw_only=True):

@@ -20,9 +20,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from shoal.core.errors import ShoalError
+from shoal.comm.interfaces import interface_of, measure
+from shoal.core.errors import ShoalError, WireError
 from shoal.model.spec import read_spec
 from shoal.wire.channel import Codec, ThreadChannel
 from shoal.wire.mesh import Mesh
@@ -34,6 +36,7 @@ from shoal.wire.worker_messages import (
     FromWorker,
     Lab,
     LaunchWorker,
+    LinkFacts,
     Release,
     Reset,
     Run,
@@ -145,7 +148,7 @@ class _WorkerProcess:
                 incarnation=self._incarnation,
             )
         threading.Thread(target=transport.pump, args=(runner.post,), daemon=True).start()
-        self._channel.send(Warm())
+        self._channel.send(Warm(self._links() if self._launch.incarnation == 0 else []))
         threading.Thread(target=self._beat, args=(runner,), daemon=True).start()
         runner.run()
 
@@ -195,6 +198,21 @@ class _WorkerProcess:
                 self._mesh.connect(peer, address)
                 self._addresses[peer] = address
         self._connected.set()
+
+    def _links(self) -> list[LinkFacts]:
+        """What the links to other workers give; those that do not answer in time are left out."""
+        found = []
+        interface = interface_of(self._launch.address)
+        for peer in sorted(self._place.sends_to - {self._launch.name}):
+            try:
+                link = measure(interface, partial(self._mesh.round_trip, peer))
+            except WireError as error:
+                log.warning("the link to %s was not measured: %s", peer, error)
+                continue
+            found.append(
+                LinkFacts(peer, link.interface, link.latency_s, link.bandwidth_bytes_per_s)
+            )
+        return found
 
     def _beat(self, runner: StageRunner) -> None:
         while True:

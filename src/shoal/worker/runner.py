@@ -44,14 +44,23 @@ _PROMPT_LOGPROB_ROWS = 64
 
 @dataclass(frozen=True, slots=True)
 class _Sampled:
-    """Tokens a Step sampled, and which of its rows they belong to."""
+    """Tokens a Step sampled, and which of its rows they belong to.
 
-    token_ids_S: Tensor
+    On a CPU they are kept as a list: a small tensor that outlives its Step's large ones holds the
+    heap open between them.
+    """
+
+    token_ids_S: Tensor | list[int]
     index_of_row: dict[int, int]
 
     @property
     def on_host(self) -> list[int]:
-        return self.token_ids_S.tolist()
+        assert isinstance(self.token_ids_S, list)
+        return self.token_ids_S
+
+    @property
+    def on_device(self) -> Tensor:
+        return torch.as_tensor(self.token_ids_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +129,8 @@ class Worker:
 
     def note_tokens(self, step_id: int, token_ids: Sequence[int]) -> None:
         """What a Step sampled elsewhere, row by row (-1: nothing)."""
-        sampled = to_device(torch.tensor(token_ids), self._kv.device)
-        self._remember(step_id, _Sampled(sampled, {i: i for i in range(len(token_ids))}))
+        sampled_S = to_device(torch.tensor(token_ids), self._kv.device)
+        self._remember(step_id, sampled_S, {i: i for i in range(len(token_ids))})
 
     @torch.inference_mode()
     def launch(self, step: Step, hop: int = 0, hidden_TE: Tensor | None = None) -> LaunchedStep:
@@ -216,7 +225,7 @@ class Worker:
             there, here = (
                 to_device(torch.tensor(side), self._kv.device) for side in zip(*pairs, strict=True)
             )
-            token_ids_T[there] = self._sampled[step_id].token_ids_S[here]
+            token_ids_T[there] = self._sampled[step_id].on_device[here]
         return token_ids_T
 
     def _host_token_ids(self, step: Step) -> array[int]:
@@ -254,11 +263,14 @@ class Worker:
             group=self._group,
         )
         index_of_row = {i: index for index, (i, _) in enumerate(rows)}
-        self._remember(step.step_id, _Sampled(sampled.token_ids_N, index_of_row))
+        self._remember(step.step_id, sampled.token_ids_N, index_of_row)
         return sampled
 
-    def _remember(self, step_id: int, sampled: _Sampled) -> None:
-        self._sampled[step_id] = sampled
+    def _remember(self, step_id: int, token_ids_S: Tensor, index_of_row: dict[int, int]) -> None:
+        if self._kv.device.type == "cpu":
+            self._sampled[step_id] = _Sampled(token_ids_S.tolist(), index_of_row)
+        else:
+            self._sampled[step_id] = _Sampled(token_ids_S, index_of_row)
         while len(self._sampled) > _STEPS_REMEMBERED:
             self._sampled.popitem(last=False)
 

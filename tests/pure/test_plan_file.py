@@ -27,9 +27,7 @@ from shoal.core.split import Range, split_by_weights
 from shoal.lab.file import read_lab
 from shoal.plan_file import Parallelism, device_share, dump_plan, plan_table, read_plan
 from shoal.plan_file.even import even_replicas, share_threads
-from shoal.plan_file.table import worker_name
 from shoal.wire.messages import HostNet, Launch
-from shoal.worker import place
 
 SPEC = ModelSpec(
     architecture="test",
@@ -376,13 +374,6 @@ def test_the_table_shows_every_worker(tmp_path: Path) -> None:
     assert len(plan_table(plan.replicas * 3)) == 8
     other = even(tensor_parallel_size=2)
     assert plan_table((*plan.replicas, *other))[-1].split()[:2] == ["1:", "s0.i0.r1"]
-
-
-def test_workers_are_called_as_executors_call_them(tmp_path: Path) -> None:
-    (replica,) = read(FULL, tmp_path).replicas
-    for number, instance in enumerate(replica.instances):
-        for rank in range(len(instance.ranks)):
-            assert worker_name(replica, number, rank) == place.worker_name(replica, number, rank)
 
 
 def test_plans_in_the_documents_are_plans(tmp_path: Path) -> None:

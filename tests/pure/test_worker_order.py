@@ -17,7 +17,7 @@ from shoal.executor.lab_state import LabState
 from shoal.executor.liveness import Liveness, to_take_down
 from shoal.wire.worker_messages import Beat
 from shoal.worker.order import StepOrder
-from shoal.worker.place import Place, worker_names
+from shoal.worker.place import Place
 
 
 def instance(layers: tuple[int, int], num_ranks: int) -> InstancePlan:
@@ -49,14 +49,14 @@ def step(step_id: int, route: int = 0) -> Step:
 def test_every_rank_gets_its_activations_from_one_and_all_first_ranks_the_tokens() -> None:
     for route, hops in enumerate(REPLICA.routes):
         for before, after in itertools.pairwise(hops):
-            senders = [PLACES[name] for name in worker_names(REPLICA, before.instance)]
+            senders = [PLACES[name] for name in REPLICA.worker_names(before.instance)]
             got = [taker for sender in senders for taker in sender.takers(route)]
-            assert sorted(got) == sorted(worker_names(REPLICA, after.instance))
+            assert sorted(got) == sorted(REPLICA.worker_names(after.instance))
             for sender in senders:
                 for taker in sender.takers(route):
                     assert PLACES[taker].givers(route) == (sender.name,)
-        last = [PLACES[name] for name in worker_names(REPLICA, hops[-1].instance)]
-        assert last[0].token_takers(route) == worker_names(REPLICA, hops[0].instance)
+        last = [PLACES[name] for name in REPLICA.worker_names(hops[-1].instance)]
+        assert last[0].token_takers(route) == REPLICA.worker_names(hops[0].instance)
         assert not any(place.token_takers(route) for place in last[1:])
 
 

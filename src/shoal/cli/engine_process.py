@@ -12,7 +12,6 @@ import os
 import socket
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 
@@ -23,6 +22,7 @@ from shoal.core.stats import EngineStats
 from shoal.engine.events import Cancel as CancelEvent
 from shoal.engine.events import Submit as SubmitEvent
 from shoal.wire.channel import Codec, ThreadChannel
+from shoal.wire.loading import LoadingReport
 from shoal.wire.messages import (
     Cancel,
     FromEngine,
@@ -38,8 +38,6 @@ from shoal.wire.messages import (
 log = logging.getLogger(__name__)
 
 Channel = ThreadChannel[ToEngine, FromEngine]
-
-_PROGRESS_EVERY_S = 0.1
 
 
 def main() -> None:
@@ -76,7 +74,7 @@ def _load(channel: Channel, launch: Launch) -> LoadedEngine:
             launch.options,
             report,
             say=lambda line: channel.send(Loading(line=line)),
-            progress=_Progress(channel),
+            progress=LoadingReport(channel.send),
             replica=launch.replica,
             hosts=launch.hosts,
         )
@@ -94,20 +92,6 @@ def _send_alone(channel: Channel, output: Output, stats: EngineStats) -> None:
         failure = ErrorInfo.of(RequestError(f"the result is too large: {error}"))
         output = Output(request_id=output.request_id, finish="error", error=failure)
         channel.send(News([output], stats))
-
-
-class _Progress:
-    """Passes on how far loading is, not too often."""
-
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-        self._last_s = 0.0
-
-    def __call__(self, done_bytes: int, total_bytes: int) -> None:
-        now = time.monotonic()
-        if now - self._last_s >= _PROGRESS_EVERY_S or done_bytes == total_bytes:
-            self._last_s = now
-            self._channel.send(Loading(done_bytes=done_bytes, total_bytes=total_bytes))
 
 
 def _listen(messages: Iterator[ToEngine], loaded: Future[LoadedEngine]) -> None:

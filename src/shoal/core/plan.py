@@ -98,6 +98,15 @@ class ReplicaPlan:
                 return index
         raise ConfigError(f"there is no instance {instance}; the plan has {first}")
 
+    def worker_name(self, instance: int, rank: int) -> str:
+        """Of a worker, unique in its replica: for messages, logs and labs."""
+        return f"s{self.stage_of(instance)}.i{instance}.r{rank}"
+
+    def worker_names(self, instance: int) -> tuple[str, ...]:
+        """Of an instance's ranks."""
+        num_ranks = len(self.instances[instance].ranks)
+        return tuple(self.worker_name(instance, rank) for rank in range(num_ranks))
+
     def shards(self, instance: int) -> tuple[Shard, ...]:
         """What each rank of an instance holds."""
         plan, stage = self.instances[instance], self.stage_of(instance)

@@ -16,7 +16,6 @@ from shoal.core.split import Range
 from shoal.core.step import BLOCK_SIZE
 from shoal.wire.worker_messages import LinkFacts, Loaded
 from shoal.worker.capacity import settle_max_model_len, size_text, useful_blocks
-from shoal.worker.place import worker_name
 
 Facts = Mapping[tuple[int, int], Loaded]
 """By instance and rank."""
@@ -107,7 +106,7 @@ def _worker_line(replica: ReplicaPlan, spec: ModelSpec, key: tuple[int, int], fo
     parts += [f"{size_text(found.weight_bytes)} in {found.dtype}", found.device]
     tokens = None if found.num_blocks is None else found.num_blocks * BLOCK_SIZE
     parts.append("no KV" if tokens is None else f"KV of {tokens:,} tokens")
-    return f"{worker_name(replica, *key):<10} {', '.join(parts)}"
+    return f"{replica.worker_name(*key):<10} {', '.join(parts)}"
 
 
 def _text(each: Range) -> str:

@@ -31,7 +31,6 @@ from shoal.wire.worker_messages import (
     StoreValue,
 )
 from shoal.worker.group_kinds import group_kind, group_memory
-from shoal.worker.place import worker_name, worker_names
 
 Take = Callable[[WorkerProcess, FromWorker], None]
 Gone = Callable[[WorkerProcess, str], None]
@@ -57,7 +56,7 @@ class Crew:
         self.codec: WorkerCodec = WorkerCodec(FromWorker)
         self.workers: dict[str, WorkerProcess] = {}
         self.hosts_of = {
-            worker_name(replica, instance, rank): each.host
+            replica.worker_name(instance, rank): each.host
             for instance, plan in enumerate(replica.instances)
             for rank, each in enumerate(plan.ranks)
         }
@@ -138,7 +137,7 @@ class Crew:
         self, instance: int, rank: int, incarnation: int, kind: str, fd: int | None
     ) -> WorkerProcess:
         place = self._replica.instances[instance].ranks[rank]
-        name = worker_names(self._replica, instance)[rank]
+        name = self._replica.worker_name(instance, rank)
         options = rank_options(self._options, self._replica, instance, rank)
         if name in self._kv_bytes:
             # As much as the engine counts on, whatever is free now.

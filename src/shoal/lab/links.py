@@ -11,13 +11,12 @@ from collections.abc import Mapping
 from shoal.core.plan import ReplicaPlan
 from shoal.lab.file import LinkSpeed, Pair, pair
 from shoal.lab.folder import HostState, LinkState, Settings
-from shoal.plan_file.table import worker_name
 
 
 def workers_of(replica: ReplicaPlan) -> dict[str, str]:
     """Every worker → its host, "" if it names none."""
     return {
-        worker_name(replica, number, rank): each.host or ""
+        replica.worker_name(number, rank): each.host or ""
         for number, instance in enumerate(replica.instances)
         for rank, each in enumerate(instance.ranks)
     }
@@ -32,7 +31,7 @@ def first_settings(
 ) -> Settings:
     """What workers keep to when a lab comes up."""
     speeds = {
-        worker_name(replica, number, rank): each.speed
+        replica.worker_name(number, rank): each.speed
         for number, instance in enumerate(replica.instances)
         for rank, each in enumerate(instance.ranks)
     }

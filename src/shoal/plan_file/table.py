@@ -20,11 +20,6 @@ def plan_table(replicas: Sequence[ReplicaPlan]) -> list[str]:
     return lines
 
 
-def worker_name(replica: ReplicaPlan, instance: int, rank: int) -> str:
-    """As logs and `shoal lab` call a worker; instances are counted over all stages."""
-    return f"s{replica.stage_of(instance)}.i{instance}.r{rank}"
-
-
 def _summary(replicas: Sequence[ReplicaPlan]) -> str:
     num_workers = sum(len(each.ranks) for replica in replicas for each in replica.instances)
     parts = [
@@ -45,7 +40,7 @@ def _rows(replica: ReplicaPlan, prefix: str) -> list[tuple[str, ...]]:
             has_vocabulary = shard.has_embedding or shard.has_head
             rows.append(
                 (
-                    prefix + worker_name(replica, number, rank),
+                    prefix + replica.worker_name(number, rank),
                     _device(each, instance.quantize or instance.dtype),
                     _shown(shard.layers),
                     _shown(shard.heads),

@@ -14,16 +14,6 @@ from shoal.core.plan import ReplicaPlan, Route
 from shoal.core.split import Shard
 
 
-def worker_name(replica: ReplicaPlan, instance: int, rank: int) -> str:
-    """Of a worker, unique in its replica: for messages, logs and labs."""
-    return f"s{replica.stage_of(instance)}.i{instance}.r{rank}"
-
-
-def worker_names(replica: ReplicaPlan, instance: int) -> tuple[str, ...]:
-    num_ranks = len(replica.instances[instance].ranks)
-    return tuple(worker_name(replica, instance, rank) for rank in range(num_ranks))
-
-
 class Place:
     """One worker's place.
 
@@ -35,7 +25,7 @@ class Place:
     """
 
     def __init__(self, replica: ReplicaPlan, instance: int, rank: int) -> None:
-        names = worker_names(replica, instance)
+        names = replica.worker_names(instance)
         self.name = names[rank]
         self.rank = rank
         self.shard: Shard = replica.shards(instance)[rank]
@@ -50,7 +40,7 @@ class Place:
         is_shared = len(self.hops) > 1 and len(names) > 1
         self.follows = is_shared and rank > 0
         self.leads = is_shared and rank == 0
-        self._ranks_of = [worker_names(replica, i) for i in range(len(replica.instances))]
+        self._ranks_of = [replica.worker_names(i) for i in range(len(replica.instances))]
 
     def takers(self, route: int) -> tuple[str, ...]:
         """Workers of the next instance that this one sends activations to."""

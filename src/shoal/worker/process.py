@@ -27,8 +27,9 @@ from shoal.comm.interfaces import interface_of, measure
 from shoal.core.errors import ShoalError, WireError
 from shoal.model.spec import read_spec
 from shoal.wire.channel import Codec, ThreadChannel
+from shoal.wire.loading import LoadingReport
 from shoal.wire.mesh import Mesh
-from shoal.wire.messages import LaunchFailed, Loading
+from shoal.wire.messages import LaunchFailed
 from shoal.wire.worker_messages import (
     Beat,
     Bound,
@@ -56,7 +57,6 @@ log = logging.getLogger(__name__)
 Channel = ThreadChannel[ToWorker, FromWorker]
 
 _BEAT_EVERY_S = 0.25
-_PROGRESS_EVERY_S = 0.2
 _PR_SET_PDEATHSIG = 1
 
 
@@ -128,7 +128,7 @@ class _WorkerProcess:
             group=group,
             routes=place.routes,
             say=lambda line: None,
-            progress=_Progress(self._channel),
+            progress=LoadingReport(self._channel.send),
         )
         self._channel.send(loaded.facts)
         self._connected.wait()
@@ -222,20 +222,6 @@ class _WorkerProcess:
                 Beat(incarnation=incarnation, num_steps=num_steps, busy_s=busy_s, heard_s=heard_s)
             )
             time.sleep(_BEAT_EVERY_S)
-
-
-class _Progress:
-    """Passes on how far loading is, not too often."""
-
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-        self._last_s = 0.0
-
-    def __call__(self, done_bytes: int, total_bytes: int) -> None:
-        now = time.monotonic()
-        if now - self._last_s >= _PROGRESS_EVERY_S or done_bytes == total_bytes:
-            self._last_s = now
-            self._channel.send(Loading(done_bytes=done_bytes, total_bytes=total_bytes))
 
 
 def _die_with_parent() -> None:

@@ -10,6 +10,7 @@ import random
 from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from compiled_chain import Chain, Stage, load_rank, one_stage, random_split, ran
 from paging import Paged, PagedRun, open_decoder, run_mixed_steps
 from test_architectures import CASES
 from test_compiled import ISAS, SESSIONS
+from torch.distributed import HashStore
 
 from shoal.comm import NativeReduce
+from shoal.comm.gloo import GlooGroup
 from shoal.comm.in_process import in_process_groups
 from shoal.comm.memory import create_memory, is_available
 from shoal.comm.shared_memory import SharedMemoryGroup
@@ -277,6 +280,25 @@ def test_sums_over_shared_memory(num_ranks: int, tmp_path: Path) -> None:
         groups = [SharedMemoryGroup(fd, rank, size) for rank in range(size)]
         os.close(fd)
         return groups
+
+    spec = read_spec(tiny_checkpoint(tmp_path))
+    expected = run_mixed_steps(open_decoder(tmp_path, kernels=Session(1)))
+    stages = one_stage(spec, random_split(spec, num_ranks, random.Random(num_ranks)))
+    chain = Chain(tmp_path, stages, None, make_groups)
+    assert worst(expected, run_mixed_steps(chain)) < TOLERANCE
+    for group in chain.groups:
+        group.close()
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_sums_over_gloo(num_ranks: int, tmp_path: Path) -> None:
+    """The library calls back into Python, which calls gloo."""
+
+    def make_groups(size: int) -> list[GlooGroup]:
+        store = HashStore()
+        with ThreadPoolExecutor(size) as pool:  # each waits for the others
+            make = partial(GlooGroup, store, size=size, interface="127.0.0.1")
+            return list(pool.map(lambda rank: make(rank=rank), range(size)))
 
     spec = read_spec(tiny_checkpoint(tmp_path))
     expected = run_mixed_steps(open_decoder(tmp_path, kernels=Session(1)))

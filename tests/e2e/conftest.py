@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -14,8 +15,8 @@ import pytest
 from server_process import ServerProcess, StartServer
 
 
-@pytest.fixture(scope="session")
-def start_server(smollm2_gguf: Path) -> Iterator[StartServer]:
+@contextlib.contextmanager
+def starting(smollm2_gguf: Path) -> Iterator[StartServer]:
     """Starts servers on the small model with further flags; stops them all at the end."""
     servers: list[ServerProcess] = []
 
@@ -40,17 +41,27 @@ def start_server(smollm2_gguf: Path) -> Iterator[StartServer]:
             server.wait_ready()
         return server
 
-    yield start
-    for server in servers:
-        server.stop()
-        assert server.process.stderr is not None
-        server.process.stderr.close()
+    try:
+        yield start
+    finally:
+        for server in servers:
+            server.stop()
+            assert server.process.stderr is not None
+            server.process.stderr.close()
+
+
+@pytest.fixture(scope="module")
+def start_server(smollm2_gguf: Path) -> Iterator[StartServer]:
+    """For servers of a module's own."""
+    with starting(smollm2_gguf) as start:
+        yield start
 
 
 @pytest.fixture(scope="session")
-def server(start_server: StartServer) -> ServerProcess:
+def server(smollm2_gguf: Path) -> Iterator[ServerProcess]:
     """One server that most tests share."""
-    return start_server()
+    with starting(smollm2_gguf) as start:
+        yield start()
 
 
 @pytest.fixture(scope="session")

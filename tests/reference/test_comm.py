@@ -19,6 +19,7 @@ from comm_ranks import KINDS, Board, each_in_a_thread, make_groups, on_all
 from torch import Tensor
 
 from shoal.comm import Group
+from shoal.comm.backend import RestartableBackend
 from shoal.comm.gloo import GlooGroup
 from shoal.comm.interfaces import interface_of, measure
 from shoal.comm.memory import create_memory
@@ -315,6 +316,29 @@ def test_gloo_needs_all_ranks_and_an_interface() -> None:
         GlooGroup(Board().store(timeout_s=0.3), 0, 2, "127.0.0.1", deadline_s=1)
     with pytest.raises(CommError, match="nonesuch"):
         GlooGroup(Board().store(), 0, 1, "nonesuch")
+
+
+class EndsAfterTheLook:
+    """A collective that ends between the end of a wait and the question whether it is done."""
+
+    def __init__(self, error: str | None) -> None:
+        self.error = error
+
+    def wait(self, timeout: object = None) -> None:
+        if timeout is not None:
+            raise RuntimeError("Operation timed out!")
+        if self.error is not None:
+            raise RuntimeError(self.error)
+
+    def is_completed(self) -> bool:
+        return True
+
+
+def test_a_collective_that_ends_just_after_a_look_has_not_failed() -> None:
+    backend = RestartableBackend(lambda store: object(), Board().store(), deadline_s=5)
+    backend.run(lambda _: EndsAfterTheLook(error=None))
+    with pytest.raises(CommError, match="connection reset"):
+        backend.run(lambda _: EndsAfterTheLook(error="connection reset"))
 
 
 def test_gloo_listens_on_its_interface_only() -> None:

@@ -59,9 +59,10 @@ class RestartableBackend:
             try:
                 work.wait(_LOOK_INTERVAL)
                 return
-            except RuntimeError as error:
-                if work.is_completed():
-                    raise self._failure(error) from error
+            except RuntimeError:
+                if work.is_completed():  # it failed, or ended just after the look
+                    self._end(work)
+                    return
             if time.monotonic() > deadline:
                 raise self._failure(f"a rank did not come within {self._deadline_s} s")
         raise CommError(f"the collectives of incarnation {self._incarnation} were aborted")
@@ -99,6 +100,12 @@ class RestartableBackend:
             self._backend = self._make(PrefixStore(str(self._incarnation), self._store))
         except (RuntimeError, TimeoutError) as error:
             raise CommError(f"the ranks did not find each other: {error}") from error
+
+    def _end(self, work: Any) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise self._failure(error) from error
 
     def _failure(self, reason: object) -> CommError:
         self._has_failed = True

@@ -21,6 +21,7 @@ KERNELS = "shoal.kernels.cpu._library"
 GROUP = "shoal.comm._group"
 SOURCES = Path("src/shoal/kernels/cpu/csrc")
 GROUP_SOURCE = "src/shoal/comm/csrc/group.cpp"
+GROUP_HEADER = "src/shoal/comm/csrc/stretch.h"
 FLAGS = [
     *("-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off"),
     *("-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-psabi"),
@@ -76,7 +77,7 @@ def libraries() -> list[Extension]:
         headers = [str(path) for path in sorted(SOURCES.glob("*.h"))]
         found.append(Extension(KERNELS, sources, depends=headers, optional=True))
     if sys.platform == "linux":
-        found.append(Extension(GROUP, [GROUP_SOURCE], optional=True))
+        found.append(Extension(GROUP, [GROUP_SOURCE], depends=[GROUP_HEADER], optional=True))
     return found
 
 

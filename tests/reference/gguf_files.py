@@ -17,6 +17,10 @@ _ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "Gemma3ForCausalLM": "gemma3",
+    "MixtralForCausalLM": "llama",
+    "Qwen2MoeForCausalLM": "qwen2moe",
+    "Qwen3MoeForCausalLM": "qwen3moe",
+    "OlmoeForCausalLM": "olmoe",
 }
 _PARTS = {
     "self_attn.q_proj": "attn_q",
@@ -28,6 +32,11 @@ _PARTS = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
@@ -56,6 +65,9 @@ def write_gguf(
     _write_metadata(writer, config)
     extra(writer)
     for tensor_name, tensor in model.named_parameters():
+        if ".experts." in tensor_name:
+            _write_experts(writer, tensor_name, tensor, kind)
+            continue
         _write_tensor(writer, config, name, tensor_name, tensor, kind)
     _write_rope(writer, config)
     writer.write_header_to_file()
@@ -77,6 +89,9 @@ def _write_metadata(writer: gguf.GGUFWriter, config: Any) -> None:
         writer.add_value_length(config.head_dim)
     if getattr(config, "sliding_window", None):
         writer.add_sliding_window(config.sliding_window)
+    if count := getattr(config, "num_experts", None):
+        writer.add_expert_count(count)
+        writer.add_expert_used_count(config.num_experts_per_tok)
     writer.add_bos_token_id(config.bos_token_id)
     writer.add_eos_token_id(config.eos_token_id)
 
@@ -120,6 +135,9 @@ def _write_tensor(
 ) -> None:
     name = _gguf_name(hf_name, architecture)
     values = tensor.detach().numpy()
+    if "ffn_gate_inp" in name:  # converters leave these as they are
+        writer.add_tensor(name, (values[0] if len(values) == 1 else values).copy())
+        return
     if tensor.dim() > 1:
         data = gguf.quantize(values, kind)
         with torch.no_grad():
@@ -132,6 +150,23 @@ def _write_tensor(
     if _ARCHITECTURES[architecture] == "llama":
         values = _permuted(values, name, config)
     writer.add_tensor(name, values)
+
+
+def _write_experts(
+    writer: gguf.GGUFWriter,
+    hf_name: str,
+    tensor: torch.Tensor,
+    kind: gguf.GGMLQuantizationType,
+) -> None:
+    """All experts of a layer in one tensor, gate and up in one each."""
+    layer = hf_name.split(".")[2]
+    fused = hf_name.endswith("gate_up_proj")
+    parts = dict(zip(("gate", "up"), tensor.chunk(2, 1), strict=True)) if fused else None
+    for part, values in (parts or {"down": tensor}).items():
+        data = gguf.quantize(values.detach().contiguous().numpy(), kind)
+        with torch.no_grad():
+            values.copy_(torch.from_numpy(gguf.dequantize(data, kind)))
+        writer.add_tensor(f"blk.{layer}.ffn_{part}_exps.weight", data, raw_dtype=kind)
 
 
 def _gguf_name(hf_name: str, architecture: str) -> str:

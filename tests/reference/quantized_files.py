@@ -7,7 +7,7 @@ for it, and the weight that they stand for. Nothing here is shared with the load
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ def write_quantized(
     folder.mkdir()
     model = reference_model(plain)
     tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in _unstacked(model):
         module = name.removesuffix(".weight")
         if "_proj.weight" not in name or any(fragment in name for fragment in ignore):
             tensors[name] = parameter.detach().clone()
@@ -47,6 +47,19 @@ def write_quantized(
     read = json.loads((plain / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**read, "quantization_config": config}))
     return model
+
+
+def _unstacked(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, with each expert's by itself, as these families keep them."""
+    for name, parameter in model.named_parameters():
+        if ".experts." not in name:
+            yield name, parameter
+            continue
+        base, _, part = name.rpartition(".")
+        fused = {"gate_up_proj": ("gate_proj", "up_proj")}.get(part, (part,))
+        for number, weight in enumerate(parameter.detach()):
+            for each, rows in zip(fused, weight.chunk(len(fused)), strict=True):
+                yield f"{base}.{number}.{each}.weight", rows
 
 
 FILE = "model.safetensors"

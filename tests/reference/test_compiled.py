@@ -20,11 +20,12 @@ from shoal.kernels.cpu import library
 from shoal.kernels.cpu.arena import Arena, PackedFormat, PackedWeight, packed_bytes
 from shoal.kernels.cpu.step import Session
 from shoal.kernels.quantized import QuantizedWeight, WeightFormat, quantize
+from shoal.model.allocation import packed_format
 from shoal.model.draw import add_noise
 from shoal.model.gguf_source import GGUFSource
 from shoal.model.names import gguf_names
 from shoal.model.packed_decoder import PackedDecoder
-from shoal.model.parameters import Placement, packed_format
+from shoal.model.parameters import Placement
 from shoal.model.precision import choose_formats
 from shoal.model.spec import read_spec
 from shoal.model.stow import stow

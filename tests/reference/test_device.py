@@ -9,8 +9,9 @@ import torch
 from shoal.core.errors import ConfigError, DeviceError
 from shoal.core.model_spec import LayerSpec, ModelSpec, RopeSpec
 from shoal.core.split import Range, Split, shards, whole
-from shoal.worker.device import choose_device, choose_dtype, free_memory_bytes, kv_budget_bytes
+from shoal.worker.device import choose_device, choose_dtype, kv_budget_bytes
 from shoal.worker.kv_pool import allocate, num_blocks_for, token_bytes
+from shoal.worker.memory import free_memory_bytes
 
 SPEC = ModelSpec(
     architecture="test",

@@ -12,7 +12,7 @@ from checkpoints import tiny_checkpoint
 from paging import run_mixed_steps
 
 from shoal.kernels.cpu.step import Session
-from shoal.model import packed_cache, weights
+from shoal.model import packed_cache, packed_weights
 from shoal.model.packed_cache import PackedCache
 from shoal.model.spec import read_spec
 from shoal.model.weights import load_decoder
@@ -109,7 +109,7 @@ def test_a_disk_that_takes_nothing_fails_no_start(
 def test_a_second_start_computes_the_same(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(weights, "_WORTH_KEEPING_S", 0.0)
+    monkeypatch.setattr(packed_weights, "_WORTH_KEEPING_S", 0.0)
     caplog.set_level(logging.INFO)
     checkpoint = tiny_checkpoint(
         tmp_path / "model", "Qwen3ForCausalLM", 8, 2, hidden_size=64, attention_bias=True

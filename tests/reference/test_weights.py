@@ -149,7 +149,7 @@ def test_progress_ends_at_the_total(tmp_path: Path) -> None:
 
 
 def test_large_tensors_arrive_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shoal.model.weights._CHUNK_BYTES", 3000)
+    monkeypatch.setattr("shoal.model.fill._CHUNK_BYTES", 3000)
     model = reference_model(tiny_checkpoint(tmp_path, heads=4, kv_heads=2, **SHAPE))
     path = tmp_path / "model.gguf"
     write_gguf(model, path, F32)

@@ -13,6 +13,8 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["auto", "none", "int8", "int4", "fp8"]
 KVCacheDType = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"]
 Kernels = Literal["auto", "reference", "cpu", "cuda"]
+LinkFormat = Literal["exact", "bfloat16", "int8"]
+ActivationFormat = Literal["auto", "exact", "bfloat16", "int8"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +32,13 @@ class EngineOptions:
         kernels: "auto": the fastest this machine has.
         max_model_len: None: what the checkpoint was made for, if the KV cache holds it.
         kv_cache_memory_bytes: None: a share of the device's free memory.
+        weights_memory_bytes: that weights may take; layers beyond it are read from disk in every
+            step. None: most of what is free.
         num_threads: of the CPU; None: all of them.
         device_share: how much of the device's free memory is this engine's.
+        activation_format: of hidden states between stages, and of sums that cross a network.
+            "auto": as they are computed, or rounded where a slow link makes that worth it.
+        expert_redeal: experts move between ranks as their load and the ranks' speeds show.
     """
 
     model_path: str
@@ -46,10 +53,13 @@ class EngineOptions:
     max_num_batched_tokens: int | None = None
     max_waiting: int = 256
     kv_cache_memory_bytes: int | None = None
+    weights_memory_bytes: int | None = None
     enable_prefix_caching: bool = True
     max_steps_in_flight: int = 2
     num_threads: int | None = None
     device_share: float = 1.0
+    activation_format: ActivationFormat = "auto"
+    expert_redeal: bool = True
 
     def __post_init__(self) -> None:
         for name in (
@@ -57,6 +67,7 @@ class EngineOptions:
             "max_num_seqs",
             "max_num_batched_tokens",
             "kv_cache_memory_bytes",
+            "weights_memory_bytes",
             "max_steps_in_flight",
             "num_threads",
         ):

@@ -16,10 +16,11 @@ device may serve several stages. Knows nothing of files, measurement or how a pl
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from shoal.core.errors import ConfigError
 from shoal.core.model_spec import ModelSpec
-from shoal.core.split import Range, Shard, Split, shards
+from shoal.core.split import WHOLE_SHARE, Dealing, Range, Shard, Split, shards
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +47,7 @@ class InstancePlan:
     Attributes:
         layers: that it holds; a route may use a part of them.
         kv_cache_memory_bytes: of each rank; None: what it has to spare.
+        weights_memory_bytes: of each rank; layers beyond it stay on disk. None: what is free.
         quantize, dtype: None: as the engine's options say.
     """
 
@@ -53,6 +55,7 @@ class InstancePlan:
     ranks: tuple[RankPlan, ...]
     split: Split
     kv_cache_memory_bytes: int | None = None
+    weights_memory_bytes: int | None = None
     quantize: str | None = None
     dtype: str | None = None
 
@@ -73,6 +76,10 @@ class Hop:
 Route = tuple[Hop, ...]
 
 
+Role = Literal["any", "prefill", "decode"]
+"""What a replica is for: all of a request, its start (to the first token), or the rest of it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaPlan:
     """One copy of the model.
@@ -83,6 +90,7 @@ class ReplicaPlan:
 
     stages: tuple[StagePlan, ...]
     routes: tuple[Route, ...]
+    role: Role = "any"
 
     @property
     def instances(self) -> tuple[InstancePlan, ...]:
@@ -176,6 +184,7 @@ def check(replica: ReplicaPlan, spec: ModelSpec) -> None:
         totals = (("heads", spec.num_heads), ("ffn", spec.ffn_size), ("vocab", spec.vocab_size))
         for name, total in totals:
             _check_cover(f"{where}: {name}", getattr(instance.split, name), instance.ranks, total)
+        _check_experts(where, instance, spec)
     if not replica.routes:
         raise ConfigError("a replica has no route; leave routes out, or name at least one")
     for number, route in enumerate(replica.routes):
@@ -203,6 +212,52 @@ def _check_cover(
             f"{where} of all ranks end at {done}; this model has {total}: make the last one end "
             "there"
         )
+
+
+def _check_experts(where: str, instance: InstancePlan, spec: ModelSpec) -> None:
+    dealings, layers = instance.split.experts, instance.layers
+    if spec.experts is None:
+        if dealings:
+            raise ConfigError(f"{where} deals experts, but this model has none; leave them out")
+        return
+    if 0 not in instance.split.streams:
+        raise ConfigError(
+            f"{where}: rank 0 has experts only, but it is rank 0 that gives results; name a device "
+            "that has heads first"
+        )
+    if len(dealings) not in (1, len(layers)):
+        raise ConfigError(
+            f"{where} has {len(dealings)} dealings of experts for {len(layers)} layers; give one "
+            "for all, or one for each"
+        )
+    for local, dealing in enumerate(dealings):
+        number = layers.start + local
+        if len(dealings) == 1 or spec.layers[number].has_experts:
+            _check_dealing(f"{where}, layer {number}", dealing, instance, spec.experts.num_experts)
+
+
+def _check_dealing(where: str, dealing: Dealing, instance: InstancePlan, num_experts: int) -> None:
+    if len(dealing) != len(instance.ranks):
+        raise ConfigError(
+            f"{where}: experts are dealt to {len(dealing)} ranks, but {len(instance.ranks)} "
+            "devices are named; give a list for each, which may be empty"
+        )
+    done = [0] * num_experts
+    for share in (share for rank in dealing for share in rank):  # in the order of ranks
+        if share.expert >= num_experts:
+            raise ConfigError(f"{where}: there is no expert {share.expert}; it has {num_experts}")
+        if share.start != done[share.expert] or share.stop <= share.start:
+            raise ConfigError(
+                f"{where}: a share of expert {share.expert} goes from {share.start} to "
+                f"{share.stop}; those before it end at {done[share.expert]}: make it start there"
+            )
+        done[share.expert] = share.stop
+    for expert, stop in enumerate(done):
+        if stop != WHOLE_SHARE:
+            raise ConfigError(
+                f"{where}: expert {expert} is given to nobody for {WHOLE_SHARE - stop} of "
+                f"{WHOLE_SHARE} parts of its tokens; give it to a rank"
+            )
 
 
 def _check_route(where: str, route: Route, replica: ReplicaPlan, num_layers: int) -> None:

@@ -12,10 +12,20 @@ from typing import Literal, Protocol
 
 import torch
 
-from shoal.kernels.batch import KVCache, LayerKV, RaggedBatch
+from shoal.kernels.batch import HeldBlocks, KVCache, LayerKV, RaggedBatch
+from shoal.kernels.experts import Experts, ExpertWeights, Route
 from shoal.kernels.quantized import QuantizedWeight
 
-__all__ = ["KVCache", "KernelSet", "LayerKV", "QuantizedWeight", "RaggedBatch", "select"]
+__all__ = [
+    "ExpertWeights",
+    "HeldBlocks",
+    "KVCache",
+    "KernelSet",
+    "LayerKV",
+    "QuantizedWeight",
+    "RaggedBatch",
+    "select",
+]
 
 
 class Attention(Protocol):
@@ -29,6 +39,19 @@ class Attention(Protocol):
         window: int | None,
         softcap: float | None,
     ) -> torch.Tensor: ...
+
+
+class PartialAttention(Protocol):
+    def __call__(
+        self,
+        q_THD: torch.Tensor,
+        kv: LayerKV,
+        batch: RaggedBatch,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 class RopeAndStore(Protocol):
@@ -46,7 +69,8 @@ class RopeAndStore(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelSet:
-    """The operations a decoder is built from; `reference.py` documents and defines each.
+    """The operations a decoder is built from; `reference.py` documents and defines each
+    (`experts.py`: route and experts).
 
     Several in one, where a set has them (None: the decoder does one after the other):
 
@@ -54,6 +78,8 @@ class KernelSet:
         add_rms_norm: (x, y, weight, eps) → x + y, and its norm.
         rope_and_store: norms the heads of q and k (unless None), rotates them, stores keys and
             values; returns q_THD.
+
+    `partial_attention`: over some blocks of each row (`HeldBlocks`); None: the set cannot.
 
     `reads_lengths_on_device`: attention may be held in a CUDA graph: it knows
     `RaggedBatch.context_lens_R`, and slot -1 stores nothing.
@@ -69,6 +95,8 @@ class KernelSet:
     store_kv: Callable[[torch.Tensor, torch.Tensor, LayerKV, RaggedBatch], None]
     attention: Attention
     gated_activation: Callable[[torch.Tensor, Literal["silu", "gelu_tanh"]], torch.Tensor]
+    route: Route
+    experts: Experts
     add_rms_norm: (
         Callable[
             [torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]
@@ -76,6 +104,7 @@ class KernelSet:
         | None
     ) = None
     rope_and_store: RopeAndStore | None = None
+    partial_attention: PartialAttention | None = None
     reads_lengths_on_device: bool = False
 
 

@@ -6,7 +6,8 @@ to the longest; a row too large for one score matrix is cut along its queries:
     rows       decode 1  decode 1  decode 1  prefill 300 (long)
     rectangles [ R=3, Q=1, L=longest ]       [ R=1, Q=180, L ] [ R=1, Q=120, L' ]
 
-Knows the host's lists and index arithmetic; computes no attention.
+Keys are those that are here (`HeldBlocks`), without gaps. Knows the host's lists and index
+arithmetic; computes no attention.
 """
 
 from __future__ import annotations
@@ -44,22 +45,14 @@ class AttentionPlan:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Consecutive queries of one row."""
+    """Consecutive queries of one row, and the keys that any of them sees; at least one."""
 
     row: int
     first_token: int
     first_position: int
     num_queries: int
-
-    @property
-    def end(self) -> int:
-        return self.first_position + self.num_queries
-
-    def first_key(self, window: int | None) -> int:
-        return 0 if window is None else max(0, self.first_position - window + 1)
-
-    def num_keys(self, window: int | None) -> int:
-        return self.end - self.first_key(window)
+    first_key: int
+    num_keys: int
 
 
 def plan_attention(
@@ -74,46 +67,60 @@ def plan_attention(
 
     A single rectangle covers all tokens in their order.
     """
-    pieces = list(_pieces(batch, window, num_heads))
-    groups = _stack(pieces, window, num_heads)
+    pieces = list(_pieces(batch, window, num_heads, block_size))
+    groups = _stack(pieces, num_heads)
     return [_rectangle(batch, group, window, num_kv_heads, block_size) for group in groups]
 
 
-def _pieces(batch: RaggedBatch, window: int | None, num_heads: int) -> Iterator[_Piece]:
+def _pieces(
+    batch: RaggedBatch, window: int | None, num_heads: int, block_size: int
+) -> Iterator[_Piece]:
     token = 0
     for row, (query_len, context_len) in enumerate(
         zip(batch.query_lens, batch.context_lens, strict=True)
     ):
         position, end = context_len - query_len, token + query_len
-        num_keys = _Piece(row, token, position, query_len).num_keys(window)
+        _, num_keys = _seen(batch, row, position, context_len, window, block_size)
         most = max(1, MAX_SCORES // (num_heads * num_keys))
         # Equal pieces: a sliver would cost as many operations as a full one.
         size = -(-query_len // -(-query_len // most))
         while token < end:
-            piece = _Piece(row, token, position, min(size, end - token))
-            yield piece
-            token, position = token + piece.num_queries, position + piece.num_queries
+            some = min(size, end - token)
+            keys = _seen(batch, row, position, position + some, window, block_size)
+            yield _Piece(row, token, position, some, *keys)
+            token, position = token + some, position + some
 
 
-def _stack(pieces: list[_Piece], window: int | None, num_heads: int) -> list[list[_Piece]]:
+def _seen(
+    batch: RaggedBatch, row: int, start: int, stop: int, window: int | None, block_size: int
+) -> tuple[int, int]:
+    """First key, and number of keys, that queries at positions [start, stop) of a row see."""
+    oldest = 0 if window is None else max(0, start - window + 1)
+    if batch.held is None:
+        return oldest, stop - oldest
+    first, end = (batch.held.num_keys(row, each, block_size) for each in (oldest, stop))
+    return first, max(1, end - first)
+
+
+def _stack(pieces: list[_Piece], num_heads: int) -> list[list[_Piece]]:
     """Groups of equally many queries whose padding wastes at most half."""
-    if _fits(pieces, window, num_heads):
+    if _fits(pieces, num_heads):
         return [pieces]
     groups: list[list[_Piece]] = []
-    by_shape = sorted(pieces, key=lambda each: (each.num_queries, each.num_keys(window)))
+    by_shape = sorted(pieces, key=lambda each: (each.num_queries, each.num_keys))
     for piece in reversed(by_shape):
-        if groups and _fits([*groups[-1], piece], window, num_heads):
+        if groups and _fits([*groups[-1], piece], num_heads):
             groups[-1].append(piece)
         else:
             groups.append([piece])
     return groups
 
 
-def _fits(pieces: list[_Piece], window: int | None, num_heads: int) -> bool:
+def _fits(pieces: list[_Piece], num_heads: int) -> bool:
     num_queries = pieces[0].num_queries
     if any(each.num_queries != num_queries for each in pieces):
         return False
-    num_keys = [each.num_keys(window) for each in pieces]
+    num_keys = [each.num_keys for each in pieces]
     longest = max(num_keys)
     if len(pieces) > 1 and len(pieces) * num_heads * num_queries * longest > MAX_SCORES:
         return False
@@ -129,19 +136,21 @@ def _rectangle(
 ) -> AttentionPlan:
     device = batch.block_tables_RB.device
     num_queries = pieces[0].num_queries
-    num_keys = max(each.num_keys(window) for each in pieces)
+    num_keys = max(each.num_keys for each in pieces)
     # One upload for the rectangle; everything else is computed where it is used.
-    columns = [[p.row, p.first_token, p.first_position, p.first_key(window)] for p in pieces]
+    columns = [[p.row, p.first_token, p.first_position, p.first_key] for p in pieces]
     row, token, position, first_key = torch.tensor(columns, device=device).unbind(1)
     queries = torch.arange(num_queries, device=device)
     key_RL = first_key[:, None] + torch.arange(num_keys, device=device)
     cache_rows = _cache_rows(batch, row, key_RL, num_kv_heads, block_size)
     hidden_RQL = None
-    if num_queries > 1 or any(each.num_keys(window) != num_keys for each in pieces):
+    is_ragged = any(each.num_keys != num_keys for each in pieces)
+    if num_queries > 1 or is_ragged or batch.held is not None:
         query_RQ1 = (position[:, None] + queries)[:, :, None]
-        hidden_RQL = key_RL[:, None, :] > query_RQ1
+        key_R1L = _positions(batch, row, key_RL, block_size)[:, None, :]
+        hidden_RQL = key_R1L > query_RQ1
         if window is not None:
-            hidden_RQL |= key_RL[:, None, :] <= query_RQ1 - window
+            hidden_RQL |= key_R1L <= query_RQ1 - window
     return AttentionPlan(
         num_rows=len(pieces),
         num_queries=num_queries,
@@ -160,9 +169,25 @@ def _cache_rows(
     block_size: int,
 ) -> torch.Tensor:
     """Rows of the cache seen as [N*B*H, D], ordered [R, H, L]."""
-    table_RB = batch.block_tables_RB[row]
-    # Padding runs past a short row's table; what it reads there is hidden.
-    block_RL = (key_RL // block_size).clamp_(max=table_RB.shape[1] - 1)
-    slot_RL = table_RB.gather(1, block_RL) * block_size + key_RL % block_size
+    block_RL = _of_blocks(batch.block_tables_RB[row], key_RL, block_size)
+    slot_RL = block_RL * block_size + key_RL % block_size
     heads = torch.arange(num_kv_heads, device=key_RL.device)
     return (slot_RL[:, None, :] * num_kv_heads + heads[:, None]).flatten()
+
+
+def _positions(
+    batch: RaggedBatch, row: torch.Tensor, key_RL: torch.Tensor, block_size: int
+) -> torch.Tensor:
+    """Where in their sequences keys are."""
+    if batch.held is None:
+        return key_RL
+    index_RL = _of_blocks(batch.held.indices_RB[row], key_RL, block_size)
+    return index_RL * block_size + key_RL % block_size
+
+
+def _of_blocks(table_RB: torch.Tensor, key_RL: torch.Tensor, block_size: int) -> torch.Tensor:
+    """What a table says of the keys' blocks.
+
+    Padding runs past a short row's table; what it reads there is hidden.
+    """
+    return table_RB.gather(1, (key_RL // block_size).clamp_(max=table_RB.shape[1] - 1))

@@ -9,9 +9,11 @@ from __future__ import annotations
 from shoal.kernels import KernelSet, reference
 from shoal.kernels.triton.activation import gated_activation
 from shoal.kernels.triton.attention import attention
+from shoal.kernels.triton.experts import experts
 from shoal.kernels.triton.linear import linear
 from shoal.kernels.triton.norm import add_rms_norm, rms_norm
 from shoal.kernels.triton.rope_store import rope_and_store
+from shoal.kernels.triton.route import route
 
 KERNELS = KernelSet(
     name="cuda",
@@ -22,6 +24,8 @@ KERNELS = KernelSet(
     store_kv=reference.store_kv,
     attention=attention,
     gated_activation=gated_activation,
+    route=route,
+    experts=experts,
     add_rms_norm=add_rms_norm,
     rope_and_store=rope_and_store,
     reads_lengths_on_device=True,

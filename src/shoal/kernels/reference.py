@@ -1,40 +1,25 @@
 """The reference kernels: plain torch, any float dtype, any device. They are the definition.
 
-    T tokens   H heads   D head size   F FFN columns   N KV blocks   B tokens in a block
+    T tokens   H heads   D head size   N KV blocks   B tokens in a block
 
 Norms, rope and softmax compute in fp32 and return their input's dtype. Nothing here waits for
-the device: what depends on the batch alone is planned once, from host lists.
+the device: what depends on the batch alone is planned once, from host lists. Products are in
+`products.py`, mixtures of experts in `reference_experts.py`.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import partial
 
 import torch
-from torch.nn.functional import gelu, silu
 
 from shoal.kernels import KernelSet
 from shoal.kernels.attention_plan import AttentionPlan, plan_attention
 from shoal.kernels.batch import LayerKV, RaggedBatch
-from shoal.kernels.quantized import QuantizedWeight
+from shoal.kernels.products import gated_activation, linear
+from shoal.kernels.reference_experts import experts, route
 
-_FEW_ROWS = (4, 48)
 _LARGEST_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-
-
-def linear(
-    x_TE: torch.Tensor, weight: torch.Tensor | QuantizedWeight, bias_F: torch.Tensor | None
-) -> torch.Tensor:
-    """x @ weight.T + bias; a weight in few bits is undone to x's dtype first.
-
-    With a few rows on a CPU the product is taken transposed: MKL's sgemm then runs 1.5 to 3
-    times faster (docs/log.md).
-    """
-    weight_FE = weight if isinstance(weight, torch.Tensor) else weight.dequantize(x_TE.dtype)
-    if x_TE.device.type != "cpu" or not _FEW_ROWS[0] <= len(x_TE) <= _FEW_ROWS[1]:
-        return torch.nn.functional.linear(x_TE, weight_FE, bias_F)
-    out_TF = torch.mm(weight_FE, x_TE.t()).t().contiguous()
-    return out_TF if bias_F is None else out_TF.add_(bias_F)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -67,7 +52,12 @@ def rope(x_THD: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor) -> t
 
 
 def store_kv(k_THD: torch.Tensor, v_THD: torch.Tensor, kv: LayerKV, batch: RaggedBatch) -> None:
-    """Writes the tokens' keys and values into their slots, as codes where the cache has scales."""
+    """Writes the tokens' keys and values into their slots, as codes where the cache has scales.
+
+    Tokens that another rank holds are left out.
+    """
+    if batch.held is not None:
+        k_THD, v_THD = k_THD[batch.held.stored_S], v_THD[batch.held.stored_S]
     _store(k_THD, kv.keys_NBHD, kv.key_scales_NBH, batch)
     _store(v_THD, kv.values_NBHD, kv.value_scales_NBH, batch)
 
@@ -102,16 +92,6 @@ def quantize_kv(x_THD: torch.Tensor, code_dtype: torch.dtype) -> tuple[torch.Ten
     return codes.to(code_dtype), scales_TH1.squeeze(-1)
 
 
-def gated_activation(
-    gate_up_TF: torch.Tensor, activation: Literal["silu", "gelu_tanh"]
-) -> torch.Tensor:
-    """activation(gate) * up, of [gate | up] side by side (arXiv 2002.05202)."""
-    gate, up = gate_up_TF.chunk(2, -1)
-    if activation == "silu":
-        return silu(gate).mul_(up)
-    return gelu(gate, approximate="tanh").mul_(up)
-
-
 def attention(
     q_THD: torch.Tensor,
     kv: LayerKV,
@@ -132,6 +112,45 @@ def attention(
         window: newest tokens each token sees; None: all.
         softcap: scores become softcap * tanh(scores / softcap).
     """
+    softmax = partial(torch.softmax, dim=-1, dtype=torch.float32)
+    out_THD = torch.empty_like(q_THD)
+    for plan in _plans(q_THD, kv, batch, window):
+        scores = _scores(q_THD, kv, plan, scale, softcap)
+        _put(out_THD, plan, _weigh(softmax(scores), kv, plan, q_THD.dtype))
+    return out_THD
+
+
+def partial_attention(
+    q_THD: torch.Tensor,
+    kv: LayerKV,
+    batch: RaggedBatch,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attention` over the keys that are here, and what it takes to merge it with others'.
+
+    Returns:
+        [T, H, D], zeros where a token sees none; and fp32 [T, H], the logarithm of the sum of the
+        exponentials of its scores (-inf: none), as in flash-decoding: parts with weights
+        softmax(those) sum to the attention over all keys.
+    """
+    out_THD = torch.empty_like(q_THD)
+    sums_TH = torch.empty(q_THD.shape[:2], device=q_THD.device)
+    for plan in _plans(q_THD, kv, batch, window):
+        scores = _scores(q_THD, kv, plan, scale, softcap).float()
+        sums = scores.logsumexp(-1, keepdim=True)
+        # Nothing seen: scores of -inf become weights of 0, not NaN.
+        weights = (scores - sums.clamp(min=torch.finfo(torch.float32).min)).exp()
+        _put(out_THD, plan, _weigh(weights, kv, plan, q_THD.dtype))
+        _put(sums_TH, plan, _by_token(sums, plan).squeeze(-1))
+    return out_THD, sums_TH
+
+
+def _plans(
+    q_THD: torch.Tensor, kv: LayerKV, batch: RaggedBatch, window: int | None
+) -> list[AttentionPlan]:
     num_heads = q_THD.shape[1]
     block_size, num_kv_heads = kv.keys_NBHD.shape[1:3]
     key = ("reference", window, num_heads, num_kv_heads)
@@ -144,42 +163,55 @@ def attention(
             block_size=block_size,
         )
     plans: list[AttentionPlan] = batch.plans[key]
-    if len(plans) == 1:  # its tokens are all tokens, in order
-        return _attend(q_THD, kv, plans[0], scale, softcap)
-    out_THD = torch.empty_like(q_THD)
-    for plan in plans:
-        some_THD = q_THD.index_select(0, plan.tokens)
-        some_THD = _attend(some_THD, kv, plan, scale, softcap)
-        out_THD.index_copy_(0, plan.tokens, some_THD)
-    return out_THD
+    return plans
 
 
-def _attend(
-    q_THD: torch.Tensor,
-    kv: LayerKV,
-    plan: AttentionPlan,
-    scale: float,
-    softcap: float | None,
+def _scores(
+    q_THD: torch.Tensor, kv: LayerKV, plan: AttentionPlan, scale: float, softcap: float | None
 ) -> torch.Tensor:
-    """All rows of a plan at once; the G query heads of a KV head are folded into its queries.
+    """[R, H, G * Q, L] of all rows of a plan, -inf where a query does not see a key.
 
-    R rows   Q queries a row   L keys a row   J = R * H   (KV is never repeated for its G heads)
+    The G query heads of a KV head are folded into its queries, and KV is never repeated for them.
+
+    R rows   Q queries a row   L keys a row
     """
     R, Q, L = plan.num_rows, plan.num_queries, plan.num_keys
     H, D = kv.keys_NBHD.shape[2:]
     G = q_THD.shape[1] // H
-    dtype = q_THD.dtype
-    k_JLD = _read(kv.keys_NBHD, kv.key_scales_NBH, plan, dtype).view(R * H, L, D)
-    v_JLD = _read(kv.values_NBHD, kv.value_scales_NBH, plan, dtype).view(R * H, L, D)
-    q_RHGQD = (q_THD * scale).view(R, Q, H, G, D).permute(0, 2, 3, 1, 4)
+    some_THD = q_THD if len(q_THD) == R * Q else q_THD.index_select(0, plan.tokens)
+    k_JLD = _read(kv.keys_NBHD, kv.key_scales_NBH, plan, q_THD.dtype).view(R * H, L, D)
+    q_RHGQD = (some_THD * scale).view(R, Q, H, G, D).permute(0, 2, 3, 1, 4)
     scores = torch.bmm(q_RHGQD.reshape(R * H, G * Q, D), k_JLD.transpose(1, 2))
     if softcap is not None:
         scores = (scores / softcap).tanh_() * softcap
     if plan.hidden_RQL is not None:
-        scores = scores.view(R, H * G, Q, L).masked_fill_(plan.hidden_RQL[:, None], float("-inf"))
-    weights = torch.softmax(scores.view(R * H, G * Q, L), -1, dtype=torch.float32)
-    o_RHGQD = torch.bmm(weights.to(v_JLD.dtype), v_JLD).view(R, H, G, Q, D)
-    return o_RHGQD.permute(0, 3, 1, 2, 4).reshape(q_THD.shape)
+        scores.view(R, H * G, Q, L).masked_fill_(plan.hidden_RQL[:, None], float("-inf"))
+    return scores.view(R, H, G * Q, L)
+
+
+def _weigh(
+    weights_RHQL: torch.Tensor, kv: LayerKV, plan: AttentionPlan, dtype: torch.dtype
+) -> torch.Tensor:
+    """Sums of a plan's values, by token and head."""
+    shape = weights_RHQL.shape
+    v_JLD = _read(kv.values_NBHD, kv.value_scales_NBH, plan, dtype)
+    v_JLD = v_JLD.view(-1, plan.num_keys, kv.values_NBHD.shape[-1])
+    o_JQD = torch.bmm(weights_RHQL.flatten(0, 1).to(dtype), v_JLD)
+    return _by_token(o_JQD.view(*shape[:3], -1), plan)
+
+
+def _by_token(x_RHQD: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+    """[R, H, G * Q, D] → [R * Q, H * G, D]."""
+    R, H, GQ, D = x_RHQD.shape
+    x_RHGQD = x_RHQD.view(R, H, GQ // plan.num_queries, plan.num_queries, D)
+    return x_RHGQD.permute(0, 3, 1, 2, 4).reshape(R * plan.num_queries, -1, D)
+
+
+def _put(to_THD: torch.Tensor, plan: AttentionPlan, some_THD: torch.Tensor) -> None:
+    if len(some_THD) == len(to_THD):  # a single plan's tokens are all tokens, in order
+        to_THD.copy_(some_THD)
+    else:
+        to_THD.index_copy_(0, plan.tokens, some_THD)
 
 
 def _read(
@@ -206,5 +238,8 @@ KERNELS = KernelSet(
     rope=rope,
     store_kv=store_kv,
     attention=attention,
+    partial_attention=partial_attention,
     gated_activation=gated_activation,
+    route=route,
+    experts=experts,
 )

@@ -1,10 +1,11 @@
-"""The dense decoder every supported architecture is: what ModelSpec says, and nothing else.
+"""The decoder every supported architecture is: what ModelSpec says, and nothing else.
 
     T tokens of all rows   N rows of hidden states   E hidden size   V vocabulary of the shard
     H query heads   K KV heads   D head size   F FFN columns   L layers
 
     x += post_norm(o(attention(rope(qk_norm(qkv(norm(x)))))))     each norm but the first only
-    x += post_norm(down(activation(gate(norm(x))) * up(norm(x)))) where the spec has it
+    x += post_norm(down(activation(gate(norm(x))) * up(norm(x)))) where the spec has it;
+         in a layer with experts, that of some of them, weighted
 
 It runs what its shard holds: some layers, and of each some heads and FFN columns. What o and down
 give then is a part of a sum, which the group adds up; x and the norms are the same on every rank.
@@ -13,22 +14,29 @@ No I/O, no names of models or files, no device or rank arithmetic.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding, pad
 
 from shoal.comm import Group
 from shoal.core.model_spec import LayerSpec, ModelSpec
-from shoal.core.split import Range, Shard, whole
+from shoal.core.split import Dealing, ExpertShare, Range, Shard, whole
 from shoal.kernels import KernelSet, KVCache, LayerKV, RaggedBatch
 from shoal.kernels.cpu.arena import PackedWeight
+from shoal.model.expert_loader import ExpertLoader
+from shoal.model.heads import Heads
+from shoal.model.mixture import Mixtures
 from shoal.model.parameters import (
     DecoderParameters,
+    ExpertParameters,
     LayerParameters,
     Weight,
     held_head_columns,
 )
 from shoal.model.rope import attention_factor, inverse_frequencies
+from shoal.model.token_ranges import TokenRanges
 
 
 class Decoder:
@@ -45,6 +53,7 @@ class Decoder:
 
     Attributes:
         hidden_dtype: of hidden states that go in or out.
+        expert_loader: reads experts again, for `deal`; None: who made the decoder gave none.
     """
 
     def __init__(
@@ -72,8 +81,16 @@ class Decoder:
         self._group = group if self.shard.num_ranks > 1 else None
         self._parameters = parameters
         self._kernels = kernels
+        self._token_ranges: TokenRanges | None = None
+        if self.shard.has_token_ranges and group is not None:
+            self._token_ranges = TokenRanges(spec, self.shard, group, kernels)
+        self._heads = Heads(spec, self.shard, kernels, self._group)
+        self._mixtures: Mixtures | None = None
+        if spec.experts is not None:
+            self._mixtures = Mixtures(spec, self.shard, kernels, device, dtype, group)
+        self.expert_loader: ExpertLoader | None = None
         self._inv_freqs = {
-            rope: inverse_frequencies(rope, spec.head_dim).to(device)
+            rope: inverse_frequencies(rope, spec.rope_dim).to(device)
             for rope in {layer.rope for layer in spec.layers}
         }
         # Gemma was trained with the scale rounded to the weights' precision.
@@ -90,6 +107,37 @@ class Decoder:
         is_whole = self.shard == whole(self.spec)
         on_device = self.device.type == "cuda" and self._kernels.reads_lengths_on_device
         return is_whole and on_device
+
+    @property
+    def expert_counts(self) -> Tensor | None:
+        """int64 [layers of the shard, experts], tokens so far; None: there are no experts."""
+        return None if self._mixtures is None else self._mixtures.counts
+
+    def load_experts(self, layer: int, shares: tuple[ExpertShare, ...]) -> ExpertParameters:
+        """Experts of a layer of the model, for `deal`; from any thread, while Steps run."""
+        like = self._parameters.layers[layer - self.shard.layers.start].experts
+        assert self.expert_loader is not None and like is not None, "it has experts, from a file"
+        return self.expert_loader.load(layer, shares, like)
+
+    def deal(self, layer: int, experts: ExpertParameters, dealing: Dealing) -> None:
+        """From the next Step on a layer of the model has these; between Steps.
+
+        Args:
+            dealing: of the whole instance.
+        """
+        assert self._mixtures is not None, "there are experts to deal"
+        layers, held = list(self._parameters.layers), layer - self.shard.layers.start
+        layers[held] = replace(layers[held], experts=experts)
+        self._parameters = replace(self._parameters, layers=tuple(layers))
+        self._mixtures.deal(layer, dealing)
+
+    def serve(self, layers: Range | None = None) -> None:
+        """A Step on a rank with experts only; the ranks with hidden states run `forward`."""
+        layers = self.shard.layers if layers is None else layers
+        for index in range(layers.start, layers.stop):
+            experts = self._parameters.layers[index - self.shard.layers.start].experts
+            if experts is not None and self._mixtures is not None:
+                self._mixtures.serve(experts)
 
     def forward(
         self, inputs: Tensor, batch: RaggedBatch, kv: KVCache, layers: Range | None = None
@@ -122,7 +170,7 @@ class Decoder:
                 normed_TE, layer, parameters, batch, layer_kv, angles[layer.rope]
             )
             x_TE, normed_TE = self._add_norm(x_TE, o_TE, parameters.ffn_norm_E)
-            down_TE = self._mlp(normed_TE, parameters)
+            down_TE = self._mlp(normed_TE, parameters, index, batch)
             norm_E = self._norm_before(index + 1, layers)
             x_TE, normed_TE = self._add_norm(x_TE, down_TE, norm_E)
         return normed_TE
@@ -172,12 +220,20 @@ class Decoder:
         kv: LayerKV,
         angles: tuple[Tensor, Tensor],
     ) -> Tensor:
-        if parameters.qkv_CE is None or parameters.o_EC is None:
-            o_TE = self._nothing(normed_TE, parameters.o_bias_E)
+        if parameters.qkv_CE is None:
+            qkv_TC = normed_TE.new_zeros(len(normed_TE), 0)
         else:
             qkv_TC = self._linear(normed_TE, parameters.qkv_CE, parameters.qkv_bias_C)
-            o_THD = self._attend(qkv_TC, layer, parameters.qk_norm_HD, batch, kv, angles)
-            o_TC = self._with_margins(o_THD.flatten(1), parameters.o_EC)
+        o_THD = None
+        if parameters.qkv_CE is not None or self._token_ranges is not None:
+            o_THD = self._attend(qkv_TC, layer, parameters, batch, kv, angles)
+        else:
+            self._heads.sit_out(normed_TE)
+        if o_THD is None or parameters.o_EC is None:
+            o_TE = self._nothing(normed_TE, parameters.o_bias_E)
+        else:
+            o_TC = o_THD[..., : self.spec.value_dim].flatten(1)
+            o_TC = self._with_margins(o_TC, parameters.o_EC)
             o_TE = self._linear(o_TC, parameters.o_EC, parameters.o_bias_E)
         self._reduce(o_TE)
         return self._norm_if(o_TE, parameters.post_attention_norm_E)
@@ -186,7 +242,7 @@ class Decoder:
         self,
         qkv_TC: Tensor,
         layer: LayerSpec,
-        qk_norm_HD: Tensor | None,
+        parameters: LayerParameters,
         batch: RaggedBatch,
         kv: LayerKV,
         angles: tuple[Tensor, Tensor],
@@ -197,8 +253,15 @@ class Decoder:
         other ranks, their query heads are computed too (as zeros), and dropped.
         """
         spec, kernels = self.spec, self._kernels
-        rope_and_store = kernels.rope_and_store or self._rope_and_store
-        q_THD = rope_and_store(qkv_TC, qk_norm_HD, spec.norm_eps, *angles, kv, batch)
+        if self._token_ranges is not None:
+            heads = self._heads.turned(qkv_TC, parameters, angles)
+            return self._token_ranges.attend(heads, layer, batch, kv)
+        if kernels.rope_and_store is not None and self._heads.are_plain:
+            norms_HD, eps = parameters.qk_norm_HD, spec.norm_eps
+            q_THD = kernels.rope_and_store(qkv_TC, norms_HD, eps, *angles, kv, batch)
+        else:
+            q_THD, k_TKD, v_TKD = self._heads.turned(qkv_TC, parameters, angles)
+            kernels.store_kv(k_TKD, v_TKD, kv, batch)
         num_heads, first = q_THD.shape[1], self.shard.head_offset(spec)
         in_groups = kv.keys_NBHD.shape[2] * (spec.num_heads // spec.num_kv_heads)
         if in_groups > num_heads:
@@ -213,41 +276,27 @@ class Decoder:
         )
         return o_THD[:, first : first + num_heads]
 
-    def _rope_and_store(
-        self,
-        qkv_TC: Tensor,
-        qk_norm_HD: Tensor | None,
-        eps: float,
-        cos_T1D: Tensor,
-        sin_T1D: Tensor,
-        kv: LayerKV,
-        batch: RaggedBatch,
-    ) -> Tensor:
-        """`KernelSet.rope_and_store`, one operation after the other."""
-        kernels, num_heads = self._kernels, len(self.shard.heads)
-        qkv_THD = qkv_TC.view(len(qkv_TC), -1, self.spec.head_dim)
-        num_rotated = num_heads + kv.keys_NBHD.shape[2]
-        qk_THD, v_TKD = qkv_THD[:, :num_rotated], qkv_THD[:, num_rotated:]
-        if qk_norm_HD is not None:
-            qk_THD = kernels.rms_norm(qk_THD, qk_norm_HD, eps)
-        qk_THD = kernels.rope(qk_THD, cos_T1D, sin_T1D)
-        kernels.store_kv(qk_THD[:, num_heads:], v_TKD, kv, batch)
-        return qk_THD[:, :num_heads]
-
     def _with_margins(self, o_TC: Tensor, weight: Weight) -> Tensor:
         """Zeros for columns of o that are other heads', kept for the groups that they share."""
         held = held_head_columns(self.spec, self.shard, weight)
-        before = self.shard.heads.start * self.spec.head_dim - held.start
+        before = self.shard.heads.start * self.spec.value_dim - held.start
         after = len(held) - before - o_TC.shape[1]
         return pad(o_TC, (before, after)) if before or after else o_TC
 
-    def _mlp(self, normed_TE: Tensor, parameters: LayerParameters) -> Tensor:
+    def _mlp(
+        self, normed_TE: Tensor, parameters: LayerParameters, layer: int, batch: RaggedBatch
+    ) -> Tensor:
         if parameters.gate_up_FE is None or parameters.down_EF is None:
             down_TE = self._nothing(normed_TE, parameters.down_bias_E)
         else:
             gate_up_TF = self._linear(normed_TE, parameters.gate_up_FE, parameters.gate_up_bias_F)
             gated_TF = self._kernels.gated_activation(gate_up_TF, self.spec.activation)
             down_TE = self._linear(gated_TF, parameters.down_EF, parameters.down_bias_E)
+        if (experts := parameters.experts) is not None and self._mixtures is not None:
+            if experts.shared_gate_E is not None:
+                score_T = torch.mv(normed_TE.float(), experts.shared_gate_E).sigmoid_()
+                down_TE = down_TE * score_T.unsqueeze(-1).to(down_TE.dtype)
+            down_TE = down_TE + self._mixtures.run(layer, normed_TE, experts, batch)
         self._reduce(down_TE)
         return self._norm_if(down_TE, parameters.post_ffn_norm_E)
 

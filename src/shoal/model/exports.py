@@ -80,6 +80,11 @@ def folder_exports(spec: ModelSpec, source: WeightSource) -> list[Export]:
     projections = {
         names.weight(layer, part) for layer in range(spec.num_layers) for part in _PROJECTIONS
     }
+    for layer, rules in enumerate(spec.layers):
+        if spec.experts is not None and rules.has_experts:
+            numbers = range(spec.experts.num_experts)
+            parts = ("gate", "up", "down")
+            projections |= {names.expert(layer, part, each) for each in numbers for part in parts}
     tables = {names.top("embedding"), names.top("head")}
 
     def role(name: str) -> Role:
@@ -97,7 +102,10 @@ def gguf_exports(spec: ModelSpec, source: WeightSource) -> list[Export]:
 
 
 _TOP = ("embedding", "final_norm", "head")
-_PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+_PROJECTIONS = (
+    *("q", "k", "v", "kv", "latent_q", "latent_kv", "o", "gate", "up", "down"),
+    *("shared_gate", "shared_up", "shared_down"),
+)
 
 
 def _gguf_exports(spec: ModelSpec, source: WeightSource) -> Iterator[Export]:

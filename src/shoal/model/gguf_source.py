@@ -19,6 +19,7 @@ from shoal.kernels.quantized import QuantizedWeight, WeightFormat
 from shoal.model.columns import covering, take_columns
 from shoal.model.gguf_blocks import DEQUANTIZE
 from shoal.model.gguf_quantized import AS_QUANTIZED, FORMATS
+from shoal.model.stacked_experts import unstacked
 
 _PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -38,17 +39,21 @@ class GGUFSource:
             raise
         except ModelError as error:
             raise WeightsError(str(error)) from error
-        self._tensors = {tensor.name: tensor for tensor in header.tensors}
         self._data = torch.from_file(
             str(path), shared=False, size=header.size_bytes, dtype=torch.uint8
         )
-        for name, info in self._tensors.items():
+        for info in header.tensors:
             end = info.offset + self._row_bytes(info) * _num_rows(info)
             if end > header.size_bytes:
                 raise WeightsError(
-                    f"{path} is truncated: it has {header.size_bytes} bytes and {name} ends at "
-                    f"byte {end}; fetch the file again"
+                    f"{path} is truncated: it has {header.size_bytes} bytes and {info.name} ends "
+                    f"at byte {end}; fetch the file again"
                 )
+        self._tensors = {
+            each.name: each
+            for info in header.tensors
+            for each in unstacked(info, self._row_bytes(info) * _num_rows(info))
+        }
 
     @property
     def names(self) -> frozenset[str]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shoal.core.errors import ModelError, UnsupportedModelError
 from shoal.core.gguf_header import GGUFHeader, GGUFTensorInfo, read_gguf_header
-from shoal.core.model_spec import LayerSpec, ModelSpec, RopeSpec
+from shoal.core.model_spec import ExpertsSpec, LayerSpec, ModelSpec, RopeSpec
 from shoal.model.fields import Fields
 from shoal.model.hf_rope import yarn_scale
 
@@ -37,7 +37,10 @@ def read_gguf_spec(path: Path) -> ModelSpec:
     num_heads = fields.positive("attention.head_count")
     head_dim = fields.positive("attention.key_length", hidden_size // num_heads)
     _refuse_what_is_not_run(fields, head_dim)
-    layers = _layers(fields, rules, _divisors(path, tensors))
+    layers = tuple(
+        replace(layer, has_experts=f"blk.{index}.ffn_gate_inp.weight" in tensors)
+        for index, layer in enumerate(_layers(fields, rules, _divisors(path, tensors)))
+    )
     return ModelSpec(
         architecture=architecture,
         num_layers=len(layers),
@@ -56,9 +59,11 @@ def read_gguf_spec(path: Path) -> ModelSpec:
         output_bias="blk.0.attn_output.bias" in tensors,
         mlp_bias="blk.0.ffn_down.bias" in tensors,
         qk_norm=rules.qk_norm,
+        qk_norm_joint=rules.qk_norm_joint,
         post_norms=rules.gemma,
         activation="gelu_tanh" if rules.gemma else "silu",
         embedding_scale=hidden_size**0.5 if rules.gemma else 1.0,
+        experts=_experts(fields, rules, tensors),
         final_softcap=fields.optional_number("final_logit_softcapping"),
         bos_token_id=metadata.integer("tokenizer.ggml.bos_token_id")
         if "tokenizer.ggml.bos_token_id" in metadata
@@ -69,9 +74,14 @@ def read_gguf_spec(path: Path) -> ModelSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Rules:
-    """What an architecture's name says beyond its metadata."""
+    """What an architecture's name says beyond its metadata.
+
+    `renormalises`: the weights of the experts that are chosen.
+    """
 
     qk_norm: bool = False
+    qk_norm_joint: bool = False
+    renormalises: bool = True
     gemma: bool = False
 
 
@@ -80,21 +90,26 @@ _ARCHITECTURES: Mapping[str, _Rules] = {
     "qwen2": _Rules(),
     "qwen3": _Rules(qk_norm=True),
     "gemma3": _Rules(qk_norm=True, gemma=True),
+    "qwen2moe": _Rules(renormalises=False),
+    "qwen3moe": _Rules(qk_norm=True),
+    "olmoe": _Rules(qk_norm=True, qk_norm_joint=True, renormalises=False),
 }
 _GEMMA_LOCAL_THETA = 10_000.0
 _GEMMA_PATTERN = 6
 _GEMMA_27B_LAYERS = 62
 _F32 = 0
+_SOFTMAX = 1
 _END_TOKENS = frozenset(
     ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>")
 )
 
 
 def _refuse_what_is_not_run(fields: Fields, head_dim: int) -> None:
-    if fields.integer("expert_count", 0) > 0:
+    if fields.integer("expert_gating_func", _SOFTMAX) != _SOFTMAX:
         raise UnsupportedModelError(
-            f"{fields.source} has {fields.integer('expert_count')} experts per layer; shoal runs "
-            "dense models"
+            f"{fields.source}: {fields.prefix}expert_gating_func is "
+            f"{fields.integer('expert_gating_func')}; shoal chooses experts by a softmax "
+            f"({_SOFTMAX})"
         )
     if fields.optional_number("attn_logit_softcapping"):
         raise UnsupportedModelError(
@@ -107,6 +122,29 @@ def _refuse_what_is_not_run(fields: Fields, head_dim: int) -> None:
                 f"{fields.source}: {fields.prefix}{key} is {fields.integer(key)} and heads have "
                 f"{head_dim} dimensions; shoal runs models where both are equal"
             )
+
+
+def _experts(
+    fields: Fields, rules: _Rules, tensors: Mapping[str, GGUFTensorInfo]
+) -> ExpertsSpec | None:
+    """Sizes are the tensors' own: metadata names them differently, or not at all."""
+    if not fields.integer("expert_count", 0):
+        return None
+    gates = [each for name, each in tensors.items() if name.endswith(".ffn_gate_exps.weight")]
+    if not gates or len(gates[0].dims) != 3:
+        raise UnsupportedModelError(
+            f"{fields.source} has {fields.integer('expert_count')} experts a layer, and no tensors "
+            "ffn_gate_exps that hold those of a layer; convert the model with a newer llama.cpp"
+        )
+    shared = [each for name, each in tensors.items() if name.endswith(".ffn_gate_shexp.weight")]
+    return ExpertsSpec(
+        num_experts=fields.positive("expert_count"),
+        num_active=fields.positive("expert_used_count"),
+        ffn_size=gates[0].dims[1],
+        renormalises=rules.renormalises,
+        shared_ffn_size=shared[0].dims[1] if shared else 0,
+        shared_gate=any(name.endswith(".ffn_gate_inp_shexp.weight") for name in tensors),
+    )
 
 
 def _vocab_size(path: Path, tensors: Mapping[str, GGUFTensorInfo]) -> int:

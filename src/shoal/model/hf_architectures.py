@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+Family = Literal["mixtral", "olmoe", "qwen", "deepseek"] | None
+"""Whose keys say what experts a model has; None: it has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,12 +22,20 @@ class Rules:
         qk_norm: RMS norms over heads of q and k.
         gemma: norms around both halves stored as w - 1, scaled embeddings, its own names of
             some keys.
+        qk_norm_joint: those norms are over all heads together.
+        latent: keys and values are made from latents.
+        experts: see `Family`.
+        ignores: keys that transformers ignores too.
         defaults: transformers' own: a key that equals them may be missing from config.json.
     """
 
     qkv_bias: bool = False
     qk_norm: bool = False
     gemma: bool = False
+    qk_norm_joint: bool = False
+    latent: bool = False
+    experts: Family = None
+    ignores: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -56,6 +67,44 @@ ARCHITECTURES: Mapping[str, Rules] = {
     "MistralForCausalLM": Rules(defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
     "Qwen2ForCausalLM": Rules(qkv_bias=True, defaults=_QWEN_DEFAULTS),
     "Qwen3ForCausalLM": Rules(qk_norm=True, defaults={**_QWEN_DEFAULTS, "head_dim": 128}),
+    "MixtralForCausalLM": Rules(
+        experts="mixtral",
+        defaults={"num_key_value_heads": 8, "num_experts_per_tok": 2},
+    ),
+    "Qwen2MoeForCausalLM": Rules(
+        experts="qwen",
+        defaults={
+            **{"sliding_window": 4096, "max_window_layers": 28, "qkv_bias": True},
+            **{"num_key_value_heads": 16, "num_experts_per_tok": 4},
+            **{"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632},
+        },
+    ),
+    "Qwen3MoeForCausalLM": Rules(
+        qk_norm=True,
+        experts="qwen",
+        ignores=("max_window_layers", "layer_types", "shared_expert_intermediate_size"),
+        defaults={
+            **{"num_key_value_heads": 4, "sliding_window": 4096},
+            **{"num_experts_per_tok": 8, "moe_intermediate_size": 768},
+        },
+    ),
+    "OlmoeForCausalLM": Rules(
+        qk_norm=True,
+        qk_norm_joint=True,
+        experts="olmoe",
+        ignores=("sliding_window",),
+        defaults={"num_experts_per_tok": 8, "rms_norm_eps": 1e-5},
+    ),
+    "DeepseekV2ForCausalLM": Rules(
+        latent=True,
+        experts="deepseek",
+        ignores=("sliding_window", "num_key_value_heads", "head_dim"),
+        defaults={
+            **{"n_shared_experts": 2, "moe_intermediate_size": 1407},
+            **{"kv_lora_rank": 512, "q_lora_rank": 1536, "v_head_dim": 128},
+            **{"qk_nope_head_dim": 128, "qk_rope_head_dim": 64},
+        },
+    ),
     "Gemma3ForCausalLM": _GEMMA,
     "Gemma3ForConditionalGeneration": _GEMMA,
 }

@@ -109,9 +109,10 @@ def _architecture(spec: ModelSpec) -> tuple[str, str]:
         "qwen3": ("Qwen3ForCausalLM", "qwen3"),
         "gemma3": ("Gemma3ForCausalLM", "gemma3_text"),
     }
-    if spec.architecture not in names:
+    if spec.architecture not in names or spec.experts is not None:
         raise UnsupportedModelError(
-            f"no config.json is known for the GGUF architecture {spec.architecture!r}; shoal "
+            f"no config.json is known for the GGUF architecture {spec.architecture!r}"
+            f"{' with experts' if spec.experts else ''}; shoal "
             f"writes those of {', '.join(names)}: quantise the model's safetensors folder instead"
         )
     return names[spec.architecture]

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from shoal.core.errors import ModelError, ModelNotFoundError, UnsupportedModelError
 from shoal.core.model_spec import LayerSpec, ModelSpec, RopeSpec
 from shoal.model.fields import Fields
-from shoal.model.hf_architectures import ARCHITECTURES
+from shoal.model.hf_architectures import ARCHITECTURES, Rules
+from shoal.model.hf_experts import latent_scale, layers_with_experts, read_experts, read_latent
 from shoal.model.hf_rope import read_rope
 
 
@@ -27,10 +29,13 @@ def read_hf_spec(folder: Path) -> ModelSpec:
     rules = ARCHITECTURES[architecture]
     text_config = config.get("text_config") or {}
     # Gemma 3 with vision nests the decoder; the ids that end a generation stay outside.
-    fields = Fields(str(path), {**rules.defaults, **config, **text_config})
+    values = {**rules.defaults, **config, **text_config}
+    values = {key: value for key, value in values.items() if key not in rules.ignores}
+    fields = Fields(str(path), values)
     _refuse_what_is_not_run(fields, architecture)
 
-    head_dim = _head_dim(fields)
+    latent = read_latent(fields) if rules.latent else None
+    head_dim = latent.plain_dim + latent.rope_dim if latent else _head_dim(fields)
     num_heads = fields.positive("num_attention_heads")
     num_kv_heads = fields.positive("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
@@ -38,7 +43,13 @@ def read_hf_spec(folder: Path) -> ModelSpec:
             f"{path}: num_attention_heads is {num_heads}, not a multiple of "
             f"num_key_value_heads ({num_kv_heads})"
         )
+    experts = read_experts(fields, rules.experts)
     layers = _layers(fields)
+    if experts is not None:
+        has_experts = layers_with_experts(fields, rules.experts, len(layers))
+        layers = tuple(
+            replace(layer, has_experts=has) for layer, has in zip(layers, has_experts, strict=True)
+        )
     hidden_size = fields.positive("hidden_size")
     attention_bias = fields.flag("attention_bias")
     return ModelSpec(
@@ -53,19 +64,20 @@ def read_hf_spec(folder: Path) -> ModelSpec:
         norm_eps=fields.number("rms_norm_eps", 1e-6),
         layers=layers,
         max_positions=_max_positions(fields, layers),
-        attention_scale=fields.number("query_pre_attn_scalar", head_dim) ** -0.5
-        if rules.gemma
-        else head_dim**-0.5,
+        attention_scale=_attention_scale(fields, rules, head_dim),
         tied_embeddings=fields.flag("tie_word_embeddings", rules.gemma),
-        qkv_bias=rules.qkv_bias or attention_bias,
+        qkv_bias=rules.qkv_bias or attention_bias or fields.flag("qkv_bias"),
         output_bias=attention_bias and not rules.qkv_bias,
         mlp_bias=fields.flag("mlp_bias"),
         qk_norm=rules.qk_norm,
+        qk_norm_joint=rules.qk_norm_joint,
         post_norms=rules.gemma,
         norm_plus_one=rules.gemma,
         activation=_activation(fields, "hidden_activation" if rules.gemma else "hidden_act"),
         embedding_scale=hidden_size**0.5 if rules.gemma else 1.0,
         final_softcap=fields.optional_number("final_logit_softcapping") if rules.gemma else None,
+        experts=experts,
+        latent=latent,
         bos_token_id=next(iter(fields.ids("bos_token_id")), None),
         eos_token_ids=_eos_token_ids(folder, fields),
     )
@@ -96,10 +108,10 @@ def _architecture(path: Path, config: Mapping[str, Any]) -> str:
 
 def _refuse_what_is_not_run(fields: Fields, architecture: str) -> None:
     for key in _EXPERT_KEYS:
-        if key in fields:
+        if key in fields and ARCHITECTURES[architecture].experts is None:
             raise UnsupportedModelError(
                 f"{fields.source}: {key} is {fields.values[key]}, so {architecture} has experts "
-                "here; shoal runs dense models"
+                f"here; shoal runs experts of {', '.join(_with_experts())}"
             )
     # Gemma 3's own config has the field, its transformers, vLLM and llama.cpp code ignores it.
     if "attn_logit_softcapping" in fields:
@@ -112,6 +124,17 @@ def _refuse_what_is_not_run(fields: Fields, architecture: str) -> None:
         raise UnsupportedModelError(
             f"{fields.source}: use_bidirectional_attention is true; shoal runs causal models"
         )
+
+
+def _with_experts() -> list[str]:
+    return [name for name, rules in ARCHITECTURES.items() if rules.experts is not None]
+
+
+def _attention_scale(fields: Fields, rules: Rules, head_dim: int) -> float:
+    if rules.latent:
+        return latent_scale(fields, head_dim)
+    size = fields.number("query_pre_attn_scalar", head_dim) if rules.gemma else head_dim
+    return float(size**-0.5)
 
 
 def _head_dim(fields: Fields) -> int:

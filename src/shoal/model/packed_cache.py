@@ -45,14 +45,26 @@ class PackedCache:
     """
 
     def __init__(self, fingerprint: str, checkpoint: Path, parts: Sequence[object]) -> None:
+        self.folder = models_folder().parent / "packed"
         self._path: Path | None = None
+        self._all = fingerprint, checkpoint, parts
         if not fingerprint:
             return
         files = sorted(checkpoint.glob("*")) if checkpoint.is_dir() else [checkpoint]
         stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         text = repr((_LAYOUT, fingerprint, stats, *parts))
         name = hashlib.sha256(text.encode()).hexdigest()[:32]
-        self._path = models_folder().parent / "packed" / f"{name}.bin"
+        self._path = self.folder / f"{name}.bin"
+
+    @property
+    def path(self) -> Path | None:
+        """None: nothing is kept."""
+        return self._path
+
+    def of(self, *more: object) -> PackedCache:
+        """The place of a part of them."""
+        fingerprint, checkpoint, parts = self._all
+        return PackedCache(fingerprint, checkpoint, (*parts, *more))
 
     def read_into(self, data: Tensor) -> bool:
         """Fill `data` (uint8) with the kept bytes; False: there are none that are whole."""

@@ -18,15 +18,18 @@ from torch import Tensor
 
 from shoal.comm import Group
 from shoal.core.errors import CommError
-from shoal.core.model_spec import LayerSpec, ModelSpec
-from shoal.core.split import Range, Shard
+from shoal.core.model_spec import ModelSpec
+from shoal.core.split import Dealing, ExpertShare, Range, Shard
 from shoal.kernels import KVCache
-from shoal.kernels.cpu.arena import GROUP, PackedWeight
-from shoal.kernels.cpu.layers import CompiledModel, PackedLayer, PackedModel
+from shoal.kernels.cpu.layers import CompiledModel
 from shoal.kernels.cpu.reduce import PythonReduce
 from shoal.kernels.cpu.step import HostBatch, ReduceError, Session, StepOutput
-from shoal.model.parameters import DecoderParameters, LayerParameters, Weight
-from shoal.model.rope import attention_factor, inverse_frequencies
+from shoal.model.expert_loader import ExpertLoader
+from shoal.model.packed_model import packed, packed_experts, packed_model
+from shoal.model.parameters import DecoderParameters, ExpertParameters
+from shoal.model.streaming import LayerStream
+
+_NO_SAMPLES = array("q")
 
 
 class PackedDecoder:
@@ -39,6 +42,10 @@ class PackedDecoder:
         dtype: of weights that are not quantised, and of KV unless said otherwise.
         precision: of the weights, for people; None: `dtype`.
         group: the ranks that hold the other shards; None if there are none.
+        stream: brings the weights of layers that are not all in memory; None: they are.
+
+    Attributes:
+        expert_counts: int64 [layers of the shard, experts], tokens so far; None: there are none.
     """
 
     hidden_dtype = torch.float32
@@ -53,6 +60,7 @@ class PackedDecoder:
         *,
         shard: Shard,
         group: Group | None = None,
+        stream: LayerStream | None = None,
     ) -> None:
         assert (1 if group is None else group.size) == shard.num_ranks, (
             "a group is the shard's ranks"
@@ -63,11 +71,36 @@ class PackedDecoder:
         self.precision = precision or str(dtype).removeprefix("torch.")
         self.device = torch.device("cpu")
         self.weight_bytes = parameters.size_bytes
+        if stream is not None:
+            self.weight_bytes += stream.slot_bytes - stream.size_bytes
+        self.stream = stream
+        self.expert_loader: ExpertLoader | None = None
         self._session = session
-        self._head = _packed(parameters.head_VE)
+        self._head = packed(parameters.head_VE)
         self._group = group
         self._reduce: PythonReduce | None = None
-        self._model = CompiledModel(_model(spec, shard, parameters, dtype, self._native_reduce()))
+        reduce, rank = self._native_reduce(), 0 if group is None else group.rank
+        self.expert_counts: Tensor | None = None
+        if spec.experts is not None:
+            sizes = len(shard.layers), spec.experts.num_experts
+            self.expert_counts = torch.zeros(sizes, dtype=torch.int64)
+        self._experts = [layer.experts for layer in parameters.layers]
+        self._model = CompiledModel(
+            packed_model(spec, shard, parameters, dtype, reduce, rank, self.expert_counts)
+        )
+
+    def load_experts(self, layer: int, shares: tuple[ExpertShare, ...]) -> ExpertParameters:
+        """As `Decoder.load_experts`."""
+        like = self._experts[layer - self.shard.layers.start]
+        assert self.expert_loader is not None and like is not None, "it has experts, from a file"
+        return self.expert_loader.load(layer, shares, like)
+
+    def deal(self, layer: int, experts: ExpertParameters, dealing: Dealing) -> None:
+        """As `Decoder.deal`."""
+        held = layer - self.shard.layers.start
+        assert self.expert_counts is not None, "there are experts to deal"
+        self._experts[held] = experts
+        self._model.deal(held, packed_experts(layer, experts, self.expert_counts[held]))
 
     def forward(
         self,
@@ -139,9 +172,10 @@ class PackedDecoder:
         assert shard.layers.holds(layers), f"{layers} are not all here: {shard.layers}"
         assert isinstance(inputs, Tensor) != embeds, "token ids go into an embedding alone"
         assert ends or not samples, "logits follow the last layer, where the head is"
-        own = layers.start - shard.layers.start, layers.stop - shard.layers.start
         try:
-            return self._session.forward(self._model, inputs, batch, kv, samples, own, ends)
+            if self.stream is None:
+                return self._run_layers(inputs, batch, kv, samples, layers, ends)
+            return self._run_streamed(self.stream, inputs, batch, kv, samples, layers, ends)
         except ReduceError as error:
             cause = self._reduce.take_error() if self._reduce else None
             if cause is not None:
@@ -150,6 +184,50 @@ class PackedDecoder:
                 f"{error}: another rank did not come in time, or the step was aborted; the "
                 "instance must begin anew"
             ) from None
+
+    def _run_layers(
+        self,
+        inputs: array[int] | Tensor,
+        batch: HostBatch,
+        kv: KVCache,
+        samples: array[int],
+        layers: Range,
+        ends: bool,
+    ) -> StepOutput:
+        first = self.shard.layers.start
+        own = layers.start - first, layers.stop - first
+        return self._session.forward(self._model, inputs, batch, kv, samples, own, ends)
+
+    def _run_streamed(
+        self,
+        stream: LayerStream,
+        inputs: array[int] | Tensor,
+        batch: HostBatch,
+        kv: KVCache,
+        samples: array[int],
+        layers: Range,
+        ends: bool,
+    ) -> StepOutput:
+        """In pieces, each of which ends with a layer that is not always in memory."""
+        first = layers.start
+        for layer in stream.layers:
+            if layer not in layers:
+                continue
+            stream.acquire(layer)
+            is_last = layer + 1 == layers.stop
+            out = self._run_layers(
+                inputs,
+                batch,
+                kv,
+                samples if is_last else _NO_SAMPLES,
+                Range(first, layer + 1),
+                ends and is_last,
+            )
+            stream.release(layer)
+            if is_last:
+                return out
+            inputs, first = out.hidden_TE, layer + 1
+        return self._run_layers(inputs, batch, kv, samples, Range(first, layers.stop), ends)
 
     def _native_reduce(self) -> tuple[int, int] | None:
         if self._group is None:
@@ -163,71 +241,3 @@ class PackedDecoder:
     def _capped(self, logits_NV: Tensor) -> Tensor:
         cap = self.spec.final_softcap
         return logits_NV if cap is None else (logits_NV / cap).tanh_().mul_(cap)
-
-
-def _model(
-    spec: ModelSpec,
-    shard: Shard,
-    parameters: DecoderParameters,
-    dtype: torch.dtype,
-    reduce: tuple[int, int] | None,
-) -> PackedModel:
-    ropes = list(dict.fromkeys(layer.rope for layer in spec.layers))
-    layers = spec.layers[shard.layers.start : shard.layers.stop]
-    return PackedModel(
-        hidden_size=spec.hidden_size,
-        num_heads=len(shard.heads),
-        num_kv_heads=len(shard.kv_heads(spec)),
-        head_dim=spec.head_dim,
-        group_size=spec.num_heads // spec.num_kv_heads,
-        head_offset=shard.head_offset(spec),
-        ffn_size=len(shard.ffn),
-        activation=spec.activation,
-        norm_eps=spec.norm_eps,
-        attention_scale=spec.attention_scale,
-        attention_softcap=spec.attention_softcap,
-        layers=[
-            _layer(each, layer, ropes.index(layer.rope), spec, shard)
-            for each, layer in zip(parameters.layers, layers, strict=True)
-        ],
-        inv_freqs=torch.stack([inverse_frequencies(rope, spec.head_dim) for rope in ropes]),
-        rope_factors=torch.tensor([attention_factor(rope) for rope in ropes]),
-        final_norm=parameters.final_norm_E,
-        embedding=_packed(parameters.embedding_VE),
-        # Gemma was trained with the scale rounded to the weights' precision.
-        embedding_scale=torch.tensor(spec.embedding_scale, dtype=dtype).item(),
-        head=_packed(parameters.head_VE),
-        first_id=shard.vocab.start,
-        reduce=reduce,
-    )
-
-
-def _layer(
-    layer: LayerParameters, rules: LayerSpec, rope: int, spec: ModelSpec, shard: Shard
-) -> PackedLayer:
-    o = _packed(layer.o_EC)
-    first_column = shard.heads.start * spec.head_dim
-    return PackedLayer(
-        qkv=_packed(layer.qkv_CE),
-        o=o,
-        gate_up=_packed(layer.gate_up_FE),
-        down=_packed(layer.down_EF),
-        qkv_bias=layer.qkv_bias_C,
-        o_bias=layer.o_bias_E,
-        gate_up_bias=layer.gate_up_bias_F,
-        down_bias=layer.down_bias_E,
-        attention_norm=layer.attention_norm_E,
-        qk_norm=layer.qk_norm_HD,
-        post_attention_norm=layer.post_attention_norm_E,
-        ffn_norm=layer.ffn_norm_E,
-        post_ffn_norm=layer.post_ffn_norm_E,
-        window=rules.window,
-        rope=rope,
-        # Quantised columns come in whole groups; where they end with the heads, they begin so too.
-        o_lead=first_column % GROUP if o and o.cols > len(shard.heads) * spec.head_dim else 0,
-    )
-
-
-def _packed(weight: Weight | None) -> PackedWeight | None:
-    assert weight is None or isinstance(weight, PackedWeight)
-    return weight

@@ -29,7 +29,7 @@ from shoal.kernels.quantized import (
     quantize,
     quantize_with_minimums,
 )
-from shoal.model.names import TensorNames
+from shoal.model.names import TensorNames, qkv_parts
 from shoal.model.sources import WeightSource
 
 Format = WeightFormat | Literal["int4_min"] | None
@@ -37,16 +37,24 @@ Format = WeightFormat | Literal["int4_min"] | None
 
 _FEW_BITS = 9.0
 _JUDGED_ROWS = 16
+_JUDGED_MEMBERS = 8  # of a layer's experts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerFormats:
-    """Of one layer's weights."""
+    """Of one layer's weights; `gate_up` and `down` of the MLP that every token goes through.
+
+    `latent_q`, `latent_kv`: what makes heads of latents.
+    """
 
     qkv: Format = None
+    latent_q: Format = None
+    latent_kv: Format = None
     o: Format = None
     gate_up: Format = None
     down: Format = None
+    expert_gate_up: Format = None
+    expert_down: Format = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +68,7 @@ class WeightFormats:
     @property
     def label(self) -> str | None:
         """For people: the format of most weights."""
-        used = [layer.gate_up for layer in self.layers]
+        used = [layer.expert_gate_up or layer.gate_up for layer in self.layers]
         most = Counter(used).most_common(1)[0][0]
         return "int4" if most == "int4_min" else most
 
@@ -77,17 +85,32 @@ def choose_formats(
     def fused(layer: int, *parts: str) -> Format:
         return _wanted(source, [names.weight(layer, part) for part in parts], asked)
 
+    def mlp(layer: int, *parts: str) -> Format:
+        return fused(layer, *(names.mlp_part(spec, layer, part) for part in parts))
+
+    def experts(layer: int, *parts: str) -> Format:
+        if spec.experts is None or not spec.layers[layer].has_experts:
+            return None
+        numbers = range(spec.experts.num_experts)
+        members = [names.expert(layer, part, each) for each in numbers for part in parts]
+        return _wanted(source, members, asked)
+
     def table(part: str) -> Format:
         kept: Quantization = "int8" if asked == "int4" else asked
         return _wanted(source, [names.top(part)], kept)
 
+    qkv = qkv_parts(spec)
     formats = WeightFormats(
         layers=tuple(
             LayerFormats(
-                qkv=fused(i, "q", "k", "v"),
+                qkv=fused(i, *qkv),
+                latent_q=fused(i, "latent_q") if spec.latent else None,
+                latent_kv=fused(i, "latent_kv") if spec.latent else None,
                 o=fused(i, "o"),
-                gate_up=fused(i, "gate", "up"),
-                down=fused(i, "down"),
+                gate_up=mlp(i, "gate", "up"),
+                down=mlp(i, "down"),
+                expert_gate_up=experts(i, "gate", "up"),
+                expert_down=experts(i, "down"),
             )
             for i in range(spec.num_layers)
         ),
@@ -113,7 +136,7 @@ def _wanted(source: WeightSource, members: Sequence[str], asked: Quantization) -
     if asked == "int4" or (asked == "auto" and all_int4):
         with_minimums = "int4_min" in own or any(
             each not in ("int4", "int4_min") and _wants_minimums(source, name)
-            for each, name in zip(own, members, strict=True)
+            for each, name in zip(own[:_JUDGED_MEMBERS], members, strict=False)
         )
         return "int4_min" if with_minimums else "int4"
     if asked in ("int8", "fp8"):

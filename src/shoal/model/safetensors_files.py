@@ -68,6 +68,14 @@ class SafetensorsFiles:
             rows = self._slice(name)[start:stop, columns.start : columns.stop]
         return rows
 
+    def matrix_rows(self, name: str, number: int, rows: Range, columns: Range) -> Tensor:
+        """Of one of the matrices that are stacked in a tensor."""
+        part = self._slice(name)[
+            number : number + 1, rows.start : rows.stop, columns.start : columns.stop
+        ]
+        matrix: Tensor = part[0]
+        return matrix
+
     def columns(self, name: str, start: int, stop: int) -> Tensor:
         columns: Tensor = self._slice(name)[:, start:stop]
         return columns

@@ -16,6 +16,7 @@ from shoal.core.split import Range
 from shoal.kernels.quantized import QuantizedWeight, WeightFormat
 from shoal.model.quantized_checkpoints import find_stored_weights
 from shoal.model.safetensors_files import FLOAT_TYPES, SafetensorsFiles
+from shoal.model.stacked_experts import find_stacked
 
 
 class SafetensorsSource:
@@ -29,7 +30,9 @@ class SafetensorsSource:
     def __init__(self, folder: Path) -> None:
         self._files = SafetensorsFiles(folder)
         self._stored, hidden = find_stored_weights(self._files)
-        self._names = (self._files.names - hidden) | self._stored.keys()
+        stacked, stacks = find_stacked(self._files)
+        self._stored |= stacked
+        self._names = (self._files.names - hidden - stacks) | self._stored.keys()
 
     @property
     def names(self) -> frozenset[str]:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 import torch
 
 from shoal.core.errors import DeviceError
 from shoal.core.options import DType
+from shoal.worker.memory import free_memory_bytes
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +21,7 @@ _DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+_CPU_WEIGHTS_SHARE = 0.8
 _CPU_KV_SHARE = 0.25
 _CPU_KV_BYTES = 1 << 30
 _CPU_KV_FULL_LENGTH = 2
@@ -69,13 +69,6 @@ def choose_dtype(device: torch.device, dtype: DType, *, compiled: bool) -> torch
     return torch.bfloat16 if compiled or _cpu_has_bf16() else torch.float32
 
 
-def free_memory_bytes(device: torch.device) -> int:
-    """Memory that could be allocated now."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return min(int(psutil.virtual_memory().available), _cgroup_room_bytes())
-
-
 def kv_budget_bytes(
     device: torch.device, share: float, full_length_bytes: int, step_bytes: int | None = None
 ) -> int:
@@ -97,6 +90,16 @@ def kv_budget_bytes(
         return int(free * _CUDA_KV_SHARE)
     wanted = max(_CPU_KV_BYTES, _CPU_KV_FULL_LENGTH * full_length_bytes)
     return min(int(free * _CPU_KV_SHARE), wanted)
+
+
+def weights_budget_bytes(device: torch.device, share: float) -> int | None:
+    """Memory for packed weights when the user names none; the rest is for KV and for Steps.
+
+    None: they are not on a CPU, where layers can be left on disk.
+    """
+    if device.type != "cpu":
+        return None
+    return int(free_memory_bytes(device) * share * _CPU_WEIGHTS_SHARE)
 
 
 def _auto_device() -> torch.device:
@@ -145,31 +148,3 @@ def _parse(device: str) -> torch.device:
 def _cpu_has_bf16() -> bool:
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-def _cgroup_room_bytes() -> int:
-    """Memory left under a container's limit; effectively unlimited without one."""
-    for folder, limit_file, used_file in (
-        ("/sys/fs/cgroup", "memory.max", "memory.current"),
-        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        limit, used = _read_number(f"{folder}/{limit_file}"), _read_number(f"{folder}/{used_file}")
-        if limit is not None and used is not None:
-            return max(limit - used + _file_cache_bytes(f"{folder}/memory.stat"), 0)
-    return 1 << 62
-
-
-def _file_cache_bytes(path: str) -> int:
-    """Files the container has read count as used, and are let go when memory is wanted."""
-    try:
-        fields = dict(line.split(" ", 1) for line in Path(path).read_text().splitlines())
-        return int(fields["inactive_file"]) + int(fields["active_file"])
-    except (OSError, ValueError, KeyError):
-        return 0
-
-
-def _read_number(path: str) -> int | None:
-    try:
-        return int(Path(path).read_text())
-    except (OSError, ValueError):
-        return None

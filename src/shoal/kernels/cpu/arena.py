@@ -55,6 +55,19 @@ class PackedWeight:
         return c.Weight(self.data.data_ptr(), _FORMATS[self.format], self.rows, self.cols, 0)
 
 
+class ArenaSize:
+    """Counts what an arena would have to hold."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        self.bytes = 0
+
+    def take(self, weight_format: PackedFormat, rows: int, cols: int) -> PackedWeight:
+        """A weight without room."""
+        self.bytes += packed_bytes(self._library, weight_format, rows, cols)
+        return PackedWeight(weight_format, rows, cols, torch.empty(0, dtype=torch.uint8))
+
+
 class Arena:
     """Zeroed memory for packed weights, handed out front to back.
 
@@ -76,6 +89,10 @@ class Arena:
         start, self._used = self._used, self._used + size
         assert self._used <= len(self.data), "the arena was made too small"
         return PackedWeight(weight_format, rows, cols, self.data[start : self._used])
+
+    def rewind(self) -> None:
+        """Hand out the same memory again: for weights that are not there at one time."""
+        self._used = 0
 
     def put(self, weight: PackedWeight, places: Tensor, rows: Tensor | QuantizedWeight) -> None:
         """Pack rows of a checkpoint at `places` (int64, one packed row for each).

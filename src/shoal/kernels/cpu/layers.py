@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from shoal.kernels.batch import KVCache
 from shoal.kernels.cpu import library as c
 from shoal.kernels.cpu.arena import PackedWeight
+from shoal.kernels.cpu.experts import CompiledExperts, ExpertRules, PackedExperts
 
 MAX_HEAD_DIM = 512
 
@@ -37,6 +38,7 @@ class PackedLayer:
         qkv, o: None without heads.
         gate_up, down: None without FFN columns.
         o_lead: columns of o before those of this rank's heads.
+        experts: beside `gate_up` and `down`, if there are any of both.
     """
 
     qkv: PackedWeight | None
@@ -55,6 +57,25 @@ class PackedLayer:
     window: int | None
     rope: int
     o_lead: int = 0
+    experts: PackedExperts | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenRanges:
+    """What a rank must know of the others, where they split KV by token ranges.
+
+    Attributes:
+        num_ranks, rank: how many there are, and which this one is.
+        num_heads, num_kv_heads: of all of them.
+        first_head, first_kv_head: here.
+    """
+
+    num_ranks: int
+    rank: int
+    num_heads: int
+    num_kv_heads: int
+    first_head: int
+    first_kv_head: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -62,8 +83,8 @@ class PackedModel:
     """Layers, their shapes, and what stands before and after them.
 
     Attributes:
-        num_heads, num_kv_heads, ffn_size: of this rank; query heads of its first and of its last
-            KV head may be missing.
+        num_heads, num_kv_heads: of this rank; query heads of its first and of its last KV head may
+            be missing.
         group_size: query heads of a KV head, on all ranks.
         head_offset: missing query heads of its first KV head.
         inv_freqs: fp32 [ropes, head_dim / 2]; a layer's `rope` is a row of it.
@@ -71,6 +92,10 @@ class PackedModel:
         final_norm: None: layers end in the residual stream.
         embedding, head: of the token ids from first_id on; None: of none.
         reduce: address of a `shoal_reduce` and of its context; None: there is one rank.
+        token_ranges: None: each rank keeps KV of its own heads.
+        joint_norm_heads: q and k are normed over so many heads and KV heads together, on all ranks;
+            None: each head by itself.
+        expert_rules: None: no layer has experts.
     """
 
     hidden_size: int
@@ -79,7 +104,6 @@ class PackedModel:
     head_dim: int
     group_size: int
     head_offset: int
-    ffn_size: int
     activation: Literal["silu", "gelu_tanh"]
     norm_eps: float
     attention_scale: float
@@ -93,6 +117,9 @@ class PackedModel:
     head: PackedWeight | None
     first_id: int = 0
     reduce: tuple[int, int] | None = None
+    token_ranges: TokenRanges | None = None
+    joint_norm_heads: tuple[int, int] | None = None
+    expert_rules: ExpertRules | None = None
 
 
 class CompiledModel:
@@ -104,7 +131,10 @@ class CompiledModel:
     """
 
     def __init__(self, packed: PackedModel) -> None:
-        self._packed = packed
+        # Dealt experts come and go; all else is kept as long as this.
+        self._packed = replace(
+            packed, layers=[replace(each, experts=None) for each in packed.layers]
+        )
         self._layers = (c.Layer * len(packed.layers))(*map(_layer, packed.layers))
         reduce, context = packed.reduce or (None, None)
         self._model = c.Model(
@@ -112,7 +142,7 @@ class CompiledModel:
             num_heads=packed.num_heads,
             num_kv_heads=packed.num_kv_heads,
             head_dim=packed.head_dim,
-            ffn=packed.ffn_size,
+            ffn=max((each.down.cols for each in packed.layers if each.down), default=0),
             activation=_ACTIVATIONS[packed.activation],
             num_layers=len(packed.layers),
             num_ropes=len(packed.inv_freqs),
@@ -127,6 +157,19 @@ class CompiledModel:
             reduce=reduce,
             reduce_context=context,
         )
+        if (ranges := packed.token_ranges) is not None:
+            self._model.num_ranks, self._model.rank = ranges.num_ranks, ranges.rank
+            self._model.all_heads = ranges.num_heads
+            self._model.all_kv_heads = ranges.num_kv_heads
+            self._model.first_head = ranges.first_head
+            self._model.first_kv_head = ranges.first_kv_head
+        self._model.norm_heads, self._model.norm_kv_heads = packed.joint_norm_heads or (0, 0)
+        if packed.expert_rules is not None:
+            self._set_rules(packed.expert_rules)
+        self._experts: dict[int, CompiledExperts] = {}
+        for index, layer in enumerate(packed.layers):
+            if layer.experts is not None:
+                self.deal(index, layer.experts)
         self._final_norm = _pointer(packed.final_norm)
         self.num_ids = 0 if packed.head is None else packed.head.rows
         self.embedding_scale = packed.embedding_scale
@@ -134,6 +177,20 @@ class CompiledModel:
         self.hidden_size = packed.hidden_size
         self.c_embedding, self.c_head = _reference(packed.embedding), _reference(packed.head)
         self._kv: tuple[KVCache, ctypes.Array[c.LayerKV]] | None = None
+
+    def deal(self, index: int, experts: PackedExperts) -> None:
+        """From the next call on a layer has these; between calls."""
+        compiled = CompiledExperts(experts)
+        self._layers[index].experts = ctypes.pointer(compiled.struct)
+        self._experts[index] = compiled
+
+    def _set_rules(self, rules: ExpertRules) -> None:
+        model = self._model
+        model.num_experts, model.num_active = rules.num_experts, rules.num_active
+        model.num_expert_groups = rules.num_groups
+        model.num_active_groups = rules.num_active_groups
+        model.renormalises, model.expert_scale = rules.renormalises, rules.scale
+        model.expert_ffn = rules.ffn_size
 
     def c_model(self, kv: KVCache, first: int, last: int, ends: bool) -> c.Model:
         """Layers [first, last), with the final norm if `ends`."""

@@ -11,7 +11,7 @@ import sysconfig
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
-_ABI = 2
+_ABI = 4
 
 REDUCE_FAILED = -2
 """What `forward` returns where a `shoal_reduce` failed."""
@@ -36,6 +36,25 @@ class Weight(Structure):
     )
 
 
+class Share(Structure):
+    """shoal_share."""
+
+    _fields_ = tuple((name, c_int32) for name in ("expert", "start", "stop"))
+
+
+class Experts(Structure):
+    """shoal_experts."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("router", "shared_gate")),
+        ("weights", POINTER(Weight)),
+        ("shares", POINTER(Share)),
+        ("counts", c_void_p),
+        ("num_shares", c_int32),
+        ("layer", c_int32),
+    )
+
+
 class Layer(Structure):
     """shoal_layer."""
 
@@ -45,6 +64,7 @@ class Layer(Structure):
         *((name, c_void_p) for name in ("attention_norm", "qk_norm", "post_attention_norm")),
         *((name, c_void_p) for name in ("ffn_norm", "post_ffn_norm")),
         *((name, c_int32) for name in ("window", "rope", "o_lead", "reserved")),
+        ("experts", POINTER(Experts)),
     )
 
 
@@ -60,7 +80,12 @@ class Model(Structure):
         *((name, c_int32) for name in ("ffn", "activation", "num_layers", "num_ropes")),
         *((name, c_float) for name in ("norm_eps", "attention_scale", "attention_softcap")),
         *((name, c_int32) for name in ("kv_format", "group_size", "head_offset")),
-        *((name, c_int32) for name in ("attention_width", "reserved")),
+        *((name, c_int32) for name in ("attention_width", "num_ranks", "rank", "all_heads")),
+        *((name, c_int32) for name in ("all_kv_heads", "first_head", "first_kv_head")),
+        *((name, c_int32) for name in ("norm_heads", "norm_kv_heads", "num_experts")),
+        *((name, c_int32) for name in ("num_active", "num_expert_groups", "num_active_groups")),
+        *((name, c_int32) for name in ("renormalises", "expert_ffn")),
+        ("expert_scale", c_float),
         ("layers", POINTER(Layer)),
         *((name, c_void_p) for name in ("inv_freqs", "rope_factors", "final_norm")),
         *((name, c_void_p) for name in ("reduce", "reduce_context")),
@@ -80,6 +105,7 @@ class Batch(Structure):
         ("num_tokens", c_int32),
         ("num_rows", c_int32),
         *((name, c_void_p) for name in ("query_lens", "context_lens", "block_tables")),
+        ("held_before", c_void_p),
     )
 
 

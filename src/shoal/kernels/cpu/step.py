@@ -31,11 +31,14 @@ class HostBatch:
         query_lens: tokens of each row; at least 1.
         context_lens: tokens of each row's sequence once this step has run, the row's included.
         block_tables: of each row, blocks of positions 0, 1, ...; 64-bit integers.
+        held_before: empty: all blocks are here. Otherwise the tables have those that are, and this
+            is `HeldBlocks.before`.
     """
 
     query_lens: array[int]
     context_lens: array[int]
     block_tables: Sequence[array[int]]
+    held_before: Sequence[array[int]] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,14 +112,14 @@ class Session:
             hidden_TE.copy_(inputs)
         logits_NV = self._buffer("logits", num_samples, model.num_ids)
         best = array("q", bytes(8 * num_samples))
-        tables = [table.buffer_info()[0] for table in batch.block_tables]
-        pointers = (ctypes.c_void_p * len(tables))(*tables)
+        tables, held = _pointers(batch.block_tables), _pointers(batch.held_before)
         rows = c.Batch(
             num_tokens,
             len(tables),
             batch.query_lens.buffer_info()[0],
             batch.context_lens.buffer_info()[0],
-            ctypes.addressof(pointers),
+            ctypes.addressof(tables),
+            ctypes.addressof(held) if batch.held_before else None,
         )
         c_ends = c.Ends(
             model.c_embedding,
@@ -200,6 +203,10 @@ class Session:
                 kept = self._buffers[name] = torch.empty(rows, columns)
             self._views[key] = kept[:rows]
         return self._views[key]
+
+
+def _pointers(arrays: Sequence[array[int]]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(arrays))(*(each.buffer_info()[0] for each in arrays))
 
 
 _NOTHING = torch.empty(0, dtype=torch.int64)

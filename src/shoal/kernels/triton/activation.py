@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shoal.kernels.triton.numbers import tanh
+from shoal.kernels.triton.numbers import gated
 
 _BLOCK = 1024
 
@@ -36,12 +36,6 @@ def _gated(gate_up_ptr, out_ptr, size, IS_SILU: tl.constexpr, BLOCK: tl.constexp
     mask = column < size
     gate = tl.load(gate_up_ptr + token * 2 * size + column, mask=mask, other=0.0)
     up = tl.load(gate_up_ptr + token * 2 * size + size + column, mask=mask, other=0.0)
-    wide = gate.to(tl.float32)
-    if IS_SILU:
-        wide = wide * tl.sigmoid(wide)
-    else:
-        inner = 0.7978845608028654 * (wide + 0.044715 * wide * wide * wide)
-        wide = 0.5 * wide * (1.0 + tanh(inner))
-    # Rounded before it is multiplied, as two operations would.
-    gated = wide.to(gate.dtype).to(tl.float32) * up.to(tl.float32)
-    tl.store(out_ptr + token * size + column, gated.to(gate.dtype), mask=mask)
+    wide, wide_up = gate.to(tl.float32), up.to(tl.float32)
+    inner = gated(wide, wide_up, IS_SILU, out_ptr.dtype.element_ty)
+    tl.store(out_ptr + token * size + column, inner, mask=mask)

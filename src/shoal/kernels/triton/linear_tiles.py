@@ -17,8 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shoal.kernels.quantized import QuantizedWeight
-from shoal.kernels.triton.dequantize import KINDS, code_bytes
-from shoal.kernels.triton.numbers import to_number
+from shoal.kernels.triton.weight_tile import tile_arguments, weight_tile
 
 _BLOCK_F = 64
 _MAX_BLOCK_T = 64
@@ -30,33 +29,22 @@ def tiles_linear(x_TK: Tensor, weight: QuantizedWeight, bias_F: Tensor | None) -
     """x @ weight.T + bias."""
     num_tokens = len(x_TK)
     rows, columns = weight.shape
-    codes = code_bytes(weight)
-    minimums = weight.minimums_FG
     block_t = max(16, min(_MAX_BLOCK_T, triton.next_power_of_2(num_tokens)))
     block_k = 128 if x_TK.element_size() < 4 else 64
     grid = (triton.cdiv(rows, _BLOCK_F), triton.cdiv(num_tokens, block_t))
     parts = _num_parts(grid[0] * grid[1], triton.cdiv(columns, block_k), x_TK.device)
-    # Columns of one group next to each other: the largest power of two that divides it.
-    run = min(weight.group_size & -weight.group_size, block_k)
+    given, constants = tile_arguments(weight, block_k)
     dtype = x_TK.dtype if parts == 1 else torch.float32
     out_PTF = x_TK.new_empty((parts, num_tokens, rows), dtype=dtype)
     _tiles[(*grid, parts)](
         x_TK,
-        codes,
-        weight.scales_FG,
-        weight.scales_FG if minimums is None else minimums,
+        *given,
         x_TK if bias_F is None else bias_F,
         out_PTF,
         num_tokens,
         rows,
-        columns,
-        codes.shape[1],
-        weight.scales_FG.shape[1],
         triton.cdiv(triton.cdiv(columns, block_k), parts) * block_k,
-        GROUP=weight.group_size,
-        RUN=run,
-        KIND=KINDS[weight.format],
-        HAS_MINIMUM=minimums is not None,
+        **constants,
         HAS_BIAS=bias_F is not None and parts == 1,
         BLOCK_F=_BLOCK_F,
         BLOCK_T=block_t,
@@ -83,13 +71,13 @@ def _tiles(
     codes_ptr,
     scales_ptr,
     minimums_ptr,
+    columns,
+    row_bytes,
+    groups,
     bias_ptr,
     out_ptr,
     num_tokens,
     rows,
-    columns,
-    row_bytes,
-    groups,
     part_columns,
     GROUP: tl.constexpr,
     RUN: tl.constexpr,
@@ -100,7 +88,6 @@ def _tiles(
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    RUNS: tl.constexpr = BLOCK_K // RUN
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     part = tl.program_id(2)
@@ -109,27 +96,11 @@ def _tiles(
     acc = tl.zeros([BLOCK_F, BLOCK_T], tl.float32)
     last = tl.minimum((part + 1) * part_columns, columns)
     for start in range(part * part_columns, last, BLOCK_K):
-        if KIND == 3:
-            byte_at = start // 2 + tl.arange(0, BLOCK_K // 2)
-            mask = (f < rows)[:, None] & (byte_at < row_bytes)[None, :]
-            codes = tl.load(codes_ptr + f_wide * row_bytes + byte_at[None, :], mask=mask, other=0)
-            codes = tl.interleave(codes & 15, codes >> 4)
-        else:
-            k = start + tl.arange(0, BLOCK_K)
-            mask = (f < rows)[:, None] & (k < columns)[None, :]
-            codes = tl.load(codes_ptr + f_wide * row_bytes + k[None, :], mask=mask, other=0)
-        values = to_number(codes, KIND, tl.float32)
-        if KIND == 3 and not HAS_MINIMUM:
-            values -= 8.0
-        run_at = start + tl.arange(0, RUNS) * RUN
-        cell = f_wide * groups + (run_at // GROUP)[None, :]
-        run_mask = (f < rows)[:, None] & (run_at < columns)[None, :]
-        scale = tl.load(scales_ptr + cell, mask=run_mask, other=0.0).to(tl.float32)
-        values = tl.reshape(values, (BLOCK_F, RUNS, RUN)) * scale[:, :, None]
-        if HAS_MINIMUM:
-            minimum = tl.load(minimums_ptr + cell, mask=run_mask, other=0.0).to(tl.float32)
-            values += minimum[:, :, None]
-        weight = tl.reshape(values, (BLOCK_F, BLOCK_K)).to(x_ptr.dtype.element_ty)
+        weight = weight_tile(
+            codes_ptr, scales_ptr, minimums_ptr, f.to(tl.int64), f < rows, start, columns,
+            row_bytes, groups, GROUP, RUN, KIND, HAS_MINIMUM, BLOCK_F, BLOCK_K,
+        )  # fmt: skip
+        weight = weight.to(x_ptr.dtype.element_ty)
         k_x = start + tl.arange(0, BLOCK_K)
         x_mask = (k_x < columns)[:, None] & (t < num_tokens)[None, :]
         x = tl.load(x_ptr + t_wide * columns + k_x[:, None], mask=x_mask, other=0.0)

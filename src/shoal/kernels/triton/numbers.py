@@ -1,4 +1,4 @@
-"""Conversions that every supported GPU can do, written in bits: fp8, rounding, tanh.
+"""Conversions that every supported GPU can do, written in bits: fp8, rounding, tanh; and the gate.
 
 Triton's own fp8 needs compute capability 8.9; these are the same numbers on 8.0. Knows nothing
 of what is converted.
@@ -54,3 +54,15 @@ def to_number(codes, kind: tl.constexpr, dtype: tl.constexpr):
     if kind == 2:
         return e4m3_to_float(codes.to(tl.int32)).to(dtype)
     return codes.to(dtype)
+
+
+@triton.jit
+def gated(gate, up, IS_SILU: tl.constexpr, dtype: tl.constexpr):
+    """activation(gate) * up of fp32, each step rounded to `dtype` as single operations would."""
+    wide = gate.to(dtype).to(tl.float32)
+    if IS_SILU:
+        wide = wide * tl.sigmoid(wide)
+    else:
+        inner = 0.7978845608028654 * (wide + 0.044715 * wide * wide * wide)
+        wide = 0.5 * wide * (1.0 + tanh(inner))
+    return (wide.to(dtype).to(tl.float32) * up.to(dtype).to(tl.float32)).to(dtype)

@@ -76,21 +76,45 @@ struct shoal_context {
 
 namespace {
 
+void carve_experts(Scratch& s, Carver& carver, const shoal_model& m, int64_t tokens) {
+    int64_t pairs = tokens * m.num_active;
+    carver.take(s.normed, tokens * m.hidden);
+    carver.take(s.scores, tokens * m.num_experts);
+    carver.take(s.expert_weights, pairs);
+    carver.take(s.expert_ids, pairs);
+    carver.take(s.turns, m.num_experts);
+    carver.take(s.list_starts, int64_t(m.num_experts) + 2);
+    carver.take(s.list_tokens, pairs);
+    carver.take(s.list_weights, pairs);
+    carver.take(s.expert_gated, pairs * m.expert_ffn);
+    carver.take(s.expert_tiles, pairs);
+}
+
 int64_t carve(Scratch& s, uint8_t* base, const KernelTable& table, const shoal_model& m,
               const shoal_batch& b, int threads) {
     Carver carver = {base};
     int64_t tokens = b.num_tokens, rows = b.num_rows + 1;
     int64_t heads = int64_t(m.num_heads) + 2 * int64_t(m.num_kv_heads);
+    int64_t pairs = tokens * m.num_active;
     int64_t widest = largest(m.hidden, largest(m.attention_width, m.ffn));
-    s.row_floats = round_up(widest, 16);
+    s.row_floats = round_up(largest(widest, m.num_experts + m.num_expert_groups), 16);
     carver.take(s.qkv, tokens * heads * m.head_dim);
     carver.take(s.attention, tokens * m.attention_width);
+    s.heads = s.qkv;
+    if (m.num_ranks) {
+        carver.take(s.heads, tokens * (m.all_heads + 2 * int64_t(m.all_kv_heads)) * m.head_dim);
+        carver.take(s.merged, tokens * m.all_heads * m.head_dim);
+        carver.take(s.sums, tokens * m.all_heads * m.num_ranks);
+    }
     carver.take(s.gated, tokens * m.ffn);
     carver.take(s.residual, tokens * m.hidden);
     carver.take(s.cosines, tokens * m.num_ropes * (m.head_dim / 2));
     carver.take(s.sines, tokens * m.num_ropes * (m.head_dim / 2));
     carver.take(s.row, threads * s.row_floats);
-    carver.take(s.inputs, table.input_bytes(tokens, widest));
+    carver.take(s.inputs, largest(table.input_bytes(tokens, widest),
+                                  table.input_bytes(pairs, largest(m.hidden, m.expert_ffn))));
+    carver.take(s.head_squares, m.norm_heads ? 2 * tokens : 0);
+    if (m.num_experts) carve_experts(s, carver, m, tokens);
     carver.take(s.token_rows, tokens);
     carver.take(s.row_starts, rows);
     carver.take(s.item_starts, rows);
@@ -124,14 +148,19 @@ void shoal_cpu_destroy(shoal_context* context) {
 
 int32_t shoal_cpu_forward(shoal_context* context, const shoal_model* model, const shoal_layer_kv* kv,
                           const shoal_batch* batch, const shoal_ends* ends, float* hidden) {
-    Forward f = {context->team, model, kv, batch, ends, hidden, {}, false};
+    shoal_model attended = *model;
+    if (model->num_ranks) {
+        attended.num_heads = model->all_heads, attended.num_kv_heads = model->all_kv_heads;
+        attended.head_offset = 0;
+    }
+    Forward f = {context->team, model, &attended, kv, batch, ends, hidden, {}, false};
     const KernelTable& table = *context->table;
     int threads = team_size(context->team);
     int64_t bytes = carve(f.scratch, nullptr, table, *model, *batch, threads);
     if (!context->buffer.ensure(bytes)) return -1;
     carve(f.scratch, context->buffer.data(), table, *model, *batch, threads);
     memset(f.scratch.work, 0, sizeof(Work) * (size_t(model->num_layers) * kPhasesPerLayer + kOtherPhases));
-    if (!context->partial.ensure(table.plan(model, batch, &f.scratch) * 4)) return -1;
+    if (!context->partial.ensure(table.plan(&attended, batch, &f.scratch) * 4)) return -1;
     f.scratch.partial = reinterpret_cast<float*>(context->partial.data());
     team_run(context->team, table.forward, &f);
     return f.failed ? -2 : 0;

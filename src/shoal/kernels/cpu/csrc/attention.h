@@ -30,14 +30,26 @@ struct RowItems {
     int64_t total() const { return parts * query_groups * head_groups * kv_groups; }
 };
 
-inline RowItems items_of(const shoal_model& model, int64_t query_len, int64_t context_len) {
+// Keys here of a row's tokens before a position; numbered without gaps where other ranks hold
+// some of its blocks.
+inline int64_t keys_before(const shoal_batch& batch, int64_t row, int64_t position) {
+    if (!batch.held_before) return position;
+    const int64_t* before = batch.held_before[row];
+    int64_t block = position / kBlock, rest = position % kBlock;
+    bool is_here = rest && before[block + 1] > before[block];
+    return before[block] * kBlock + (is_here ? rest : 0);
+}
+
+inline RowItems items_of(const shoal_model& model, const shoal_batch& batch, int64_t row) {
+    int64_t query_len = batch.query_lens[row];
+    int64_t num_keys = keys_before(batch, row, batch.context_lens[row]);
     int group = model.group_size;
     RowItems items;
     items.head_groups = (group + kMaxQueries - 1) / kMaxQueries;
     items.heads = int((group + items.head_groups - 1) / items.head_groups);
     items.tokens = kMaxQueries / items.heads;
     items.query_groups = (query_len + items.tokens - 1) / items.tokens;
-    items.parts = query_len > kFewTokens ? 1 : (context_len + kPart - 1) / kPart;
+    items.parts = query_len > kFewTokens || !num_keys ? 1 : (num_keys + kPart - 1) / kPart;
     items.kv_heads = items.parts == 1 ? 1 : kMaxKvHeads;
     items.kv_groups = (model.num_kv_heads + items.kv_heads - 1) / items.kv_heads;
     return items;
@@ -48,7 +60,7 @@ inline int64_t plan_attention(const shoal_model& model, const shoal_batch& batch
     for (int64_t r = 0; r <= batch.num_rows; r++) {
         scratch.row_starts[r] = token, scratch.item_starts[r] = item, scratch.part_starts[r] = part;
         if (r == batch.num_rows) break;
-        RowItems items = items_of(model, batch.query_lens[r], batch.context_lens[r]);
+        RowItems items = items_of(model, batch, r);
         item += items.total();
         if (items.parts > 1) part += items.parts * batch.query_lens[r] * model.num_heads;
         for (int64_t i = 0; i < batch.query_lens[r]; i++) scratch.token_rows[token++] = r;
@@ -259,20 +271,32 @@ const Attend kAttend[3][kMaxQueries] = {SHOAL_QUERIES(SHOAL_KV_F32), SHOAL_QUERI
 inline float* part_of(const Forward& f, int64_t row, const RowItems& items, int64_t token, int64_t head,
                       int64_t part) {
     int64_t first = f.scratch.part_starts[row];
-    int64_t index = first + (token * f.model->num_heads + head) * items.parts + part;
-    return f.scratch.partial + index * (f.model->head_dim + 2);
+    int64_t index = first + (token * f.attended->num_heads + head) * items.parts + part;
+    return f.scratch.partial + index * (f.attended->head_dim + 2);
 }
 
-// Where the heads of a token go: an input of o.
+// Where the heads of a token go: an input of o, or what is merged over ranks.
 inline float* attention_of(const Forward& f, const shoal_layer& layer, int64_t token) {
+    if (f.model->num_ranks) return f.scratch.merged + token * f.attended->num_heads * f.attended->head_dim;
     return f.scratch.attention + token * layer.o.cols + layer.o_lead;
+}
+
+constexpr float kNothingSeen = -1e30f; // as the logarithm of a sum; finite, so that sums stay so
+
+// What a merge over ranks must know of a token's head: the logarithm of the sum of exponentials.
+inline void put_sum(const Forward& f, int64_t token, int64_t head, float most, float total) {
+    if (!f.model->num_ranks) return;
+    int64_t at = (token * f.attended->num_heads + head) * f.model->num_ranks + f.model->rank;
+    f.scratch.sums[at] = total > 0.f ? most + logf(total) : kNothingSeen;
 }
 
 inline void run_item(const Forward& f, const shoal_layer& layer, const shoal_layer_kv& kv, int64_t row,
                      int64_t index) {
-    const shoal_model& model = *f.model;
-    int64_t query_len = f.batch->query_lens[row], context_len = f.batch->context_lens[row];
-    RowItems items = items_of(model, query_len, context_len);
+    const shoal_model& model = *f.attended;
+    const shoal_batch& batch = *f.batch;
+    int64_t query_len = batch.query_lens[row], context_len = batch.context_lens[row];
+    int64_t num_keys = keys_before(batch, row, context_len);
+    RowItems items = items_of(model, batch, row);
     int64_t part = index % items.parts, rest = index / items.parts;
     int64_t query_group = rest % items.query_groups;
     rest /= items.query_groups;
@@ -294,15 +318,17 @@ inline void run_item(const Forward& f, const shoal_layer& layer, const shoal_lay
     if (heads <= 0) return;
     int queries = heads * tokens;
     int64_t from = items.parts > 1 ? part * kPart : 0;
-    int64_t to = items.parts > 1 && from + kPart < context_len ? from + kPart : context_len;
+    int64_t to = items.parts > 1 && from + kPart < num_keys ? from + kPart : num_keys;
 
-    Item item = {&model, &kv, f.batch->block_tables[row], first_kv_head, kv_heads,
+    Item item = {&model, &kv, batch.block_tables[row], first_kv_head, kv_heads,
                  to, from, {}, {}, nullptr, nullptr, {}, {}};
     for (int q = 0; q < queries; q++) {
         int64_t position = context_len - query_len + first_token + q / heads;
         int64_t oldest = layer.window > 0 && position >= layer.window ? position - layer.window + 1 : 0;
-        item.seen_from[q] = oldest > from ? oldest : from;
-        item.seen_to[q] = position + 1 < to ? position + 1 : to;
+        int64_t seen_from = keys_before(batch, row, oldest);
+        int64_t seen_to = keys_before(batch, row, position + 1);
+        item.seen_from[q] = seen_from > from ? seen_from : from;
+        item.seen_to[q] = seen_to < to ? seen_to : to;
         if (item.seen_from[q] < item.first_key) item.first_key = item.seen_from[q];
         if (item.seen_to[q] > item.end_key) item.end_key = item.seen_to[q];
     }
@@ -326,7 +352,7 @@ inline void run_item(const Forward& f, const shoal_layer& layer, const shoal_lay
                 for (int64_t d = 0; d < model.head_dim; d++) column[d * queries] = 0.f;
                 continue;
             }
-            const float* query = f.scratch.qkv + (first_row + token_of(q)) * qkv_stride +
+            const float* query = f.scratch.heads + (first_row + token_of(q)) * qkv_stride +
                                  head_of(h, q) * model.head_dim;
             for (int64_t d = 0; d < model.head_dim; d++) column[d * queries] = query[d];
         }
@@ -347,34 +373,10 @@ inline void run_item(const Forward& f, const shoal_layer& layer, const shoal_lay
                 continue;
             }
             float* to_token = attention_of(f, layer, first_row + token) + head * model.head_dim;
-            float inverse = 1.f / item.total[h][q];
+            float inverse = item.total[h][q] > 0.f ? 1.f / item.total[h][q] : 0.f;
+            put_sum(f, first_row + token, head, item.most[h][q], item.total[h][q]);
             for (int64_t d = 0; d < model.head_dim; d++) to_token[d] = sums[d] * inverse;
         }
-    }
-}
-
-// The parts of one token's heads, put together where its output belongs.
-inline void merge_parts(const Forward& f, const shoal_layer& layer, int64_t token) {
-    const shoal_model& model = *f.model;
-    int64_t row = f.scratch.token_rows[token], in_row = token - f.scratch.row_starts[row];
-    RowItems items = items_of(model, f.batch->query_lens[row], f.batch->context_lens[row]);
-    if (items.parts == 1) return;
-    for (int64_t head = 0; head < model.num_heads; head++) {
-        float* to = attention_of(f, layer, token) + head * model.head_dim;
-        const float* parts = part_of(f, row, items, in_row, head, 0);
-        int64_t size = model.head_dim + 2;
-        float most = -INFINITY, total = 0.f;
-        for (int64_t p = 0; p < items.parts; p++)
-            if (parts[p * size + model.head_dim] > most) most = parts[p * size + model.head_dim];
-        memset(to, 0, size_t(model.head_dim) * 4);
-        for (int64_t p = 0; p < items.parts; p++) {
-            const float* part = parts + p * size;
-            if (part[model.head_dim] == -INFINITY) continue;
-            float share = expf(part[model.head_dim] - most);
-            total += share * part[model.head_dim + 1];
-            for (int64_t d = 0; d < model.head_dim; d++) to[d] += share * part[d];
-        }
-        for (int64_t d = 0; d < model.head_dim; d++) to[d] /= total;
     }
 }
 

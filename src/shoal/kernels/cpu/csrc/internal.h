@@ -25,25 +25,45 @@ struct alignas(64) Work {
     int64_t taken;
 };
 
+// Some tokens of an expert's list, and of an expert: its tokens, which of them are this rank's,
+// where its list begins, and how many went by.
+struct ExpertTile {
+    int32_t slot, first, size;
+};
+struct ExpertTurn {
+    int64_t tokens, first, last, list, seen;
+};
+
 // Buffers of one forward pass, made by api.cpp for `tokens`.
 struct Scratch {
     float *qkv, *attention, *gated, *residual; // [tokens, ...]; residual: a branch before its norm
+    float* heads;         // q, k and v that attention works on: qkv, or of all ranks' heads
+    float *merged, *sums; // [tokens, heads of all ranks, ...] where KV is split by token ranges
     float *cosines, *sines;                    // [ropes, tokens, head_dim / 2]
     float* row;         // [threads, row_floats] one token's values, of each thread
     int64_t row_floats; // the widest of any layer
     uint8_t* inputs;    // a matrix product's input, in tiles (see matmul.h)
     float* partial;     // attention over parts of long contexts (see attention.h)
+    float *normed, *scores, *expert_weights; // [tokens, ...] of layers with experts
+    int64_t* expert_ids;                     // [tokens, active]
+    ExpertTurn* turns;                       // [experts]
+    int64_t* list_starts; // [shares + 2]: where each share's list begins; the end; how many tiles
+    int64_t* list_tokens;                    // [pairs of a token and an expert], expert by expert
+    float *list_weights, *expert_gated;      // likewise
+    ExpertTile* expert_tiles;
+    float* head_squares;                     // [tokens, 2] of all heads of q, and of k
     int64_t* token_rows;                            // [tokens] the row of each token
     int64_t *row_starts, *item_starts, *part_starts; // [rows + 1] tokens, work, parts before a row
     Work* work;                                     // one for each phase, zeroed
 };
 
 constexpr int kMaxHeadDim = 512;
-constexpr int kPhasesPerLayer = 12, kOtherPhases = 6;
+constexpr int kPhasesPerLayer = 32, kOtherPhases = 6;
 
 struct Forward {
     Team* team;
     const shoal_model* model;
+    const shoal_model* attended; // with the heads that attention is computed of here
     const shoal_layer_kv* kv;
     const shoal_batch* batch;
     const shoal_ends* ends;

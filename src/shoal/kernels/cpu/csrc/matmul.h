@@ -276,7 +276,7 @@ inline bool take(Work* work, int64_t total, int threads, int64_t* first, int64_t
     }
 }
 
-enum class Into { kStore, kAdd, kGate };
+enum class Into { kStore, kAdd, kGate, kWeighted };
 
 struct Output {
     Into into;
@@ -285,6 +285,8 @@ struct Output {
     int64_t rows;   // of the output, without padding
     const float* bias;
     int32_t activation; // kGate
+    const int64_t* tokens = nullptr; // kWeighted adds to these, times these
+    const float* weights = nullptr;
 };
 
 inline F gate(F x, F up, int32_t activation) {
@@ -297,7 +299,8 @@ inline F gate(F x, F up, int32_t activation) {
 // One token's 16 rows (`up`: those of the up projection, for kGate) to their place.
 inline void put_output(const Output& to, int64_t row, int64_t token, const float* values,
                        const float* up, const float* bias) {
-    float* out = to.out + token * to.stride + row;
+    bool is_weighted = to.into == Into::kWeighted;
+    float* out = to.out + (is_weighted ? to.tokens[token] : token) * to.stride + row;
     int64_t left = to.rows - row;
     for (int i = 0; i < kLanes && i < left; i += kWidth) {
         F value = load(values + i);
@@ -309,7 +312,9 @@ inline void put_output(const Output& to, int64_t row, int64_t token, const float
         }
         bool whole = left - i >= kWidth;
         int n = whole ? kWidth : int(left - i);
-        if (to.into == Into::kAdd) value = add(value, whole ? load(out + i) : load_some(out + i, n));
+        if (is_weighted) value = mul(value, set1(to.weights[token]));
+        if (to.into == Into::kAdd || is_weighted)
+            value = add(value, whole ? load(out + i) : load_some(out + i, n));
         if (whole) store(out + i, value);
         else store_some(out + i, value, n);
     }

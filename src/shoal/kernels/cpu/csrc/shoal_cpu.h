@@ -14,7 +14,7 @@ extern "C" {
 #pragma GCC visibility push(default)
 #endif
 
-#define SHOAL_CPU_ABI 2
+#define SHOAL_CPU_ABI 4
 
 enum { SHOAL_F32 = 0, SHOAL_BF16 = 1, SHOAL_INT8 = 2, SHOAL_INT4 = 3, SHOAL_INT4_MIN = 4 };
 enum { SHOAL_KV_F32 = 0, SHOAL_KV_BF16 = 1, SHOAL_KV_INT8 = 2 };
@@ -31,6 +31,23 @@ typedef struct {
 // Sums `count` floats over all ranks, in place; not 0: it failed, and the pass ends.
 typedef int32_t (*shoal_reduce)(void* context, float* data, int64_t count);
 
+// Some of the tokens that go to an expert: of n, those from (n start + phase) >> 16 on, up to
+// (n stop + phase) >> 16.
+typedef struct {
+    int32_t expert, start, stop;
+} shoal_share;
+
+// Experts of a layer that this rank has. Weights are gate_up and down of each share.
+typedef struct {
+    const float* router;      // [num_experts, hidden]
+    const float* shared_gate; // [hidden]; null: what the MLP beside the experts gives is added as it is
+    const shoal_weight* weights;
+    const shoal_share* shares;
+    int64_t* counts; // [num_experts] tokens of each are added to it; null: nobody counts
+    int32_t num_shares;
+    int32_t layer; // of the model: moves who gets what is left over of a share
+} shoal_experts;
+
 // Pointers may be null where the model has no such part; a weight's, where this rank has no heads
 // or no FFN columns. Columns of o may begin before and end after this rank's heads: quantised ones
 // come in whole groups. Inputs are zero there.
@@ -42,17 +59,27 @@ typedef struct {
     int32_t rope;   // which row of inv_freqs
     int32_t o_lead; // columns of o before those of this rank's heads
     int32_t reserved;
+    const shoal_experts* experts; // null: the MLP is all there is; else it is beside them
 } shoal_layer;
 
 typedef struct {
-    int32_t hidden, num_heads, num_kv_heads, head_dim, ffn, activation;
+    int32_t hidden, num_heads, num_kv_heads, head_dim;
+    int32_t ffn; // the widest of any layer
+    int32_t activation;
     int32_t num_layers, num_ropes;
     float norm_eps, attention_scale, attention_softcap; // softcap 0: none
     int32_t kv_format;
     int32_t group_size;  // query heads of a KV head, on all ranks
     int32_t head_offset; // of the first KV head here, those before the first query head here
     int32_t attention_width; // most columns of any o
-    int32_t reserved;
+    // Where KV is split over ranks by token ranges (num_ranks 0: it is not): heads of all ranks,
+    // the first ones here, how many ranks there are and which this one is.
+    int32_t num_ranks, rank, all_heads, all_kv_heads, first_head, first_kv_head;
+    // Where q and k are normed over all heads together: how many there are on all ranks; 0: by head.
+    int32_t norm_heads, norm_kv_heads;
+    // Experts: of a layer, of a token, and how those are chosen; 0: there are none.
+    int32_t num_experts, num_active, num_expert_groups, num_active_groups, renormalises, expert_ffn;
+    float expert_scale;
     const shoal_layer* layers;
     const float* inv_freqs;    // [num_ropes, head_dim / 2]
     const float* rope_factors; // [num_ropes], cos and sin are multiplied by it
@@ -72,7 +99,9 @@ typedef struct {
     int32_t num_tokens, num_rows;
     const int64_t* query_lens;          // [rows]
     const int64_t* context_lens;        // [rows], new tokens included
-    const int64_t* const* block_tables; // of each row
+    const int64_t* const* block_tables; // of each row: its blocks, or those that are here
+    // [blocks + 1] of each row, those here before each of its blocks and its end; null: all are.
+    const int64_t* const* held_before;
 } shoal_batch;
 
 typedef struct shoal_context shoal_context;

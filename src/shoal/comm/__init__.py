@@ -12,6 +12,7 @@ of models, Steps or who the ranks are.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -54,6 +55,13 @@ class Group(Protocol):
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Every rank's tensor, [size, *shape]; of one shape and dtype everywhere."""
+
+    def all_to_all(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Part r goes to rank r; returns what came from each rank, in their order.
+
+        Parts may be of any length, 0 among them: who gets them is told. Their dtype and the rest of
+        their shape are the same everywhere, and a row takes at least a byte.
+        """
 
     def abort(self) -> None:
         """Make the call that runs, on any rank, fail; from any thread."""

@@ -12,6 +12,7 @@ another reason is restarted by the executor.
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.distributed import ProcessGroupGloo
 
 from shoal.comm import NativeReduce
 from shoal.comm.backend import RestartableBackend
+from shoal.comm.parts import checked_parts, joined_bytes, parted, row_bytes
 from shoal.comm.store import Store
 from shoal.comm.sums import sum_in_rank_order
 from shoal.core.errors import CommError
@@ -80,6 +82,16 @@ class GlooGroup:
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         return self._gather(tensor).clone()
+
+    def all_to_all(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        rest, dtype = checked_parts(parts, self._size)
+        leaving = torch.tensor([len(part) for part in parts])
+        coming = self._gather(leaving)[:, self._rank].tolist()
+        one = row_bytes(rest, dtype)
+        mine, taken = joined_bytes(parts), torch.empty(sum(coming) * one, dtype=torch.uint8)
+        splits = [count * one for count in coming], (leaving * one).tolist()
+        self._backend.run(lambda backend: backend.alltoall_base(taken, mine, *splits))
+        return parted(taken, coming, rest, dtype)
 
     def abort(self) -> None:
         self._backend.abort()

@@ -7,11 +7,13 @@ places: a rank is at most one call ahead, because it needs everybody's tensor of
 from __future__ import annotations
 
 import threading
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
 
 from shoal.comm import NativeReduce
+from shoal.comm.parts import checked_parts
 from shoal.comm.stretch import Stretch
 from shoal.comm.sums import sum_in_rank_order
 from shoal.core.errors import CommError
@@ -23,22 +25,22 @@ def in_process_groups(size: int, deadline_s: float = 30) -> list[InProcessGroup]
     return [InProcessGroup(meeting, rank, deadline_s) for rank in range(size)]
 
 
+_Part = tuple[tuple[Tensor, ...], Hashable]
+
+
 class _Meeting:
     """What the ranks share, under one condition.
 
     Attributes:
         arrived: the last (incarnation, round) of each rank.
-        parts: what each rank laid out, in even and in odd rounds.
+        parts: what each rank laid out, and what must be alike in it, in even and in odd rounds.
         valid_from: incarnations before it have failed.
     """
 
     def __init__(self, size: int) -> None:
         self.changed = threading.Condition()
         self.arrived = [(0, 0)] * size
-        self.parts: tuple[list[Tensor], list[Tensor]] = (
-            [torch.empty(0)] * size,
-            [torch.empty(0)] * size,
-        )
+        self.parts: tuple[list[_Part], list[_Part]] = ([((), None)] * size, [((), None)] * size)
         self.valid_from = 0
 
     def fail_before(self, incarnation: int) -> None:
@@ -81,13 +83,19 @@ class InProcessGroup:
 
     def all_reduce(self, tensor: Tensor) -> None:
         if self.size > 1:
-            sum_in_rank_order(self._exchange(tensor), tensor)
+            sum_in_rank_order(self._exchange_one(tensor), tensor)
             self._stretch.begin()
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        gathered = torch.stack(self._exchange(tensor))
+        gathered = torch.stack(self._exchange_one(tensor))
         self._stretch.begin()
         return gathered
+
+    def all_to_all(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        rest, dtype = checked_parts(parts, self.size)
+        arrived = self._exchange(parts, ("parts", rest, dtype))
+        self._stretch.begin()
+        return [theirs[self._rank] for theirs in arrived]
 
     def abort(self) -> None:
         self._meeting.fail_before(self._incarnation + 1)
@@ -100,9 +108,12 @@ class InProcessGroup:
     def close(self) -> None:
         """Nothing is held. The others may still be reading this rank's last tensor: no abort."""
 
-    def _exchange(self, tensor: Tensor) -> list[Tensor]:
+    def _exchange_one(self, tensor: Tensor) -> list[Tensor]:
+        return [one for (one,) in self._exchange([tensor], (tuple(tensor.shape), tensor.dtype))]
+
+    def _exchange(self, parts: Sequence[Tensor], kind: Hashable) -> list[tuple[Tensor, ...]]:
         self._stretch.pay()
-        meeting, part = self._meeting, tensor.detach().clone()
+        meeting, part = self._meeting, (tuple(each.detach().clone() for each in parts), kind)
         with meeting.changed:
             self._round += 1
             places, now = meeting.parts[self._round % 2], (self._incarnation, self._round)
@@ -123,11 +134,9 @@ class InProcessGroup:
     def _has_failed(self) -> bool:
         return self._meeting.valid_from > self._incarnation
 
-    def _alike(self, parts: list[Tensor]) -> list[Tensor]:
-        if len({(part.shape, part.dtype) for part in parts}) > 1:
+    def _alike(self, parts: list[_Part]) -> list[tuple[Tensor, ...]]:
+        kinds = [kind for _, kind in parts]
+        if len(set(kinds)) > 1:
             self._meeting.fail_before(self._incarnation + 1)
-            raise CommError(
-                f"the ranks came with {[(tuple(part.shape), part.dtype) for part in parts]}; "
-                "a collective takes one shape and dtype"
-            )
-        return parts
+            raise CommError(f"the ranks came with {kinds}; a collective takes one shape and dtype")
+        return [tensors for tensors, _ in parts]

@@ -11,18 +11,21 @@ import sysconfig
 from ctypes import c_double, c_int32, c_int64, c_uint32, c_void_p
 from pathlib import Path
 
-_ABI = 1
+_ABI = 2
 _FUNCTIONS = {
     "abi": (c_int32, ()),
     "bytes": (c_int64, (c_int32,)),
-    "create": (c_void_p, (c_int32, c_int32, c_int32, c_int64)),
+    "create": (c_void_p, (c_int32, c_int64, c_int32, c_int32, c_int64)),
     "destroy": (None, (c_void_p,)),
     "all_reduce": (c_int32, (c_void_p, c_void_p, c_int64)),
     "all_gather": (c_int32, (c_void_p, c_void_p, c_int64, c_void_p)),
+    "send_parts": (c_int32, (c_void_p, c_void_p, c_void_p, c_void_p)),
+    "take_parts": (c_int32, (c_void_p, c_void_p)),
     "abort": (None, (c_void_p,)),
     "reset": (None, (c_void_p, c_uint32)),
     "set_speed": (None, (c_void_p, c_double)),
     "pay": (None, (c_void_p,)),
+    "waited_ns": (c_int64, (c_void_p,)),
 }
 _REMEDY = (
     "install g++ and run `pip install --force-reinstall --no-deps --no-cache-dir shoal`, or "

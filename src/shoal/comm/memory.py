@@ -17,13 +17,16 @@ def is_available() -> bool:
     return True
 
 
-def create_memory(size: int) -> int:
-    """Memory for a group of `size` ranks: a file descriptor for `pass_fds`; the caller closes it.
+def create_memory(*sizes: int) -> int:
+    """Memory for groups of so many ranks, one behind the other; pages nobody uses cost nothing.
+
+    Returns:
+        A file descriptor for `pass_fds`; the caller closes it.
 
     Raises:
         OSError: no library, or no memory.
     """
-    num_bytes = load_library().shoal_group_bytes(size)
+    num_bytes = sum(load_library().shoal_group_bytes(size) for size in sizes)
     fd = os.memfd_create("shoal-group", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, num_bytes)
     # A rank that could shrink it could crash the others.

@@ -9,6 +9,7 @@ NCCL_SOCKET_IFNAME names, without authentication: that must be a private one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from shoal.comm import NativeReduce
 from shoal.comm.backend import RestartableBackend
+from shoal.comm.parts import checked_parts, joined_bytes, parted, row_bytes
 from shoal.comm.store import Store
 from shoal.core.errors import CommError
 
@@ -68,11 +70,21 @@ class NcclGroup:
     def all_gather(self, tensor: Tensor) -> Tensor:
         mine = tensor.contiguous()
         gathered = torch.empty((self._size, *mine.shape), dtype=mine.dtype, device=mine.device)
-        self._backend.begin(
-            lambda backend: backend.allgather([list(gathered.unbind())], [mine]).wait()
-        )
+        self._backend.begin(lambda backend: backend._allgather_base(gathered, mine).wait())
         self.finish()
         return gathered
+
+    def all_to_all(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """The host waits for the lengths only; sends and receives are one group call of NCCL."""
+        rest, dtype = checked_parts(parts, self._size)
+        leaving = [len(part) for part in parts]
+        lengths = self.all_gather(torch.tensor(leaving, device=parts[0].device))
+        coming, one = lengths[:, self._rank].tolist(), row_bytes(rest, dtype)
+        mine = joined_bytes(parts)
+        taken = torch.empty(sum(coming) * one, dtype=torch.uint8, device=mine.device)
+        splits = [count * one for count in coming], [count * one for count in leaving]
+        self._backend.begin(lambda backend: backend.alltoall_base(taken, mine, *splits).wait())
+        return parted(taken, coming, rest, dtype)
 
     def finish(self) -> None:
         """Wait on the host for all that was queued; raises `CommError` as a collective does."""

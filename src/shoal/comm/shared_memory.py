@@ -10,12 +10,14 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from shoal.comm import NativeReduce
 from shoal.comm.library import load_library
+from shoal.comm.parts import checked_parts, joined_bytes, parted, row_bytes
 from shoal.comm.stretch import checked_speed
 from shoal.comm.sums import sum_in_rank_order
 from shoal.core.errors import CommError
@@ -34,6 +36,7 @@ class SharedMemoryGroup:
     Args:
         fd: of `create_memory`; mapped here, and no longer needed after that.
         deadline_s: how long a collective waits for the other ranks.
+        behind: size of the group whose memory lies before this one's; 0: none.
         speed: below 1.0, what this rank's thread computes between collectives is stretched.
 
     Raises:
@@ -41,11 +44,20 @@ class SharedMemoryGroup:
     """
 
     def __init__(
-        self, fd: int, rank: int, size: int, *, deadline_s: float = 30, speed: float = 1.0
+        self,
+        fd: int,
+        rank: int,
+        size: int,
+        *,
+        behind: int = 0,
+        deadline_s: float = 30,
+        speed: float = 1.0,
     ) -> None:
-        self._library = load_library()
+        library = self._library = load_library()
         self._rank, self._size, self._deadline_s = rank, size, deadline_s
-        context = self._library.shoal_group_create(fd, rank, size, round(deadline_s * 1e9))
+        offset = library.shoal_group_bytes(behind) if behind else 0
+        deadline_ns = round(deadline_s * 1e9)
+        context = library.shoal_group_create(fd, offset, rank, size, deadline_ns)
         if context is None:
             error = ctypes.get_errno()
             raise OSError(error, f"the shared memory of rank {rank}: {os.strerror(error)}")
@@ -68,6 +80,11 @@ class SharedMemoryGroup:
     @property
     def native(self) -> NativeReduce | None:
         return self._native
+
+    @property
+    def waited_s(self) -> float:
+        """Spent in collectives since it began, most of it waiting for other ranks."""
+        return int(self._library.shoal_group_waited_ns(self._open())) / 1e9
 
     def set_speed(self, speed: float) -> None:
         """From any thread."""
@@ -101,6 +118,24 @@ class SharedMemoryGroup:
         )
         self._raise_unless_done(status)
         return gathered
+
+    def all_to_all(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        rest, dtype = checked_parts(parts, self._size)
+        mine, num_bytes = joined_bytes(parts), ctypes.c_int64 * self._size
+        _check(mine)
+        leaving = num_bytes(*(part.numel() * part.element_size() for part in parts))
+        coming = num_bytes()
+        context = self._open()
+        self._raise_unless_done(
+            self._library.shoal_group_send_parts(context, mine.data_ptr(), leaving, coming)
+        )
+        taken = torch.empty(sum(coming), dtype=torch.uint8)
+        self._raise_unless_done(self._library.shoal_group_take_parts(context, taken.data_ptr()))
+        one = row_bytes(rest, dtype)
+        if any(count % one for count in coming):
+            self.abort()
+            raise CommError(f"{list(coming)} bytes came, of rows of {one}: {_FAILURES[3]}")
+        return parted(taken, [count // one for count in coming], rest, dtype)
 
     def abort(self) -> None:
         with self._closing:

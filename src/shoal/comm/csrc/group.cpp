@@ -1,4 +1,4 @@
-// The ranks of an instance on one host, over memory they share: sums and gathers.
+// The ranks of an instance on one host, over memory they share: sums, gathers and exchanges.
 //
 //     Header | a Rank each | per rank two slots of kSlotBytes
 //
@@ -6,38 +6,39 @@
 // and reads the others' slots. Slots alternate by round: nobody is more than a round ahead, since
 // a round needs everybody's tag. Small messages take one round trip: all ranks add up all slots,
 // in rank order, so all have the same bits. Large ones two: each rank adds up its part of the
-// piece, then all copy the sums.
+// piece, then all copy the sums. Parts for one rank each go with a table of their sizes, the same
+// on every piece; who reads copies its own.
 //
 // Who waits spins, because the others are microseconds away, yields, then sleeps on its bell.
 // Knows nothing of models, Python or torch.
+#include "stretch.h"
+
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <climits>
 #include <cstdint>
 #include <cstring>
-#include <ctime>
 #include <linux/futex.h>
 #include <new>
-#include <pthread.h>
 #include <sched.h>
 #include <sys/mman.h>
-#include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#include <vector>
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
 
-constexpr int32_t kAbi = 1;
+constexpr int32_t kAbi = 2;
 constexpr int64_t kSlotBytes = 256 << 10; // both slots of two ranks fit a core's L2
 constexpr int64_t kOneShotBytes = 64 << 10;
 constexpr int kSpins = 200; // about 10 us
 constexpr int64_t kYieldNs = 100'000;
-constexpr int64_t kSmallestSleepNs = 200'000; // a sleep is late by tens of microseconds
-constexpr int64_t kLongestSleepNs = 50'000'000; // then look whether the call was aborted
+constexpr int64_t kMostBytes = 1LL << 40; // of a part; more is a mistake
+constexpr uint64_t kParts = ~0ULL; // what a rank says of a piece that holds parts
 constexpr int kTagBits = 44; // of a tag, for the count; the incarnation is above
 
 enum Status : int32_t { kDone = 0, kAborted = 1, kLate = 2, kUnlike = 3 };
@@ -54,14 +55,6 @@ struct alignas(64) Rank {
 };
 
 static_assert(std::atomic<uint64_t>::is_always_lock_free);
-
-int64_t now_ns(clockid_t clock) {
-    timespec time;
-    clock_gettime(clock, &time);
-    return time.tv_sec * 1'000'000'000LL + time.tv_nsec;
-}
-
-timespec to_timespec(int64_t ns) { return {ns / 1'000'000'000, ns % 1'000'000'000}; }
 
 void pause_briefly() {
 #if defined(__x86_64__)
@@ -90,51 +83,16 @@ void add(float* __restrict total, const float* __restrict first, const float* __
     for (int64_t i = 0; i < count; i++) total[i] = first[i] + second[i];
 }
 
-// A slower device for the lab: what this thread computed between collectives, stretched.
-class Stretch {
-  public:
-    void set_speed(double speed) { owed_per_ns_.store(1 / speed - 1); }
-
-    void begin() {
-        began_ = owed_per_ns_.load(std::memory_order_relaxed) > 0;
-        if (!began_) return;
-        thread_ = pthread_self();
-        began_ns_ = now_ns(CLOCK_THREAD_CPUTIME_ID);
-    }
-
-    // Sleeps off what is owed; a sleep's own error is carried over.
-    template <class IsOver> void pay(IsOver is_over) {
-        if (!began_ || !pthread_equal(thread_, pthread_self())) return;
-        began_ = false;
-        debt_ns_ += (now_ns(CLOCK_THREAD_CPUTIME_ID) - began_ns_) * owed_per_ns_.load();
-        if (debt_ns_ < kSmallestSleepNs) return;
-        prctl(PR_SET_TIMERSLACK, 1000UL);
-        int64_t from_ns = now_ns(CLOCK_MONOTONIC), until_ns = from_ns + int64_t(debt_ns_), at_ns;
-        while ((at_ns = now_ns(CLOCK_MONOTONIC)) < until_ns && !is_over()) {
-            int64_t nap_ns = std::min(until_ns - at_ns, kLongestSleepNs);
-            timespec until = to_timespec(at_ns + nap_ns);
-            clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &until, nullptr);
-        }
-        debt_ns_ -= at_ns - from_ns;
-    }
-
-  private:
-    std::atomic<double> owed_per_ns_{0};
-    bool began_ = false;
-    pthread_t thread_{};
-    int64_t began_ns_ = 0;
-    double debt_ns_ = 0;
-};
-
 class Group {
   public:
     Group(void* memory, int rank, int size, int64_t deadline_ns)
         : header_(static_cast<Header*>(memory)), ranks_(reinterpret_cast<Rank*>(header_ + 1)),
           slots_(reinterpret_cast<char*>(ranks_ + size)), rank_(rank), size_(size),
-          deadline_ns_(deadline_ns) {}
+          deadline_ns_(deadline_ns), leaving_(size), coming_(size), starts_(size) {}
 
     static int64_t bytes(int size) {
-        return sizeof(Header) + size * (sizeof(Rank) + 2 * kSlotBytes);
+        int64_t bytes = sizeof(Header) + size * (sizeof(Rank) + 2 * kSlotBytes);
+        return (bytes + kSlotBytes - 1) / kSlotBytes * kSlotBytes; // whole pages, of any size
     }
 
     Status all_reduce(float* data, int64_t count) {
@@ -147,7 +105,7 @@ class Group {
             bool is_small = piece * int64_t(sizeof(float)) <= kOneShotBytes;
             status = is_small ? reduce_at_once(data + at, piece) : reduce_in_two(data + at, piece);
         }
-        stretch_.begin();
+        begin();
         return status;
     }
 
@@ -161,7 +119,42 @@ class Group {
             for (int r = 0; r < size_; r++) memcpy(all + r * bytes + at, slot(r), piece);
             status = unless_aborted();
         }
-        stretch_.begin();
+        begin();
+        return status;
+    }
+
+    // What is for rank r are leaving[r] bytes; says how many come from each. `parts` must stay
+    // until `take_parts`, the next call.
+    Status send_parts(const char* parts, const int64_t* leaving, int64_t* coming) {
+        pay();
+        parts_ = parts, longest_ = 0;
+        leaving_.assign(leaving, leaving + size_);
+        lay_out_parts(0);
+        if (Status status = meet(); status != kDone) return status;
+        for (int r = 0; r < size_; r++) {
+            auto table = reinterpret_cast<const int64_t*>(slot(r));
+            int64_t total = 0;
+            for (int to = 0; to < size_; to++) {
+                if (table[to] < 0 || table[to] > kMostBytes) return fail(kUnlike);
+                if (to == rank_) starts_[r] = total, coming[r] = coming_[r] = table[to];
+                total += table[to];
+            }
+            longest_ = std::max(longest_, total);
+        }
+        return unless_aborted();
+    }
+
+    // What came, in the order of ranks.
+    Status take_parts(char* all) {
+        fetch_parts(0, all);
+        Status status = unless_aborted();
+        for (int64_t at = room(); at < longest_ && status == kDone; at += room()) {
+            lay_out_parts(at);
+            if ((status = meet()) != kDone) break;
+            fetch_parts(at, all);
+            status = unless_aborted();
+        }
+        begin();
         return status;
     }
 
@@ -175,9 +168,16 @@ class Group {
 
     void pay() {
         stretch_.pay([this] { return has_failed(); });
+        came_ns_ = now_ns(CLOCK_MONOTONIC);
     }
 
-    void begin() { stretch_.begin(); }
+    void begin() {
+        waited_ns_ += now_ns(CLOCK_MONOTONIC) - came_ns_;
+        stretch_.begin();
+    }
+
+    // What collectives took in all, waiting for other ranks most of all.
+    int64_t waited_ns() const { return waited_ns_; }
 
     void set_speed(double speed) { stretch_.set_speed(speed); }
 
@@ -221,6 +221,28 @@ class Group {
         round_++;
         memcpy(slot(rank_), piece, bytes);
         ranks_[rank_].what[round_ % 2].store(bytes * 2 + is_summed, std::memory_order_relaxed);
+    }
+
+    // Bytes of parts in a piece, behind the table.
+    int64_t room() const { return kSlotBytes - size_ * int64_t(sizeof(int64_t)); }
+
+    void lay_out_parts(int64_t at) {
+        round_++;
+        int64_t total = 0;
+        for (int64_t bytes : leaving_) total += bytes;
+        memcpy(slot(rank_), leaving_.data(), size_ * sizeof(int64_t));
+        if (at < total)
+            memcpy(slot(rank_) + kSlotBytes - room(), parts_ + at, std::min(total - at, room()));
+        ranks_[rank_].what[round_ % 2].store(kParts, std::memory_order_relaxed);
+    }
+
+    void fetch_parts(int64_t at, char* to) {
+        for (int r = 0; r < size_; to += coming_[r++]) {
+            int64_t first = std::max(starts_[r], at);
+            int64_t last = std::min(starts_[r] + coming_[r], at + room());
+            const char* from = slot(r) + kSlotBytes - room() - at;
+            if (first < last) memcpy(to + first - starts_[r], from + first, last - first);
+        }
     }
 
     // Says that this rank is there, and waits until all are.
@@ -300,6 +322,11 @@ class Group {
     const int64_t deadline_ns_;
     std::atomic<uint32_t> incarnation_{0};
     uint64_t published_ = 0, round_ = 0;
+    const char* parts_ = nullptr; // of an exchange, and its sizes
+    int64_t longest_ = 0;
+    std::vector<int64_t> leaving_, coming_, starts_;
+    std::atomic<int64_t> waited_ns_{0};
+    int64_t came_ns_ = now_ns(CLOCK_MONOTONIC);
     Stretch stretch_;
 };
 
@@ -311,15 +338,18 @@ EXPORT int32_t shoal_group_abi() { return kAbi; }
 
 EXPORT int64_t shoal_group_bytes(int32_t size) { return Group::bytes(size); }
 
-// Null: see errno. The memory is zeros at first, and at least shoal_group_bytes(size) of them.
-EXPORT void* shoal_group_create(int32_t fd, int32_t rank, int32_t size, int64_t deadline_ns) {
+// Null: see errno. The memory is zeros at first; the group takes
+// shoal_group_bytes(size) of them, from `offset` on.
+EXPORT void* shoal_group_create(int32_t fd, int64_t offset, int32_t rank, int32_t size,
+                                int64_t deadline_ns) {
     struct stat file;
     if (fstat(fd, &file) != 0) return nullptr;
-    if (file.st_size < Group::bytes(size)) {
+    if (file.st_size < offset + Group::bytes(size)) {
         errno = EINVAL;
         return nullptr;
     }
-    void* memory = mmap(nullptr, Group::bytes(size), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    constexpr int kAccess = PROT_READ | PROT_WRITE;
+    void* memory = mmap(nullptr, Group::bytes(size), kAccess, MAP_SHARED, fd, offset);
     if (memory == MAP_FAILED) return nullptr;
     return new (std::nothrow) Group(memory, rank, size, deadline_ns);
 }
@@ -338,6 +368,15 @@ EXPORT int32_t shoal_group_all_gather(void* context, const void* mine, int64_t b
     return group(context)->all_gather(from, bytes, static_cast<char*>(all));
 }
 
+EXPORT int32_t shoal_group_send_parts(void* context, const void* parts, const int64_t* leaving,
+                                       int64_t* coming) {
+    return group(context)->send_parts(static_cast<const char*>(parts), leaving, coming);
+}
+
+EXPORT int32_t shoal_group_take_parts(void* context, void* all) {
+    return group(context)->take_parts(static_cast<char*>(all));
+}
+
 EXPORT void shoal_group_abort(void* context) { group(context)->abort(); }
 
 EXPORT void shoal_group_reset(void* context, uint32_t incarnation) {
@@ -352,3 +391,5 @@ EXPORT void shoal_group_pay(void* context) {
     group(context)->pay();
     group(context)->begin();
 }
+
+EXPORT int64_t shoal_group_waited_ns(void* context) { return group(context)->waited_ns(); }

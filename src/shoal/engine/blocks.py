@@ -13,6 +13,7 @@ first, the tail of a sequence before its head. Knows nothing of devices, sequenc
 from __future__ import annotations
 
 import hashlib
+import itertools
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
@@ -44,15 +45,22 @@ class BlockPool:
     """Reference-counted blocks with a content index.
 
     A block is *held* (count > 0) or *free*; a free one may still have a name and be found.
+
+    Args:
+        parts: sizes of consecutive parts that are on different devices; those of a sequence are
+            then taken from all parts in proportion, so that its attention keeps all devices busy.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, parts: Sequence[int] = ()) -> None:
+        assert not parts or sum(parts) == num_blocks, f"{parts} are not {num_blocks} blocks"
         self.num_blocks = num_blocks
         self._holders = [0] * num_blocks
         self._names: list[BlockName | None] = [None] * num_blocks
         self._index: dict[BlockName, int] = {}
         # Oldest first: the next to be reused.
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(
+            _interleaved(parts or (num_blocks,))
+        )
 
     @property
     def num_free(self) -> int:
@@ -131,3 +139,14 @@ class BlockPool:
         if name is not None:
             del self._index[name]
             self._names[block] = None
+
+
+def _interleaved(parts: Sequence[int]) -> list[int]:
+    """All blocks of consecutive parts, such that every beginning has some of each in proportion."""
+    starts = itertools.accumulate(parts, initial=0)
+    placed = [
+        ((index + 0.5) / size, start + index)
+        for start, size in zip(starts, parts, strict=False)
+        for index in range(size)
+    ]
+    return [block for _, block in sorted(placed)]

@@ -1,7 +1,8 @@
 """What a replica can carry, from what its workers said when they were loaded.
 
-KV blocks of an instance are the fewest of its ranks; of a route, the fewest of its instances,
-and that stage binds. Knows nothing of processes.
+KV blocks of an instance are the fewest of its ranks, or all of theirs together where each keeps
+its own (token ranges); of a route, the fewest of its instances, and that stage binds. Knows nothing
+of processes.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ class Capacity:
 
     Attributes:
         instance_blocks: KV blocks of each instance.
+        rank_blocks: of each instance, how many of them each rank has, one after another; empty
+            where every rank has its heads of all.
         max_model_len: tokens of one request at most.
         device, device_type, dtype: for people, and for defaults.
         digest: what, beside the checkpoint, the bytes of the KV follow from.
@@ -34,6 +37,7 @@ class Capacity:
     """
 
     instance_blocks: tuple[int, ...]
+    rank_blocks: tuple[tuple[int, ...], ...]
     max_model_len: int
     device: str
     device_type: str
@@ -55,6 +59,10 @@ def settle(replica: ReplicaPlan, options: EngineOptions, spec: ModelSpec, facts:
     kinds = [facts[key] for key in sorted(facts)]
     return Capacity(
         instance_blocks=blocks,
+        rank_blocks=tuple(
+            rank_blocks(replica, instance, _ranks_of(facts, instance))
+            for instance in range(len(replica.instances))
+        ),
         max_model_len=max_model_len,
         device=", ".join(dict.fromkeys(each.device for each in kinds)),
         device_type="cuda" if all(each.device_type == "cuda" for each in kinds) else "cpu",
@@ -62,11 +70,25 @@ def settle(replica: ReplicaPlan, options: EngineOptions, spec: ModelSpec, facts:
         digest="+".join(dict.fromkeys(each.digest for each in kinds)),
         lines=(
             *(_worker_line(replica, spec, key, facts[key]) for key in sorted(facts)),
+            *(
+                f"{replica.worker_name(*k):<10} {facts[k].disk}"
+                for k in sorted(facts)
+                if facts[k].disk
+            ),
             f"KV cache   {blocks[binding] * BLOCK_SIZE:,} tokens, bound by {where}: "
             f"{blocks[binding] * BLOCK_SIZE // max_model_len} requests of {max_model_len:,} "
             "tokens at once",
         ),
     )
+
+
+def rank_blocks(replica: ReplicaPlan, instance: int, ranks: Sequence[Loaded]) -> tuple[int, ...]:
+    """KV blocks that each rank of an instance has to itself; empty: all have the same ones."""
+    split = replica.instances[instance].split
+    if split.kv != "tokens" or split.num_ranks == 1:
+        return ()
+    counts = [each.num_blocks for each in ranks]
+    return tuple(count for count in counts if count is not None)
 
 
 def links_line(links: Sequence[tuple[str, LinkFacts]]) -> str:
@@ -89,9 +111,16 @@ def _instance_blocks(
     for (instance, _rank), each in facts.items():
         if each.num_blocks is not None:
             found[instance] = min(each.num_blocks, found.get(instance, each.num_blocks))
+    for instance in found:
+        if own := rank_blocks(replica, instance, _ranks_of(facts, instance)):
+            found[instance] = sum(own)
     # One that keeps no KV (it only embeds, say) never binds.
     unbounded = max(useful_blocks(options, spec), *found.values(), 1)
     return tuple(found.get(i, unbounded) for i in range(len(replica.instances)))
+
+
+def _ranks_of(facts: Facts, instance: int) -> list[Loaded]:
+    return [facts[key] for key in sorted(facts) if key[0] == instance]
 
 
 def _room(route: Route, blocks: tuple[int, ...]) -> int:

@@ -2,7 +2,7 @@
 
     [layer, k or v, block, slot, KV head, head size]   then, for codes, [the same but head size]
 
-Layers and KV heads are those of the worker's shard; it may have none. Knows nothing of which
+Layers and KV heads are those that the worker's shard keeps; it may be none. Knows nothing of which
 block belongs to whom.
 """
 
@@ -51,7 +51,7 @@ def kv_dtype(name: KVCacheDType, model_dtype: torch.dtype) -> torch.dtype:
 def token_bytes(spec: ModelSpec, shard: Shard, dtype: torch.dtype) -> int:
     """KV of one token on this shard: keys and values of its heads in its layers, with scales."""
     head_bytes = spec.head_dim * dtype.itemsize + (_SCALE_BYTES if dtype in _SCALED else 0)
-    return 2 * len(shard.layers) * len(shard.kv_heads(spec)) * head_bytes
+    return 2 * len(shard.layers) * len(shard.kept_kv_heads(spec)) * head_bytes
 
 
 def num_blocks_for(
@@ -90,7 +90,7 @@ def allocate(
             f"a KV cache of {size / 2**30:.1f} GiB does not fit the free memory of {device}; "
             f"lower --kv-cache-memory-bytes"
         ) from error
-    heads = (len(shard.layers), 2, num_blocks, BLOCK_SIZE, len(shard.kv_heads(spec)))
+    heads = (len(shard.layers), 2, num_blocks, BLOCK_SIZE, len(shard.kept_kv_heads(spec)))
     codes_bytes = math.prod(heads) * spec.head_dim * dtype.itemsize
     numbers = pool[:codes_bytes].view(dtype).view(*heads, spec.head_dim)
     if dtype not in _SCALED:

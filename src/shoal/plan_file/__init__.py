@@ -2,6 +2,7 @@
 
     fields.py    YAML with line numbers
     drafts.py    what a plan file may say
+    experts.py   the same of who has which experts
     resolve.py   together with a model: ranges, routes
     reader.py    all of that: `read_plan`
     writer.py    back to YAML

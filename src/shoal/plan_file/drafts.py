@@ -1,10 +1,11 @@
 """A plan file as it is written: checked for what can be checked without the model.
 
     model: smollm2-135m
-    stages:                                     # or replicas: [{stages: ...}, ...]
+    stages:                                     # or replicas: [{stages: ..., role: prefill}, ...]
       - layers: 0-4
         devices: [cpu, cpu]                     # one rank each
         split: {heads: [6, 3], ffn: [1024, 512]}    # sizes; or weights: [2, 1]; left out: even
+                                                # and experts (`experts.py`), kv: tokens
       - instances:                              # that stand in for each other
           - {layers: 4-21, devices: [cpu]}
           - {layers: 4-21, devices: [{device: cpu, threads: 1, host: b, speed: 0.3}]}
@@ -19,20 +20,23 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import Literal, cast, get_args
 
 from shoal.core.options import DType, Quantization
-from shoal.core.plan import RankPlan
+from shoal.core.plan import RankPlan, Role
 from shoal.core.split import Range
+from shoal.plan_file.experts import ExpertsDraft, draft_experts
 from shoal.plan_file.fields import Field
 
-PLAN_KEYS = ("model", "replicas", "stages", "routes")
+PLAN_KEYS = ("model", "replicas", "stages", "routes", "role")
 MAX_REPLICAS, MAX_STAGES, MAX_INSTANCES, MAX_RANKS, MAX_ROUTES = 64, 128, 32, 64, 256
 
-_REPLICA_KEYS = ("stages", "routes")
-_INSTANCE_KEYS = ("layers", "devices", "split", "kv_cache_memory", "quantize", "dtype")
+_REPLICA_KEYS = ("stages", "routes", "role")
+_MEMORY_KEYS = ("kv_cache_memory", "weights_memory")
+_INSTANCE_KEYS = ("layers", "devices", "split", *_MEMORY_KEYS, "quantize", "dtype")
 _DEVICE_KEYS = ("device", "host", "threads", "speed")
-_SPLIT_KEYS = ("heads", "ffn", "vocab", "weights")
+_SIZE_KEYS = ("heads", "ffn", "vocab", "weights")
+_SPLIT_KEYS = (*_SIZE_KEYS, "experts", "kv")
 _UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 _MAX_SIZE = 1 << 31
 
@@ -47,14 +51,20 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceDraft:
-    """An instance; `sizes` by "heads", "ffn", "vocab" and "weights", those that are named."""
+    """An instance; `sizes` by "heads", "ffn", "vocab" and "weights", those that are named.
+
+    `experts` None: as the weights say.
+    """
 
     place: Field
     ranks: tuple[RankPlan, ...]
     device_places: tuple[Field, ...]
     layers: Range | None = None
     sizes: Mapping[str, Sizes] = field(default_factory=dict)
+    experts: ExpertsDraft | None = None
+    kv: Literal["heads", "tokens"] = "heads"
     kv_cache_memory_bytes: int | None = None
+    weights_memory_bytes: int | None = None
     quantize: str | None = None
     dtype: str | None = None
 
@@ -85,6 +95,7 @@ class ReplicaDraft:
     place: Field
     stages: tuple[StageDraft, ...]
     routes: tuple[RouteDraft, ...] | None
+    role: Role = "any"
 
 
 def draft_replicas(entries: Mapping[str, Field], root: Field) -> tuple[ReplicaDraft, ...]:
@@ -113,7 +124,8 @@ def _replica(entries: Mapping[str, Field], place: Field) -> ReplicaDraft:
     routes = None
     if "routes" in entries:
         routes = tuple(_route(each) for each in entries["routes"].items(MAX_ROUTES))
-    return ReplicaDraft(entries["stages"], stages, routes)
+    role = entries["role"].choice(get_args(Role)) if "role" in entries else "any"
+    return ReplicaDraft(entries["stages"], stages, routes, cast(Role, role))
 
 
 def _stage(place: Field) -> StageDraft:
@@ -135,14 +147,21 @@ def _instance(place: Field) -> InstanceDraft:
     if "devices" not in entries:
         raise place.error("there is no key devices; name one for each rank: devices: [cpu]")
     devices = entries["devices"]
+    split = entries.get("split")
+    named = split.entries(_SPLIT_KEYS) if split is not None and not split.is_list else {}
     places = tuple(devices.items(MAX_RANKS) if devices.is_list else [devices])
     dtypes = [name for name in get_args(DType) if name != "auto"]
     return InstanceDraft(
         place=place,
         ranks=tuple(_rank(each) for each in places),
         device_places=places,
-        layers=_layers(entries["layers"]) if "layers" in entries else None,
-        sizes=_sizes(entries["split"]) if "split" in entries else {},
+        layers=entries["layers"].range() if "layers" in entries else None,
+        sizes=_sizes(split, named),
+        experts=draft_experts(named["experts"], MAX_RANKS) if "experts" in named else None,
+        kv=_kv(named["kv"]) if "kv" in named else "heads",
+        weights_memory_bytes=(
+            _bytes(entries["weights_memory"]) if "weights_memory" in entries else None
+        ),
         kv_cache_memory_bytes=(
             _bytes(entries["kv_cache_memory"]) if "kv_cache_memory" in entries else None
         ),
@@ -177,20 +196,18 @@ def _device(place: Field) -> str:
     return name
 
 
-def _layers(place: Field) -> Range:
-    found = re.fullmatch(r"([0-9]{1,5}) *- *([0-9]{1,5})", place.text())
-    if not found or int(found[1]) > int(found[2]):
-        raise place.wrong("a range such as 4-21 (4 to 20: the end is not part of it)")
-    return Range(int(found[1]), int(found[2]))
+def _sizes(split: Field | None, named: Mapping[str, Field]) -> dict[str, Sizes]:
+    if split is not None and split.is_list:
+        return {"weights": _weights(split)}
+    return {
+        name: _weights(named[name]) if name == "weights" else _counts(named[name])
+        for name in _SIZE_KEYS
+        if name in named
+    }
 
 
-def _sizes(place: Field) -> dict[str, Sizes]:
-    if place.is_list:
-        return {"weights": _weights(place)}
-    sizes: dict[str, Sizes] = {}
-    for name, each in place.entries(_SPLIT_KEYS).items():
-        sizes[name] = _weights(each) if name == "weights" else _counts(each)
-    return sizes
+def _kv(place: Field) -> Literal["heads", "tokens"]:
+    return cast(Literal["heads", "tokens"], place.choice(("heads", "tokens")))
 
 
 def _weights(place: Field) -> Sizes:
@@ -223,5 +240,5 @@ def _hop(place: Field) -> HopDraft:
     entries = place.entries(("instance", "layers"))
     if "instance" not in entries:
         raise place.error("there is no key instance; give its number, counted over all stages")
-    layers = _layers(entries["layers"]) if "layers" in entries else None
+    layers = entries["layers"].range() if "layers" in entries else None
     return HopDraft(place, entries["instance"].integer(0, most), layers)

@@ -21,7 +21,7 @@ from shoal.core.plan import (
     check,
     default_routes,
 )
-from shoal.core.split import cut, split_by_weights
+from shoal.core.split import KVSplit, cut, split_by_weights
 from shoal.plan_file.drafts import MAX_RANKS
 from shoal.plan_file.resolve import FFN_GRANULE
 
@@ -31,6 +31,7 @@ def even_replicas(
     *,
     tensor_parallel_size: int,
     pipeline_parallel_size: int,
+    kv_split: KVSplit,
     data_parallel_size: int,
     device: str,
     num_cuda: int,
@@ -57,7 +58,9 @@ def even_replicas(
     num_ranks = tensor_parallel_size * pipeline_parallel_size
     devices = itertools.cycle(_devices(num_ranks, device, num_cuda))
     layers = cut(spec.num_layers, [1.0] * pipeline_parallel_size)
-    split = split_by_weights(spec, [1.0] * tensor_parallel_size, granule=FFN_GRANULE)
+    split = replace(
+        split_by_weights(spec, [1.0] * tensor_parallel_size, granule=FFN_GRANULE), kv=kv_split
+    )
     replicas: list[ReplicaPlan] = []
     for _ in range(data_parallel_size):
         stages = tuple(
@@ -78,7 +81,11 @@ def even_replicas(
 
 
 def share_threads(
-    replicas: Sequence[ReplicaPlan], num_cpus: int, num_threads: int | None = None
+    replicas: Sequence[ReplicaPlan],
+    num_cpus: int,
+    num_threads: int | None = None,
+    *,
+    only_here: bool = False,
 ) -> tuple[ReplicaPlan, ...]:
     """The same replicas, each CPU rank with its number of threads.
 
@@ -87,9 +94,10 @@ def share_threads(
     Args:
         num_cpus: of this machine, shared by the replicas.
         num_threads: of each replica (--num-threads); None: an even part of `num_cpus`.
+        only_here: ranks that name a host are left alone: they run on another machine.
     """
     each = num_threads or max(num_cpus // len(replicas), 1)
-    return tuple(_share_in(replica, each) for replica in replicas)
+    return tuple(_share_in(replica, each, only_here) for replica in replicas)
 
 
 def device_share(replicas: Sequence[ReplicaPlan]) -> float:
@@ -136,14 +144,20 @@ def _gpus(num_cuda: int) -> str:
     return f"this machine has cuda:0{last}"
 
 
-def _share_in(replica: ReplicaPlan, num_threads: int) -> ReplicaPlan:
-    ranks = [rank for instance in replica.instances for rank in instance.ranks]
+def _share_in(replica: ReplicaPlan, num_threads: int, only_here: bool) -> ReplicaPlan:
+    ranks = [
+        rank
+        for instance in replica.instances
+        for rank in instance.ranks
+        if rank.host is None or not only_here
+    ]
     unnamed = sum(rank.device == "cpu" and rank.num_threads is None for rank in ranks)
     named = sum(rank.num_threads or 0 for rank in ranks)
     parts = iter(cut(max(num_threads - named, unnamed), [1.0] * unnamed) if unnamed else ())
 
     def settle(rank: RankPlan) -> RankPlan:
-        if rank.device != "cpu" or rank.num_threads is not None:
+        is_away = only_here and rank.host is not None
+        if rank.device != "cpu" or rank.num_threads is not None or is_away:
             return rank
         return replace(rank, num_threads=len(next(parts)))
 
@@ -156,4 +170,4 @@ def _share_in(replica: ReplicaPlan, num_threads: int) -> ReplicaPlan:
         )
         for stage in replica.stages
     )
-    return ReplicaPlan(stages=stages, routes=replica.routes)
+    return ReplicaPlan(stages=stages, routes=replica.routes, role=replica.role)

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from shoal.core.errors import ConfigError
+from shoal.core.split import Range
 
 MAX_FILE_BYTES = 1 << 20
 _MAX_DEPTH = 16
@@ -148,15 +149,15 @@ class Field:
             found[name] = Field(self.file, name, value_node)
         return found
 
-    def items(self, most: int) -> list[Field]:
-        """Of a list that is not empty.
+    def items(self, most: int, least: int = 1) -> list[Field]:
+        """Of a list that is not empty, unless `least` is 0.
 
         Raises:
             ConfigError: not a list, empty, or longer than `most`.
         """
         if not isinstance(self.node, yaml.SequenceNode):
             raise self.wrong("a list")
-        if not self.node.value:
+        if not self.node.value and least:
             raise self.error(f"{self.name} is an empty list; name at least one, or leave it out")
         if len(self.node.value) > most:
             raise self.error(
@@ -181,6 +182,12 @@ class Field:
         if not re.fullmatch(r"[0-9]{1,18}", text) or not least <= int(text) <= most:
             raise self.wrong(f"a whole number from {least} to {most}")
         return int(text)
+
+    def range(self) -> Range:
+        found = re.fullmatch(r"([0-9]{1,5}) *- *([0-9]{1,5})", self.text())
+        if not found or int(found[1]) > int(found[2]):
+            raise self.wrong("a range such as 4-21 (4 to 20: the end is not part of it)")
+        return Range(int(found[1]), int(found[2]))
 
     def number(self, least: float, most: float) -> float:
         needed = f"a number from {least:g} to {most:g}"

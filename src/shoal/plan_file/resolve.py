@@ -28,6 +28,7 @@ from shoal.plan_file.drafts import (
     RouteDraft,
     Sizes,
 )
+from shoal.plan_file.experts import resolve_experts
 from shoal.plan_file.fields import Field
 
 FFN_GRANULE = 32
@@ -53,7 +54,7 @@ def resolve_replica(draft: ReplicaDraft, spec: ModelSpec) -> ReplicaPlan:
         place = draft.stages[-1].place if draft.routes is None else draft.routes[index].place
         with _at(place):
             check(ReplicaPlan(stages=stages, routes=(route,)), spec)
-    return ReplicaPlan(stages=stages, routes=routes)
+    return ReplicaPlan(stages=stages, routes=routes, role=draft.role)
 
 
 @contextmanager
@@ -89,14 +90,15 @@ def _instance(draft: InstanceDraft, spec: ModelSpec, layers: Range) -> InstanceP
     return InstancePlan(
         layers=layers,
         ranks=draft.ranks,
-        split=_split(draft, spec),
+        split=_split(draft, spec, layers),
         kv_cache_memory_bytes=draft.kv_cache_memory_bytes,
+        weights_memory_bytes=draft.weights_memory_bytes,
         quantize=draft.quantize,
         dtype=draft.dtype,
     )
 
 
-def _split(draft: InstanceDraft, spec: ModelSpec) -> Split:
+def _split(draft: InstanceDraft, spec: ModelSpec, layers: Range) -> Split:
     num_ranks = len(draft.ranks)
     for name, sizes in draft.sizes.items():
         if len(sizes.values) != num_ranks:
@@ -112,6 +114,8 @@ def _split(draft: InstanceDraft, spec: ModelSpec) -> Split:
             draft.sizes.get("ffn"), by_weight.ffn, spec.ffn_size, "FFN columns", FFN_GRANULE
         ),
         vocab=_ranges(draft.sizes.get("vocab"), by_weight.vocab, spec.vocab_size, "token ids"),
+        experts=resolve_experts(draft.experts, by_weight.experts, num_ranks, spec, layers),
+        kv=draft.kv,
     )
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shoal.core.plan import RankPlan, ReplicaPlan
-from shoal.core.split import Range
+from shoal.core.split import Range, Shard
 
-_HEADINGS = ("worker", "device", "layers", "heads", "ffn", "vocabulary")
+_HEADINGS = ("worker", "device", "layers", "heads", "ffn", "vocabulary", "experts")
 
 
 def plan_table(replicas: Sequence[ReplicaPlan]) -> list[str]:
@@ -15,8 +15,11 @@ def plan_table(replicas: Sequence[ReplicaPlan]) -> list[str]:
     lines = [f"plan       {_summary(replicas)}"]
     shown = replicas[:1] if len(set(replicas)) == 1 else replicas
     for index, replica in enumerate(shown):
-        prefix = f"{index}: " if len(shown) > 1 else ""
-        lines += _aligned([_HEADINGS, *_rows(replica, prefix)])
+        role = f" ({replica.role})" if replica.role != "any" else ""
+        prefix = f"{index}{role}: " if len(shown) > 1 else ""
+        rows = [_HEADINGS, *_rows(replica, prefix)]
+        has_experts = any(row[-1] != "-" for row in rows[1:])
+        lines += _aligned(rows if has_experts else [row[:-1] for row in rows])
     return lines
 
 
@@ -46,6 +49,7 @@ def _rows(replica: ReplicaPlan, prefix: str) -> list[tuple[str, ...]]:
                     _shown(shard.heads),
                     _shown(shard.ffn),
                     _shown(shard.vocab) if has_vocabulary else "-",
+                    _experts(shard),
                 )
             )
     return rows
@@ -62,6 +66,14 @@ def _device(rank: RankPlan, precision: str | None) -> str:
     if precision is not None:
         words.append(precision)
     return " ".join(words)
+
+
+def _experts(shard: Shard) -> str:
+    """How many it has, in whole or in part, of a layer."""
+    counts = {len(shares) for shares in shard.experts}
+    if not any(counts):
+        return "none" if counts else "-"
+    return str(*counts) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
 
 
 def _shown(each: Range) -> str:

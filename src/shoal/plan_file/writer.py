@@ -8,6 +8,7 @@ import yaml
 
 from shoal.core.plan import InstancePlan, Plan, RankPlan, ReplicaPlan, Route, default_routes
 from shoal.core.split import Range
+from shoal.plan_file.experts import dump_experts
 
 _UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
 
@@ -29,9 +30,12 @@ def _replica(replica: ReplicaPlan) -> dict[str, Any]:
         else {"instances": [_instance(each) for each in stage.instances]}
         for stage in replica.stages
     ]
-    if replica.routes == default_routes(replica.stages):
-        return {"stages": stages}
-    return {"stages": stages, "routes": [_route(route) for route in replica.routes]}
+    content: dict[str, Any] = {"stages": stages}
+    if replica.role != "any":
+        content["role"] = replica.role
+    if replica.routes != default_routes(replica.stages):
+        content["routes"] = [_route(route) for route in replica.routes]
+    return content
 
 
 def _instance(instance: InstancePlan) -> dict[str, Any]:
@@ -43,8 +47,14 @@ def _instance(instance: InstancePlan) -> dict[str, Any]:
         split = instance.split
         ranges = {"heads": split.heads, "ffn": split.ffn, "vocab": split.vocab}
         content["split"] = {name: [len(each) for each in own] for name, own in ranges.items()}
+        if split.experts:
+            content["split"]["experts"] = dump_experts(split.experts, instance.layers)
+    if instance.split.kv != "heads":
+        content.setdefault("split", {})["kv"] = instance.split.kv
     if instance.kv_cache_memory_bytes is not None:
         content["kv_cache_memory"] = _size(instance.kv_cache_memory_bytes)
+    if instance.weights_memory_bytes is not None:
+        content["weights_memory"] = _size(instance.weights_memory_bytes)
     optional = {"quantize": instance.quantize, "dtype": instance.dtype}
     return content | {name: value for name, value in optional.items() if value is not None}
 

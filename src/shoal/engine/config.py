@@ -18,6 +18,8 @@ class EngineConfig:
 
     Attributes:
         instance_blocks: KV blocks of 16 tokens of each instance.
+        rank_blocks: of each instance, how many of them each of its ranks has to itself, one after
+            another; empty: its ranks share all of them, as of all instances where it is left out.
         routes: chains of instances that a request may take, all of one length; the default: all
             layers on instance 0.
         max_model_len: prompt and output tokens of one request at most.
@@ -38,6 +40,7 @@ class EngineConfig:
     max_model_len: int
     vocab_size: int
     routes: tuple[Route, ...] = _ONE_DEVICE
+    rank_blocks: tuple[tuple[int, ...], ...] = ()
     eos_token_ids: tuple[int, ...] = ()
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512

@@ -17,6 +17,7 @@ from shoal.core.errors import RequestError
 from shoal.core.request import ErrorInfo, Grammar, Output
 from shoal.core.stats import EngineStats
 from shoal.core.step import StepFailure, StepResult
+from shoal.engine.carrier import KVCarrier
 from shoal.engine.events import (
     CompileGrammar,
     Effect,
@@ -51,6 +52,7 @@ class EngineLoop:
         threads: a small pool for compiling.
         report: told of new outputs, and at least every `HEARTBEAT_S` of the stats; it is
             called from the loop's thread and must not block.
+        carrier: of KV, between this engine and others; None: there are no others.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class EngineLoop:
         threads: ThreadPool,
         report: Report,
         clock: Clock,
+        carrier: KVCarrier | None = None,
     ) -> None:
         self._state = state
         self._executor = executor
@@ -69,6 +72,7 @@ class EngineLoop:
         self._threads = threads
         self._report = report
         self._clock = clock
+        self._carrier = carrier
         self._events: SimpleQueue[Event | None] = SimpleQueue()
         self._failures_in_a_row = 0
         executor.listen(self.post)
@@ -134,6 +138,9 @@ class EngineLoop:
                     outputs.append(output)
                 case CompileGrammar():
                     self._threads.submit(self._compile, effect)
+                case _:
+                    assert self._carrier is not None, "only who has a carrier is asked for KV"
+                    self._carrier.carry_out(effect)
         self._report(outputs, self._state.stats())
 
     def _compile(self, wanted: CompileGrammar) -> None:

@@ -20,7 +20,11 @@ class Pools:
     def __init__(self, config: EngineConfig) -> None:
         self._routes = config.routes
         self._layers = tuple(_layer_keys(route) for route in config.routes)
-        self.of_instance = tuple(BlockPool(num_blocks) for num_blocks in config.instance_blocks)
+        parts = config.rank_blocks or ((),) * len(config.instance_blocks)
+        self.of_instance = tuple(
+            BlockPool(num_blocks, own)
+            for num_blocks, own in zip(config.instance_blocks, parts, strict=True)
+        )
 
     def along(self, route: int) -> tuple[BlockPool, ...]:
         """The pool of each hop."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from shoal.core.step import StepRow
@@ -28,6 +28,10 @@ from shoal.engine.sequence import HopBlocks, Status
 from shoal.engine.sequence import Sequence as TokenSequence
 
 Rows = list[tuple[TokenSequence, StepRow]]
+
+
+def _nothing(_instance: int) -> Iterable[list[int]]:
+    return ()
 
 
 @dataclass(slots=True)
@@ -153,11 +157,15 @@ class Scheduler:
         """All workers forgot all sequences."""
         self._released = [[] for _ in self._released]
 
-    def check_integrity(self) -> None:
-        """Every block is accounted for; for tests and idle time."""
+    def check_integrity(self, held: Callable[[int], Iterable[list[int]]] = _nothing) -> None:
+        """Every block is accounted for; for tests and idle time.
+
+        Args:
+            held: blocks of an instance that others than sequences hold.
+        """
         holding = [*self.running, *self.leaving]
         for instance, pool in enumerate(self.pools.of_instance):
-            pool.check_integrity(self._held(holding, instance))
+            pool.check_integrity([*self._held(holding, instance), *held(instance)])
         assert all(not sequence.hops for sequence in self.waiting if not sequence.in_flight)
         assert all(sequence.in_flight for sequence in self.leaving)
         for queue in (self.waiting, self.running):

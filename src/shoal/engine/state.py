@@ -17,6 +17,7 @@ from shoal.core.errors import (
     RequestError,
     RequestTimeoutError,
 )
+from shoal.core.kv import KVArrived
 from shoal.core.request import ErrorInfo, FinishReason, GenerateRequest, Output, TokenLogprobs
 from shoal.core.stats import EngineStats
 from shoal.core.step import InstancesReady, RowResult, StepFailure, StepResult, StepRow
@@ -26,10 +27,13 @@ from shoal.engine.events import (
     CompileGrammar,
     Effect,
     Emit,
+    EndLease,
     Event,
     GrammarFailed,
     GrammarReady,
     GrammarStarted,
+    Lend,
+    Receive,
     RunStep,
     Submit,
     Tick,
@@ -40,6 +44,7 @@ from shoal.engine.pace import CompletionPace
 from shoal.engine.recovery import recover
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.sequence import GrammarMatcher, Sequence, Status
+from shoal.engine.transfers import Transfers
 
 
 class EngineState:
@@ -51,6 +56,7 @@ class EngineState:
         self._sequences: dict[str, Sequence] = {}
         # Those that time alone may end: looked at with every Tick, so not all of them.
         self._timed: dict[str, Sequence] = {}
+        self._transfers = Transfers(config, self._scheduler)
         self._flight = Flight(config)
         self._num_submitted = 0
         self._pace = CompletionPace()
@@ -69,7 +75,8 @@ class EngineState:
 
     def next_deadline(self) -> float | None:
         """When a Tick is due even if nothing happens."""
-        deadlines = (sequence.next_deadline for sequence in self._timed.values())
+        deadlines = [sequence.next_deadline for sequence in self._timed.values()]
+        deadlines.append(self._transfers.next_deadline())
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def stats(self) -> EngineStats:
@@ -91,11 +98,11 @@ class EngineState:
 
     def check_integrity(self) -> None:
         """Raises AssertionError if the books don't balance; for tests and idle time."""
-        self._scheduler.check_integrity()
+        self._scheduler.check_integrity(self._transfers.held)
         known = {id(sequence) for sequence in self._sequences.values()}
         for sequence in [*self._scheduler.waiting, *self._scheduler.running]:
             assert id(sequence) in known
-        if not self._sequences and not self._flight:
+        if not self._sequences and not self._flight and not self._transfers:
             assert all(p.num_free == p.num_blocks for p in self._scheduler.pools.of_instance)
 
     # --- events ---
@@ -118,8 +125,18 @@ class EngineState:
                 return self._step_failed(event, now)
             case InstancesReady(instances):
                 return self._instances_ready(instances)
+            case Lend(lease_id, request_id, ttl_s):
+                sequence = self._sequences.get(request_id)
+                return self._transfers.lend(lease_id, sequence, now + ttl_s)
+            case EndLease(lease_id):
+                return self._transfers.end_loan(lease_id)
+            case Receive(offer, ttl_s):
+                return self._transfers.receive(offer, now + ttl_s)
+            case KVArrived():
+                return self._transfers.arrived(event)
             case Tick():
-                return [*self._expire(now), *self._hand_out()]
+                expired = [*self._transfers.expire(now), *self._expire(now)]
+                return [*expired, *self._hand_out()]
 
     def _submit(self, request: GenerateRequest, now: float) -> list[Effect]:
         try:
@@ -183,7 +200,7 @@ class EngineState:
         self._scheduler.places.down.update(failure.down)
         everywhere = range(len(self._config.instance_blocks))
         recover(self._scheduler, abandoned, everywhere if failure.lost is None else failure.lost)
-        effects: list[Effect] = []
+        effects = self._transfers.end_all()
         for sequence in list(self._sequences.values()):
             if sequence.num_failures > self._config.max_step_failures:
                 error = RequestError(f"the model failed on this request: {failure.reason}")

@@ -15,16 +15,22 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
 from shoal.core.clock import Clock
+from shoal.core.kv import KVOffer
 from shoal.core.request import GenerateRequest, Output
-from shoal.core.stats import EngineInfo, EngineStats
+from shoal.core.stats import EngineInfo, EngineStats, ReplicaView
 from shoal.router.events import (
     Abandon,
     Cancel,
     CancelAt,
     Deliver,
     Drain,
+    DrainReplica,
+    EndLeaseAt,
     Event,
+    LendAt,
+    PullAt,
     ReplicaLost,
+    ResumeReplica,
     Send,
     Submit,
     Tick,
@@ -49,6 +55,12 @@ class ReplicaClient(Protocol):
     def send(self, request: GenerateRequest) -> None: ...
 
     def cancel(self, request_id: str) -> None: ...
+
+    def lend(self, lease_id: int, request_id: str, ttl_s: float) -> None: ...
+
+    def end_lease(self, lease_id: int) -> None: ...
+
+    def receive(self, offer: KVOffer, ttl_s: float) -> None: ...
 
     async def run(self, router: Router) -> None:
         """Keep the replica alive and tell the router its news, until cancelled."""
@@ -149,6 +161,21 @@ class Router:
         """What each replica last said of itself."""
         return {name: client.stats for name, client in self._clients.items()}
 
+    def replicas(self) -> dict[str, ReplicaView]:
+        """How each replica stands to requests."""
+        outstanding, alive = self._state.outstanding(), self._state.alive
+        return {
+            name: ReplicaView(name in alive, name in self._state.drained, outstanding[name])
+            for name in self._clients
+        }
+
+    def drain_replica(self, name: str) -> None:
+        """Move what runs there elsewhere, and send nothing more until `resume_replica`."""
+        self.tell(DrainReplica(name))
+
+    def resume_replica(self, name: str) -> None:
+        self.tell(ResumeReplica(name))
+
     # --- for replica clients ---
 
     def tell(self, event: Event) -> None:
@@ -162,6 +189,12 @@ class Router:
                     self._clients[replica].send(request)
                 case CancelAt(replica, request_id):
                     self._clients[replica].cancel(request_id)
+                case LendAt(replica, move_id, request_id, ttl_s):
+                    self._clients[replica].lend(move_id, request_id, ttl_s)
+                case PullAt(replica, offer, ttl_s):
+                    self._clients[replica].receive(offer, ttl_s)
+                case EndLeaseAt(replica, move_id):
+                    self._clients[replica].end_lease(move_id)
 
     def _deliver(self, outputs: Sequence[Output], now: float) -> None:
         for output in outputs:

@@ -16,23 +16,30 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 
 from shoal.core.errors import WireError
+from shoal.core.kv import KVOffer
 from shoal.core.options import EngineOptions
 from shoal.core.plan import ReplicaPlan
 from shoal.core.request import GenerateRequest
 from shoal.core.stats import EngineStats
 from shoal.router.driver import Router
-from shoal.router.events import ReplicaLost, ReplicaOutputs, ReplicaReady
+from shoal.router.events import KVLent, KVPulled, ReplicaLost, ReplicaOutputs, ReplicaReady
 from shoal.router.watchdog import Watchdog, WatchdogLimits
 from shoal.wire.channel import AsyncChannel, Codec
+from shoal.wire.kv_messages import KVKeys
 from shoal.wire.messages import (
     Cancel,
+    EndLease,
     FromEngine,
     HostNet,
     Launch,
     LaunchFailed,
+    LendKV,
+    Lent,
     Loading,
     News,
+    Pulled,
     Ready,
+    ReceiveKV,
     Submit,
     ToEngine,
 )
@@ -57,6 +64,7 @@ class EngineClient:
         limits: how long it may be quiet once it is ready; then it is ended, and started again.
         replica: what it shall run on; None: on the one device that the options name.
         hosts: of a lab, that the replica's ranks name.
+        kv_keys: of its workers, to exchange KV with those of other replicas.
     """
 
     def __init__(
@@ -68,6 +76,7 @@ class EngineClient:
         limits: WatchdogLimits | None = None,
         replica: ReplicaPlan | None = None,
         hosts: Mapping[str, HostNet] | None = None,
+        kv_keys: KVKeys | None = None,
     ) -> None:
         self.name = name
         self.stats = EngineStats()
@@ -76,7 +85,7 @@ class EngineClient:
         self._options = options
         self._on_loading = on_loading
         self._limits = limits or WatchdogLimits()
-        self._launch = Launch(options, replica, dict(hosts or {}))
+        self._launch = Launch(options, replica, dict(hosts or {}), kv_keys)
         self._complaint: str | None = None
         self._incarnation = 0
         self._channel: AsyncChannel[FromEngine, ToEngine] | None = None
@@ -89,6 +98,18 @@ class EngineClient:
     def cancel(self, request_id: str) -> None:
         if self._channel is not None:
             self._channel.send(Cancel(request_id))
+
+    def lend(self, lease_id: int, request_id: str, ttl_s: float) -> None:
+        if self._channel is not None:
+            self._channel.send(LendKV(lease_id, request_id, ttl_s))
+
+    def end_lease(self, lease_id: int) -> None:
+        if self._channel is not None:
+            self._channel.send(EndLease(lease_id))
+
+    def receive(self, offer: KVOffer, ttl_s: float) -> None:
+        if self._channel is not None:
+            self._channel.send(ReceiveKV(offer, ttl_s))
 
     async def run(self, router: Router) -> None:
         """Follow the process and restart it when it dies, until it cannot load any more."""
@@ -143,6 +164,10 @@ class EngineClient:
                         watchdog.heard(stats, time_s())
                         if outputs:
                             router.tell(ReplicaOutputs(self.name, self._incarnation, outputs))
+                    case Lent(offer):
+                        router.tell(KVLent(self.name, self._incarnation, offer))
+                    case Pulled(lease_id, num):
+                        router.tell(KVPulled(self.name, self._incarnation, lease_id, num))
                     case Loading():
                         self._on_loading(message)
                     case Ready(info):

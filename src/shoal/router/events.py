@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from shoal.core.kv import KVOffer
 from shoal.core.request import GenerateRequest, Output
 from shoal.core.stats import EngineInfo
 
@@ -52,6 +53,39 @@ class ReplicaOutputs:
 
 
 @dataclass(frozen=True, slots=True)
+class KVLent:
+    """A replica lends the KV of a request; without names, there is none."""
+
+    replica: str
+    incarnation: int
+    offer: KVOffer
+
+
+@dataclass(frozen=True, slots=True)
+class KVPulled:
+    """A replica has got what it will of an offer: its first `num_blocks` blocks."""
+
+    replica: str
+    incarnation: int
+    move_id: int
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class DrainReplica:
+    """Move what runs there to other replicas, and send nothing more."""
+
+    replica: str
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeReplica:
+    """Send requests there again."""
+
+    replica: str
+
+
+@dataclass(frozen=True, slots=True)
 class Drain:
     """Admit nothing more; finish what runs."""
 
@@ -66,7 +100,20 @@ class Tick:
     """Look at deadlines."""
 
 
-Event = Submit | Cancel | ReplicaReady | ReplicaLost | ReplicaOutputs | Drain | Abandon | Tick
+Event = (
+    Submit
+    | Cancel
+    | ReplicaReady
+    | ReplicaLost
+    | ReplicaOutputs
+    | KVLent
+    | KVPulled
+    | DrainReplica
+    | ResumeReplica
+    | Drain
+    | Abandon
+    | Tick
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,4 +137,31 @@ class Deliver:
     outputs: Sequence[Output]
 
 
-Effect = Send | CancelAt | Deliver
+@dataclass(frozen=True, slots=True)
+class LendAt:
+    """Ask a replica for the KV of a request, for so long at most."""
+
+    replica: str
+    move_id: int
+    request_id: str
+    ttl_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class PullAt:
+    """Have a replica get the KV of an offer, within so long."""
+
+    replica: str
+    offer: KVOffer
+    ttl_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class EndLeaseAt:
+    """What a replica lends for a move is not needed any more."""
+
+    replica: str
+    move_id: int
+
+
+Effect = Send | CancelAt | Deliver | LendAt | PullAt | EndLeaseAt

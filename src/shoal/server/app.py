@@ -19,6 +19,7 @@ from shoal.server.health import health_routes
 from shoal.server.limits import BodyLimit
 from shoal.server.middleware import Envelope
 from shoal.server.models import model_routes
+from shoal.server.replicas import replica_routes
 from shoal.server.sse import SEND_BODY
 from shoal.server.tokenize import tokenize_routes
 from shoal.text import Tokenizer
@@ -60,6 +61,7 @@ def create_app(
         tokenize_routes,
         model_routes,
         health_routes,
+        replica_routes,
     ):
         app.include_router(make_routes(context))
     # The last one added is the outermost.

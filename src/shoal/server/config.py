@@ -10,7 +10,7 @@ from typing import Protocol
 from shoal.core.clock import Clock
 from shoal.core.errors import ConfigError
 from shoal.core.request import MAX_COMPLETIONS, GenerateRequest, Output
-from shoal.core.stats import EngineInfo, EngineStats
+from shoal.core.stats import EngineInfo, EngineStats, ReplicaView
 from shoal.observe import ServingMetrics
 from shoal.text import Tokenizer
 
@@ -81,6 +81,16 @@ class Router(Protocol):
     def stats(self) -> Mapping[str, EngineStats]:
         """By replica name."""
         ...
+
+    def replicas(self) -> Mapping[str, ReplicaView]:
+        """How each stands to requests, by name."""
+        ...
+
+    def drain_replica(self, name: str) -> None:
+        """Move what runs there elsewhere, and send nothing more."""
+        ...
+
+    def resume_replica(self, name: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,75 @@
+"""/admin/replicas: how each replica stands, and taking one out of service while requests run.
+
+    GET  /admin/replicas
+    POST /admin/replicas/NAME/drain      its requests move to others, with their KV
+    POST /admin/replicas/NAME/resume
+
+Only for who holds an API key: without one a page in a browser could post here.
+"""
+
+from __future__ import annotations
+
+import msgspec
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from shoal.core.request import ErrorInfo
+from shoal.server.config import ServerContext
+from shoal.server.errors import error_response
+
+_NO_KEY = ErrorInfo(
+    status=403,
+    code="no_api_key",
+    message="/admin needs a server with an API key; set SHOAL_API_KEY (or --api-key).",
+)
+
+
+def replica_routes(context: ServerContext) -> APIRouter:
+    """The endpoints, for one app."""
+    routes = APIRouter()
+    router = context.router
+
+    def refusal(name: str) -> Response | None:
+        if not context.config.api_keys:
+            return error_response(_NO_KEY)
+        if name not in router.replicas():
+            names = ", ".join(router.replicas())
+            message = f"There is no replica {name[:64]!r}; there are {names}."
+            return error_response(ErrorInfo(status=404, code="no_such_replica", message=message))
+        return None
+
+    @routes.get("/admin/replicas", response_class=Response)
+    async def show_replicas() -> Response:
+        return error_response(_NO_KEY) if not context.config.api_keys else _shown(context)
+
+    @routes.post("/admin/replicas/{name}/drain", response_class=Response)
+    async def drain(name: str) -> Response:
+        if (refused := refusal(name)) is not None:
+            return refused
+        others = (each for other, each in router.replicas().items() if other != name)
+        if not any(each.is_alive and not each.is_drained for each in others):
+            message = f"No other replica takes requests; start or resume one before {name} drains."
+            return error_response(ErrorInfo(status=409, code="last_replica", message=message))
+        router.drain_replica(name)
+        return _shown(context)
+
+    @routes.post("/admin/replicas/{name}/resume", response_class=Response)
+    async def resume(name: str) -> Response:
+        if (refused := refusal(name)) is not None:
+            return refused
+        router.resume_replica(name)
+        return _shown(context)
+
+    return routes
+
+
+def _shown(context: ServerContext) -> Response:
+    found = {
+        name: {
+            "alive": each.is_alive,
+            "drained": each.is_drained,
+            "requests": each.num_requests,
+        }
+        for name, each in context.router.replicas().items()
+    }
+    return Response(msgspec.json.encode({"replicas": found}), media_type="application/json")

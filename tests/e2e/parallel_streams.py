@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,9 +51,11 @@ class Stream:
     times: list[float] = field(default_factory=list)
     ends: list[Any] = field(default_factory=list)
 
-    def run(self, url: str) -> None:
+    def run(self, url: str, headers: Mapping[str, str] | None = None) -> None:
         request = {**self.body, "stream": True, "return_token_ids": True}
-        with httpx.stream("POST", f"{url}/v1/completions", json=request, timeout=120) as response:
+        with httpx.stream(
+            "POST", f"{url}/v1/completions", json=request, headers=headers, timeout=120
+        ) as response:
             for line in response.iter_lines():
                 if not line.startswith("data: {"):
                     continue

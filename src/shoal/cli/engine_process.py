@@ -20,17 +20,22 @@ from shoal.core.errors import RequestError, ShoalError, WireError
 from shoal.core.request import ErrorInfo, Output
 from shoal.core.stats import EngineStats
 from shoal.engine.events import Cancel as CancelEvent
+from shoal.engine.events import EndLease as EndLeaseEvent
+from shoal.engine.events import Lend, Receive
 from shoal.engine.events import Submit as SubmitEvent
 from shoal.wire.channel import Codec, ThreadChannel
 from shoal.wire.loading import LoadingReport
 from shoal.wire.messages import (
     Cancel,
+    EndLease,
     FromEngine,
     Launch,
     LaunchFailed,
+    LendKV,
     Loading,
     News,
     Ready,
+    ReceiveKV,
     Submit,
     ToEngine,
 )
@@ -77,6 +82,8 @@ def _load(channel: Channel, launch: Launch) -> LoadedEngine:
             progress=LoadingReport(channel.send),
             replica=launch.replica,
             hosts=launch.hosts,
+            kv_keys=launch.kv_keys,
+            tell_kv=channel.send,
         )
     except ShoalError as error:
         channel.send(LaunchFailed(str(error)))
@@ -103,6 +110,12 @@ def _listen(messages: Iterator[ToEngine], loaded: Future[LoadedEngine]) -> None:
                     loaded.result().loop.post(SubmitEvent(request))
                 case Cancel(request_id):
                     loaded.result().loop.post(CancelEvent(request_id))
+                case LendKV(lease_id, request_id, ttl_s):
+                    loaded.result().loop.post(Lend(lease_id, request_id, ttl_s))
+                case EndLease(lease_id):
+                    loaded.result().loop.post(EndLeaseEvent(lease_id))
+                case ReceiveKV(offer, ttl_s):
+                    loaded.result().loop.post(Receive(offer, ttl_s))
                 case Launch():
                     log.error("a second Launch is ignored")
     except (OSError, ShoalError):

@@ -26,6 +26,9 @@ COMMANDS = {
     "eval": "shoal.cli.eval:eval_model",
     "quantize": "shoal.cli.quantize:quantize",
     "lab": "shoal.cli.lab:app",
+    "up": "shoal.cli.up:up",
+    "join": "shoal.cli.join:join",
+    "down": "shoal.cli.down:down",
 }
 """Command → where its function, or its Typer app with commands of its own, is found."""
 

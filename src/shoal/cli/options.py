@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shoal.core.errors import ConfigError
+from shoal.core.options import ActivationFormat as ActivationFormatName
 from shoal.core.options import DType as DTypeName
 from shoal.core.options import Kernels as KernelsName
 from shoal.core.options import KVCacheDType as KVCacheDTypeName
 from shoal.core.options import Quantization as QuantizationName
+from shoal.core.split import KVSplit as KVSplitName
 
 if TYPE_CHECKING:
     from shoal.plan_file import PlanFile
@@ -207,6 +209,15 @@ MaxNumBatchedTokens = Annotated[
 KvCacheMemoryBytes = Annotated[
     int | None, _option("--kv-cache-memory-bytes", "Memory for the KV cache.", _ENGINE, min=1)
 ]
+WeightsMemoryBytes = Annotated[
+    int | None,
+    _option(
+        "--weights-memory-bytes",
+        "Memory for weights; layers beyond it are read from disk in every step.",
+        _ENGINE,
+        min=1,
+    ),
+]
 EnablePrefixCaching = Annotated[
     bool,
     _option(
@@ -232,6 +243,30 @@ TensorParallelSize = Annotated[
 PipelineParallelSize = Annotated[
     int,
     _option("--pipeline-parallel-size", "Stages that the layers are cut into.", _ENGINE, min=1),
+]
+KVSplit = Annotated[
+    KVSplitName,
+    _option(
+        "--kv-split",
+        "What of a sequence's KV each device that shares a layer keeps: its heads, or some tokens.",
+        _ENGINE,
+    ),
+]
+ActivationFormat = Annotated[
+    ActivationFormatName,
+    _option(
+        "--activation-format",
+        "Of what devices send each other; auto: rounded where a slow link makes it worth it.",
+        _ENGINE,
+    ),
+]
+ExpertRedeal = Annotated[
+    bool,
+    _option(
+        "--expert-redeal/--no-expert-redeal",
+        "Move experts between devices as load and speed show.",
+        _ENGINE,
+    ),
 ]
 ChatTemplate = Annotated[
     Path | None, _option("--chat-template", "Jinja file to use for the model's own.", _ENGINE)

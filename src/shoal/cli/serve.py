@@ -27,20 +27,32 @@ def serve(
     plan: options.Plan = None,
     tensor_parallel_size: options.TensorParallelSize = 1,
     pipeline_parallel_size: options.PipelineParallelSize = 1,
+    kv_split: options.KVSplit = "heads",
     max_model_len: options.MaxModelLen = None,
     max_num_seqs: options.MaxNumSeqs = 64,
     max_num_batched_tokens: options.MaxNumBatchedTokens = None,
     max_waiting: options.MaxWaiting = 256,
     kv_cache_memory_bytes: options.KvCacheMemoryBytes = None,
+    weights_memory_bytes: options.WeightsMemoryBytes = None,
     enable_prefix_caching: options.EnablePrefixCaching = True,
     num_threads: options.NumThreads = None,
+    activation_format: options.ActivationFormat = "auto",
+    expert_redeal: options.ExpertRedeal = True,
     revision: options.Revision = None,
     hf_token: options.HfToken = None,
     config: options.Config = None,
 ) -> None:
     """Serve a model over the OpenAI API."""
     del config
-    from shoal.cli.serving import ServeSettings, bind, lab_hosts, plan_replicas, run, start_engines
+    from shoal.cli.serving import (
+        ServeSettings,
+        bind,
+        cluster_here,
+        plan_hosts,
+        plan_replicas,
+        run,
+        start_engines,
+    )
     from shoal.cli.terminal import find_model
     from shoal.core.options import EngineOptions
     from shoal.plan_file import Parallelism
@@ -51,9 +63,11 @@ def serve(
         file=file,
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size,
+        kv_split=kv_split,
         data_parallel_size=data_parallel_size,
         device=device,
         num_threads=num_threads,
+        hosts_are_apart=cluster_here() is not None,
     )
     keys = tuple(api_key or ())
     with contextlib.closing(bind(host, port, keys)) as sock:
@@ -73,14 +87,17 @@ def serve(
                 max_num_batched_tokens=max_num_batched_tokens,
                 max_waiting=max_waiting,
                 kv_cache_memory_bytes=kv_cache_memory_bytes,
+                weights_memory_bytes=weights_memory_bytes,
                 enable_prefix_caching=enable_prefix_caching,
                 num_threads=num_threads,
+                activation_format=activation_format,
+                expert_redeal=expert_redeal,
             ),
             served_model_names=tuple(served_model_name or (found.name,)),
             host=host,
             api_keys=keys,
             replicas=replicas,
-            hosts=lab_hosts(replicas),
+            hosts=plan_hosts(replicas, named),
             drain_timeout_s=drain_timeout,
             request_timeout_s=request_timeout,
             chat_template=template,

@@ -25,6 +25,9 @@ from typing import Any
 import uvicorn
 import uvloop
 
+from shoal.cli.up import cluster_folder
+from shoal.cluster.folder import Record
+from shoal.cluster.raylet import is_alive
 from shoal.core.clock import MonotonicClock
 from shoal.core.errors import ConfigError
 from shoal.core.options import EngineOptions
@@ -34,9 +37,11 @@ from shoal.model.spec import read_spec
 from shoal.plan_file import Parallelism, device_share, plan_table
 from shoal.router.driver import Router
 from shoal.router.engine_client import EngineClient
-from shoal.router.state import RouterConfig, RouterState
+from shoal.router.records import RouterConfig
+from shoal.router.state import RouterState
 from shoal.router.watchdog import WatchdogLimits
-from shoal.wire.messages import HostNet, Loading
+from shoal.wire.kv_messages import make_kv_keys
+from shoal.wire.messages import ClusterNet, HostNet, Loading
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +116,42 @@ def plan_replicas(parallelism: Parallelism, path: Path) -> tuple[ReplicaPlan | N
     return replicas
 
 
+def plan_hosts(replicas: tuple[ReplicaPlan | None, ...], model: str) -> dict[str, HostNet]:
+    """Hosts that ranks name: of the cluster that is up here, or of the lab that this runs in.
+
+    Args:
+        model: as the user called it, for nodes that must find it themselves.
+
+    Raises:
+        ConfigError: ranks name hosts, and there is neither.
+    """
+    named = {
+        rank.host
+        for replica in replicas
+        for instance in (replica.instances if replica is not None else ())
+        for rank in instance.ranks
+        if rank.host is not None
+    }
+    cluster = cluster_here()
+    if not named or cluster is None:
+        return lab_hosts(replicas)
+    if not cluster.is_head:
+        raise ConfigError(
+            f"this machine only joined the cluster; serve from its head ({cluster.head})"
+        )
+    token = str(cluster_folder().token)
+    net = ClusterNet(cluster.head, token, cluster.address, model)
+    return {host: HostNet((), "", net) for host in named}
+
+
+def cluster_here() -> Record | None:
+    """The cluster that `shoal up` or `shoal join` started here; None: none, or this is a lab."""
+    if state_of_environment(os.environ) is not None:
+        return None
+    record = cluster_folder().read_record()
+    return record if record is not None and is_alive(record) else None
+
+
 def lab_hosts(replicas: tuple[ReplicaPlan | None, ...]) -> dict[str, HostNet]:
     """Hosts of the lab that this process runs in.
 
@@ -124,8 +165,8 @@ def lab_hosts(replicas: tuple[ReplicaPlan | None, ...]) -> dict[str, HostNet]:
             for rank in instance.ranks:
                 if rank.host is not None and rank.host not in hosts:
                     raise ConfigError(
-                        f"the plan names host {rank.host!r}, which is a lab's; bring it up with "
-                        "`shoal lab up`, or remove the host"
+                        f"the plan names host {rank.host!r}, and neither a lab nor a cluster is up "
+                        "here; start one with `shoal lab up` or `shoal up`, or remove the host"
                     )
     return {name: HostNet(host.command, host.address) for name, host in hosts.items()}
 
@@ -135,17 +176,20 @@ def start_engines(settings: ServeSettings) -> list[EngineClient]:
     count = len(settings.replicas)
     command = [sys.executable, "-m", "shoal.cli.engine_process"]
     options = _shared_out(settings)
+    replicas = {f"replica-{index}": plan for index, plan in enumerate(settings.replicas)}
+    kv_keys = make_kv_keys(replicas) if count > 1 else {}
     return [
         EngineClient(
-            f"replica-{index}",
+            name,
             command,
             options,
-            _Announcer(f"replica-{index}", count),
+            _Announcer(name, count),
             settings.watchdog,
             replica,
             settings.hosts,
+            kv_keys.get(name),
         )
-        for index, replica in enumerate(settings.replicas)
+        for name, replica in replicas.items()
     ]
 
 
@@ -169,10 +213,14 @@ def run(settings: ServeSettings, sock: socket.socket, clients: list[EngineClient
 
 async def _serve(settings: ServeSettings, sock: socket.socket, clients: list[EngineClient]) -> int:
     clock, rng = MonotonicClock(), random.SystemRandom()
+    names = tuple(client.name for client in clients)
+    roles = {name: plan.role for name, plan in zip(names, settings.replicas, strict=True) if plan}
     state = RouterState(
         RouterConfig(
-            replicas=tuple(client.name for client in clients),
+            replicas=names,
             max_homeless=settings.engine.max_waiting,
+            roles=roles,
+            moves_kv=len(names) > 1,
         ),
         rng,
     )

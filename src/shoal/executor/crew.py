@@ -18,13 +18,16 @@ from typing import Any
 
 from shoal.core.options import EngineOptions
 from shoal.core.plan import ReplicaPlan
+from shoal.core.split import stacked
+from shoal.executor.capacity import rank_blocks
+from shoal.executor.launcher import Launcher, Spot, WorkerCodec
 from shoal.executor.shares import rank_options
-from shoal.executor.worker_process import WorkerCodec, WorkerProcess
-from shoal.wire.curve import make_keys
-from shoal.wire.messages import HostNet
+from shoal.executor.worker_process import WorkerProcess
+from shoal.wire.curve import MeshKeys, make_keys
 from shoal.wire.worker_messages import (
     Connect,
     FromWorker,
+    HoldBlocks,
     LaunchWorker,
     StoreGet,
     StoreSet,
@@ -40,7 +43,8 @@ class Crew:
     """The workers there are.
 
     Args:
-        hosts: of a lab, that the plan's ranks name.
+        launcher: starts them.
+        kv_keys: of each worker, to exchange KV with those of all replicas.
         take: told what a worker says; gone: that it ended, and how.
     """
 
@@ -48,8 +52,9 @@ class Crew:
         self,
         replica: ReplicaPlan,
         options: EngineOptions,
-        hosts: Mapping[str, HostNet],
+        launcher: Launcher,
         *,
+        kv_keys: Mapping[str, MeshKeys] | None = None,
         take: Take,
         gone: Gone,
     ) -> None:
@@ -62,10 +67,11 @@ class Crew:
         }
         self._replica = replica
         self._options = options
-        self._hosts = hosts
+        self._launcher = launcher
         self._take = take
         self._gone = gone
         self._keys = make_keys(self.hosts_of)
+        self._kv_keys = kv_keys or {}
         self._kv_bytes: dict[str, int] = {}
         self._stores: dict[int, _Store] = {}
         self._following: set[asyncio.Task[None]] = set()
@@ -73,16 +79,23 @@ class Crew:
     def of(self, instance: int) -> list[WorkerProcess]:
         return [each for each in self.workers.values() if each.instance == instance]
 
+    def redealt(self, replica: ReplicaPlan) -> None:
+        """Workers that are started from now on have these experts."""
+        self._replica = replica
+
     async def start(self, instance: int, incarnation: int) -> list[WorkerProcess]:
         """Start an instance's workers; they load by themselves."""
         ranks = self._replica.instances[instance].ranks
-        kind = group_kind(ranks)
         self._stores[instance] = _Store()
+        spots = await self._launcher.place(instance, ranks)
+        kind = group_kind(ranks)
+        if kind == "shared_memory" and not all(spot.is_child for spot in spots):
+            kind = "gloo"  # no descriptor gets there
         fd = group_memory(kind, len(ranks))
         started = []
         try:
-            for rank in range(len(ranks)):
-                started.append(await self._start(instance, rank, incarnation, kind, fd))
+            for rank, spot in enumerate(spots):
+                started.append(await self._start(instance, rank, incarnation, kind, fd, spot))
         finally:
             if fd is not None:
                 os.close(fd)
@@ -98,8 +111,17 @@ class Crew:
         await _all(worker.bound for worker in workers)
         for worker in workers:
             self._kv_bytes[worker.name] = (await worker.loaded).kv_bytes
+        for instance in sorted({worker.instance for worker in workers}):
+            self._share_blocks(instance)
         self.connect()
         await _all(worker.warm for worker in workers)
+
+    def _share_blocks(self, instance: int) -> None:
+        """Tell its ranks which KV blocks are whose, where they split KV by tokens."""
+        workers = sorted(self.of(instance), key=lambda each: each.rank)
+        own = rank_blocks(self._replica, instance, [each.loaded.result() for each in workers])
+        for worker, blocks in zip(workers if own else (), stacked(own), strict=True):
+            worker.send(HoldBlocks(blocks))
 
     def connect(self) -> None:
         """Tell everyone where all are; who has moved is reached anew."""
@@ -125,6 +147,7 @@ class Crew:
         for task in list(self._following):
             task.cancel()
         await asyncio.gather(*self._following, return_exceptions=True)
+        await asyncio.to_thread(self._launcher.close)
 
     def set_in_store(self, worker: WorkerProcess, message: StoreSet) -> None:
         """One rank's word to the others of its instance, who may be waiting for it."""
@@ -134,15 +157,14 @@ class Crew:
         self._stores[worker.instance].get(worker, message)
 
     async def _start(
-        self, instance: int, rank: int, incarnation: int, kind: str, fd: int | None
+        self, instance: int, rank: int, incarnation: int, kind: str, fd: int | None, spot: Spot
     ) -> WorkerProcess:
         place = self._replica.instances[instance].ranks[rank]
         name = self._replica.worker_name(instance, rank)
-        options = rank_options(self._options, self._replica, instance, rank)
+        options = rank_options(self._options, self._replica, instance, rank, spot.num_cpus)
         if name in self._kv_bytes:
             # As much as the engine counts on, whatever is free now.
             options = replace(options, kv_cache_memory_bytes=self._kv_bytes[name] or None)
-        host = self._hosts.get(place.host or "")
         keys = self._keys[name]
         worker = WorkerProcess(
             LaunchWorker(
@@ -154,14 +176,15 @@ class Crew:
                 incarnation=incarnation,
                 group=kind,
                 group_fd=fd,
-                address=host.address if host else "127.0.0.1",
+                address=spot.address,
                 keys=keys,
                 speed=place.speed,
+                kv_keys=self._kv_keys.get(name),
             ),
             self.codec,
         )
         self.workers[name] = worker
-        await worker.start(host.command if host else ())
+        await worker.start(spot)
         task = asyncio.create_task(self._follow(worker))
         self._following.add(task)
         task.add_done_callback(self._following.discard)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
-from shoal.core.step import Step, StepFailure, StepResult
+from shoal.core.step import ExecutorEvent, Step, StepFailure, StepResult
 from shoal.executor import Post
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class InprocExecutor:
     def __init__(self, worker: StepWorker) -> None:
         self._worker = worker
         self._post: Post = log.debug  # until someone listens
-        self._steps: SimpleQueue[Step | None] = SimpleQueue()
+        self._steps: SimpleQueue[Step | Callable[[], None] | None] = SimpleQueue()
         self._launched: deque[_Launched] = deque()
         self._failed_incarnation = -1
         self._thread = threading.Thread(target=self._run, name="shoal-worker", daemon=True)
@@ -67,8 +68,16 @@ class InprocExecutor:
         """Tell `post` of results and failures, from the worker's thread."""
         self._post = post
 
+    def tell(self, event: ExecutorEvent) -> None:
+        """Pass on what is not a Step's, from any thread."""
+        self._post(event)
+
     def submit(self, step: Step) -> None:
         self._steps.put(step)
+
+    def between_steps(self, do: Callable[[], None]) -> None:
+        """Have the worker's thread call something, in order with the Steps."""
+        self._steps.put(do)
 
     def close(self) -> None:
         """Finish the Step that runs, then end the thread."""
@@ -84,7 +93,10 @@ class InprocExecutor:
             else:
                 if item is None:
                     return
-                self._launch(item)
+                if isinstance(item, Step):
+                    self._launch(item)
+                else:
+                    item()
             while self._launched and self._launched[0].pending.done:
                 self._collect()
 

@@ -1,4 +1,4 @@
-"""Executor: the workers of a replica in processes on this host.
+"""Executor: the workers of a replica in processes, on this host or on a cluster's.
 
     submit ─► every rank of every instance on the Step's route        encoded once
     rank 0 of its last instance ─► result ─► engine
@@ -15,6 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,19 +25,28 @@ from shoal.core.options import EngineOptions
 from shoal.core.plan import ReplicaPlan
 from shoal.core.step import ExecutorEvent, Step, StepResult
 from shoal.executor import Post
-from shoal.executor.capacity import Capacity, links_line, settle
+from shoal.executor.capacity import Capacity, Facts, links_line, settle
 from shoal.executor.crew import Crew
+from shoal.executor.dealing import Dealer
 from shoal.executor.lab_state import VARIABLE, LabState
+from shoal.executor.launcher import Launcher, LocalLauncher
+from shoal.executor.link_forms import LinkForms
 from shoal.executor.recovery import Recovery
+from shoal.executor.transfers import CrewMover, KVMover, Order
 from shoal.executor.worker_process import WorkerProcess
+from shoal.wire.kv_messages import KVKeys
 from shoal.wire.messages import HostNet, LaunchFailed, Loading
 from shoal.wire.worker_messages import (
     Beat,
     Bound,
+    Deal,
+    Dealt,
     Done,
+    ExpertLoad,
     Failed,
     FromWorker,
     Loaded,
+    Pulled,
     Release,
     ResetDone,
     Run,
@@ -58,7 +68,8 @@ class LocalExecutor:
     """Runs a replica plan in worker processes.
 
     Args:
-        hosts: of a lab, that the plan's ranks name.
+        hosts: of a lab or a cluster, that the plan's ranks name.
+        kv_keys: to exchange KV with workers of all replicas; None: they do not.
 
     Raises:
         DeviceError, ModelError, ConfigError: what the user can mend.
@@ -71,6 +82,7 @@ class LocalExecutor:
         spec: ModelSpec,
         *,
         hosts: Mapping[str, HostNet],
+        kv_keys: KVKeys | None = None,
         say: Callable[[str], None],
         progress: Progress,
     ) -> None:
@@ -79,7 +91,14 @@ class LocalExecutor:
         self._progress = _TotalProgress(progress)
         self._post: Post = log.debug  # until someone listens
         self._when_lost: Callable[[], None] = lambda: None
-        self._crew = Crew(replica, options, hosts, take=self._take, gone=self._gone)
+        self._crew = Crew(
+            replica,
+            options,
+            make_launcher(hosts),
+            kv_keys=kv_keys.of_worker if kv_keys else None,
+            take=self._take,
+            gone=self._gone,
+        )
         self._recovery = Recovery(
             replica, self._crew, post=self._tell, began=self._forget, give_up=self._give_up
         )
@@ -88,7 +107,10 @@ class LocalExecutor:
         self._result_s = 0.0
         self._is_watched = False
         self._looking: asyncio.Task[None] | None = None
+        self._dealer: Dealer | None = None
+        self._forms: LinkForms | None = None
         self._loop = asyncio.new_event_loop()
+        self._mover = self._make_mover(spec, kv_keys) if kv_keys else None
         self._thread = threading.Thread(target=self._run, name="shoal-executor", daemon=True)
         self._thread.start()
         try:
@@ -104,7 +126,14 @@ class LocalExecutor:
         """Call `tell`, from another thread, when workers cannot be started any more."""
         self._when_lost = tell
 
+    @property
+    def mover(self) -> KVMover | None:
+        """Of the workers' KV; None: it stays where it is."""
+        return self._mover
+
     def submit(self, step: Step) -> None:
+        if self._dealer is not None and self._dealer.version:
+            step = replace(step, dealing=self._dealer.version)
         frame = self._crew.codec.encode(Run(step))
         self._loop.call_soon_threadsafe(self._deliver, step, frame)
 
@@ -142,24 +171,68 @@ class LocalExecutor:
         for line in capacity.lines:
             say(line)
         await self._crew.ready(workers)
-        if links := [(worker.name, link) for worker in workers for link in worker.warm.result()]:
-            say(links_line(links))
+        self._tell_forms(options, spec, workers, say)
         say(f"workers    {len(workers)} ready after {time.monotonic() - started_s:.1f} s")
         self._is_watched = True
+        if options.expert_redeal and spec.experts is not None:
+            self._dealer = self._make_dealer(spec, facts)
         self._recovery.watch()
         self._looking = asyncio.create_task(self._look())
         return capacity
+
+    def _tell_forms(
+        self,
+        options: EngineOptions,
+        spec: ModelSpec,
+        workers: list[WorkerProcess],
+        say: Callable[[str], None],
+    ) -> None:
+        if links := [(each.name, link) for each in workers for link in each.warm.result().links]:
+            say(links_line(links))
+        warm = {(each.instance, each.rank): each.warm.result() for each in workers}
+        self._forms = LinkForms(self._replica, options, spec, warm)
+        for line in self._forms.lines:
+            say(line)
+        for worker in workers:
+            worker.send(self._forms.of(worker.name))
 
     async def _end(self) -> None:
         self._is_watched = False
         self._recovery.close()
         if self._looking is not None:
             self._looking.cancel()
+        if self._dealer is not None:
+            self._dealer.close()
         await self._crew.close()
 
     def _give_up(self, reason: str) -> None:
         log.critical("%s", reason)
         self._when_lost()
+
+    def _make_mover(self, spec: ModelSpec, keys: KVKeys) -> CrewMover:
+        workers = self._crew.workers
+
+        def send(name: str, order: Order) -> None:
+            if (worker := workers.get(name)) is not None:
+                worker.send(order)
+
+        return CrewMover(
+            self._replica,
+            spec,
+            keys.replica,
+            addresses=lambda: {each.name: each.kv_address for each in list(workers.values())},
+            send=send,
+            call=self._loop.call_soon_threadsafe,
+            arrived=self._tell,
+        )
+
+    def _make_dealer(self, spec: ModelSpec, facts: Facts) -> Dealer:
+        def send(instance: int, deal: Deal) -> None:
+            frame = self._crew.codec.encode(deal)
+            for worker in self._crew.of(instance):
+                worker.send_frame(frame)
+
+        return Dealer(self._replica, spec, facts, send=send, redealt=self._crew.redealt)
 
     # --- Steps ---
 
@@ -180,6 +253,8 @@ class LocalExecutor:
 
     def _forget(self) -> None:
         self._submitted_s.clear()
+        if self._dealer is not None:
+            self._dealer.drop()
         if self._lab is not None:
             self._write_workers(self._lab)
 
@@ -201,15 +276,27 @@ class LocalExecutor:
                 self._recovery.step_failed(worker, message)
             case ResetDone(incarnation):
                 self._recovery.reset_done(worker, incarnation)
+            case Pulled(pull_id, num_blocks):
+                if self._mover is not None:
+                    orders = self._mover.orders
+                    orders.pulled(worker.name, worker.instance, pull_id, num_blocks)
+            case ExpertLoad():
+                if self._dealer is not None:
+                    self._dealer.take_load(worker.instance, worker.rank, message)
+            case Dealt():
+                if self._dealer is not None:
+                    self._dealer.take_dealt(worker.instance, worker.rank, message)
             case Loading(_, done, total):
                 self._progress(worker.name, done, total)
-            case Bound(address, pid):
-                worker.pid = pid
+            case Bound(address, pid, kv_address):
+                worker.pid, worker.kv_address = pid, kv_address
                 _settle(worker.bound, address)
             case Loaded():
                 _settle(worker.loaded, message)
-            case Warm(links):
-                _settle(worker.warm, links)
+            case Warm():
+                if self._forms is not None:
+                    worker.send(self._forms.of(worker.name))
+                _settle(worker.warm, message)
                 self._put_in_lab(worker)
             case LaunchFailed(reason):
                 worker.fail(f"{worker.name}: {reason}")
@@ -235,6 +322,8 @@ class LocalExecutor:
                 waited_s = now - max(self._result_s, min(self._submitted_s.values()))
                 if waited_s > _NO_RESULT_S:
                     self._recovery.nothing_came(_NO_RESULT_S)
+            if self._dealer is not None:
+                self._dealer.look(now, self._recovery.down)
             if self._lab is not None and self._lab.changed():
                 for worker in self._crew.workers.values():
                     self._put_in_lab(worker)
@@ -257,9 +346,23 @@ def _check_hosts(replica: ReplicaPlan, hosts: Mapping[str, HostNet]) -> None:
     named = {rank.host for each in replica.instances for rank in each.ranks if rank.host}
     if unknown := sorted(named - hosts.keys()):
         raise ConfigError(
-            f"the plan names host {unknown[0]!r}, which is not there; hosts are a lab's: start it "
-            "with `shoal lab up`, or remove host from the plan"
+            f"the plan names host {unknown[0]!r}, which is not there; hosts are a lab's or a "
+            "cluster's: start it with `shoal lab up` or `shoal up`, or remove host from the plan"
         )
+
+
+def make_launcher(hosts: Mapping[str, HostNet]) -> Launcher:
+    """Of the hosts that a plan names: a cluster's, or this machine's.
+
+    Raises:
+        ConfigError: the cluster cannot be used.
+    """
+    for host in hosts.values():
+        if host.cluster is not None:
+            from shoal.executor.ray_launcher import RayLauncher
+
+            return RayLauncher(host.cluster)
+    return LocalLauncher(hosts)
 
 
 def _lab_state(crew: Crew) -> LabState | None:

@@ -77,6 +77,11 @@ class Recovery:
             self.liveness.begin(name, now)
         self._spawn(self._watch())
 
+    @property
+    def down(self) -> frozenset[int]:
+        """Instances that run no Steps."""
+        return frozenset(self._starting | self._parted)
+
     def close(self) -> None:
         for task in self._tasks:
             task.cancel()
@@ -142,7 +147,7 @@ class Recovery:
                 reason=reason,
                 incarnation=failed,
                 lost=tuple(sorted({*kv_lost, *lost})),
-                down=tuple(sorted(self._starting | self._parted)),
+                down=tuple(sorted(self.down)),
             )
         )
 

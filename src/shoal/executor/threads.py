@@ -16,6 +16,7 @@ from torch import Tensor
 from shoal.core.model_spec import ModelSpec
 from shoal.core.options import EngineOptions
 from shoal.core.plan import ReplicaPlan
+from shoal.core.split import stacked
 from shoal.core.step import Step, StepFailure
 from shoal.executor import Post
 from shoal.executor.capacity import Capacity, settle
@@ -24,6 +25,7 @@ from shoal.wire.worker_messages import Done, Failed, Loaded, PeerMessage, Releas
 from shoal.worker.groups import groups_in_threads
 from shoal.worker.launch import LoadedWorker, load_worker, warm_up
 from shoal.worker.place import Place
+from shoal.worker.runner import Worker
 from shoal.worker.stage import FromPeer, StageRunner
 
 log = logging.getLogger(__name__)
@@ -55,9 +57,10 @@ class ThreadExecutor:
         self._instances: list[list[StageRunner]] = []
         self._threads: list[threading.Thread] = []
         facts: dict[tuple[int, int], Loaded] = {}
+        workers: list[list[Worker]] = [[] for _ in replica.instances]
         for instance, plan in enumerate(replica.instances):
             self._instances.append([])
-            for rank, group in enumerate(groups_in_threads(len(plan.ranks))):
+            for rank, group in enumerate(groups_in_threads(len(plan.ranks), plan.split.streams)):
                 place = Place(replica, instance, rank)
                 loaded = load_worker(
                     rank_options(options, replica, instance, rank),
@@ -69,6 +72,7 @@ class ThreadExecutor:
                     progress=progress,
                 )
                 facts[instance, rank] = loaded.facts
+                workers[instance].append(loaded.worker)
                 runner = StageRunner(
                     loaded.worker,
                     place,
@@ -80,6 +84,9 @@ class ThreadExecutor:
                 self._instances[instance].append(runner)
                 self._threads.append(_thread(place, loaded, runner))
         self.capacity: Capacity = settle(replica, options, spec, facts)
+        for loaded_of, own in zip(workers, self.capacity.rank_blocks, strict=True):
+            for worker, blocks in zip(loaded_of if own else (), stacked(own), strict=True):
+                worker.hold(blocks)
         for line in self.capacity.lines:
             say(line)
         for thread in self._threads:

@@ -1,7 +1,8 @@
 """Messages between a router and the engine process it started.
 
-    router → engine   Launch, then Submit | Cancel; leaving is closing
-    engine → router   Loading*, then Ready | LaunchFailed, then News*
+    router → engine   Launch, then Submit | Cancel | LendKV | EndLease | ReceiveKV;
+                      leaving is closing
+    engine → router   Loading*, then Ready | LaunchFailed, then (News | Lent | Pulled)*
 
 Knows nothing of sockets.
 """
@@ -12,23 +13,44 @@ from dataclasses import dataclass
 
 import msgspec
 
+from shoal.core.kv import KVOffer
 from shoal.core.options import EngineOptions
 from shoal.core.plan import ReplicaPlan
 from shoal.core.request import GenerateRequest, Output
 from shoal.core.stats import EngineInfo, EngineStats
+from shoal.wire.kv_messages import KVKeys
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterNet:
+    """A cluster that `shoal up` started, as its head's machine reaches it.
+
+    Attributes:
+        address: HOST:PORT of its head.
+        token_file: holds the cluster's token.
+        here: this machine's address in it.
+        model: what the user called the model, for nodes that must find it themselves.
+    """
+
+    address: str
+    token_file: str
+    here: str
+    model: str
 
 
 @dataclass(frozen=True, slots=True)
 class HostNet:
-    """How a worker is started on a lab's host, and where it is reached.
+    """How a worker is started on a host, and where it is reached.
 
     Attributes:
-        command: what its argv is put behind (it must end in running that).
-        address: of the interface its sockets are bound to.
+        command: of a lab: what its argv is put behind (it must end in running that).
+        address: of a lab: of the interface its sockets are bound to.
+        cluster: that has this host; it starts workers there, and knows its address.
     """
 
     command: tuple[str, ...]
     address: str
+    cluster: ClusterNet | None = None
 
 
 class Launch(msgspec.Struct, tag=True, frozen=True):
@@ -37,11 +59,13 @@ class Launch(msgspec.Struct, tag=True, frozen=True):
     Attributes:
         replica: how the model is shared out; None: all of it on the device of `options`.
         hosts: those that the plan's ranks name.
+        kv_keys: by which its workers exchange KV with those of all replicas; None: they do not.
     """
 
     options: EngineOptions
     replica: ReplicaPlan | None = None
     hosts: dict[str, HostNet] = {}
+    kv_keys: KVKeys | None = None
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True):
@@ -52,7 +76,28 @@ class Cancel(msgspec.Struct, tag=True, frozen=True):
     request_id: str
 
 
-ToEngine = Launch | Submit | Cancel
+class LendKV(msgspec.Struct, tag=True, frozen=True):
+    """Let others read the KV of a request, for so long at most; answered by `Lent`."""
+
+    lease_id: int
+    request_id: str
+    ttl_s: float
+
+
+class EndLease(msgspec.Struct, tag=True, frozen=True):
+    """Nobody reads it any more."""
+
+    lease_id: int
+
+
+class ReceiveKV(msgspec.Struct, tag=True, frozen=True):
+    """Get the KV of an offer, within so long; answered by `Pulled`."""
+
+    offer: KVOffer
+    ttl_s: float
+
+
+ToEngine = Launch | Submit | Cancel | LendKV | EndLease | ReceiveKV
 
 
 class Loading(msgspec.Struct, tag=True, frozen=True):
@@ -80,4 +125,17 @@ class News(msgspec.Struct, tag=True, frozen=True):
     stats: EngineStats
 
 
-FromEngine = Loading | Ready | LaunchFailed | News
+class Lent(msgspec.Struct, tag=True, frozen=True):
+    """What others may read; an offer without names: there is nothing to be had."""
+
+    offer: KVOffer
+
+
+class Pulled(msgspec.Struct, tag=True, frozen=True):
+    """Getting KV is over: the first `num_blocks` blocks of the offer are here."""
+
+    lease_id: int
+    num_blocks: int
+
+
+FromEngine = Loading | Ready | LaunchFailed | News | Lent | Pulled

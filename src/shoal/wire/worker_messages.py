@@ -1,9 +1,11 @@
 """Messages between an executor and the worker processes it started, and among workers.
 
-    executor → worker   LaunchWorker, Connect, then Run | Release | Reset | Connect | Lab;
+    executor → worker   LaunchWorker, HoldBlocks, Connect, then Run | Release | Reset | Connect
+                        | Lab | Deal | LendBlocks | EndLease | PullBlocks | DropPull;
                         StoreValue whenever its rendezvous asks; leaving is closing
     worker → executor   Bound, Loading*, Loaded | LaunchFailed, after Connect Warm,
-                        then Beat*, Done, Failed, ResetDone
+                        then Beat*, Done, Failed, ResetDone, Pulled,
+                        ExpertLoad*, Dealt
     worker → worker     Activations | Tokens | Go, over authenticated sockets (`wire/mesh.py`)
 
 Knows nothing of sockets.
@@ -13,8 +15,11 @@ from __future__ import annotations
 
 import msgspec
 
-from shoal.core.options import EngineOptions
+from shoal.core.kv import KVSource
+from shoal.core.link_forms import FormSteps
+from shoal.core.options import EngineOptions, LinkFormat
 from shoal.core.plan import ReplicaPlan
+from shoal.core.split import Dealing, Range
 from shoal.core.step import Step, StepResult
 from shoal.wire.curve import MeshKeys
 from shoal.wire.messages import LaunchFailed, Loading
@@ -33,6 +38,7 @@ class LaunchWorker(msgspec.Struct, tag=True, frozen=True, kw_only=True):
         address: where its sockets are bound.
         keys: its own, and by which it knows the others.
         speed: of a lab's device.
+        kv_keys: to exchange KV with workers of all replicas; None: it does not.
     """
 
     name: str
@@ -46,12 +52,22 @@ class LaunchWorker(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     address: str
     keys: MeshKeys
     speed: float = 1.0
+    kv_keys: MeshKeys | None = None
 
 
 class Connect(msgspec.Struct, tag=True, frozen=True):
     """Where other workers are, by name; those named before may have moved."""
 
     addresses: dict[str, str]
+
+
+class HoldBlocks(msgspec.Struct, tag=True, frozen=True):
+    """Which KV blocks of its instance are the worker's, where ranks split KV by tokens.
+
+    Goes before `Connect`.
+    """
+
+    blocks: Range
 
 
 class Run(msgspec.Struct, tag=True, frozen=True):
@@ -87,6 +103,26 @@ class Lab(msgspec.Struct, tag=True, frozen=True):
     links: dict[str, Link]
 
 
+class Deal(msgspec.Struct, tag=True, frozen=True):
+    """Other experts, for Steps of this dealing and later ones.
+
+    Attributes:
+        after: the last dealing that all ranks have loaded; what was dealt between is void.
+        dealings: of the worker's instance, by layer of the model.
+    """
+
+    version: int
+    after: int
+    dealings: dict[int, Dealing]
+
+
+class Forms(msgspec.Struct, tag=True, frozen=True):
+    """In which form hidden states are sent to peers (activations), and among ranks (sums)."""
+
+    links: dict[str, FormSteps]
+    sums: FormSteps = ()
+
+
 class StoreValue(msgspec.Struct, tag=True, frozen=True):
     """The answer to `StoreGet`."""
 
@@ -94,14 +130,62 @@ class StoreValue(msgspec.Struct, tag=True, frozen=True):
     value: bytes
 
 
-ToWorker = LaunchWorker | Connect | Run | Release | Reset | Lab | StoreValue
+class LendBlocks(msgspec.Struct, tag=True, frozen=True):
+    """Other workers may read these blocks; nobody writes them until `EndLease`."""
+
+    lease_id: int
+    block_ids: tuple[int, ...]
+
+
+class EndLease(msgspec.Struct, tag=True, frozen=True):
+    lease_id: int
+
+
+class PullBlocks(msgspec.Struct, tag=True, frozen=True):
+    """Fill blocks with what a lease of other workers has of these layers.
+
+    Attributes:
+        first: of the lease's blocks; so many from there on as are to be filled.
+    """
+
+    pull_id: int
+    lease_id: int
+    first: int
+    sources: tuple[KVSource, ...]
+    layers: Range
+    block_ids: tuple[int, ...]
+
+
+class DropPull(msgspec.Struct, tag=True, frozen=True):
+    """Write nothing more of a pull: its blocks are others' from the next Step on."""
+
+    pull_id: int
+
+
+ToWorker = (
+    LaunchWorker
+    | HoldBlocks
+    | Connect
+    | Run
+    | Release
+    | Reset
+    | Lab
+    | Forms
+    | Deal
+    | StoreValue
+    | LendBlocks
+    | EndLease
+    | PullBlocks
+    | DropPull
+)
 
 
 class Bound(msgspec.Struct, tag=True, frozen=True):
-    """Where the worker is reached, and its process."""
+    """Where the worker is reached, and its process; `kv_address`: for KV, if it lends any."""
 
     address: str
     pid: int
+    kv_address: str = ""
 
 
 class Loaded(msgspec.Struct, tag=True, frozen=True, kw_only=True):
@@ -112,6 +196,9 @@ class Loaded(msgspec.Struct, tag=True, frozen=True, kw_only=True):
         weight_bytes, kv_bytes: what it holds.
         device, device_type, dtype, kernels: for people.
         digest: what, beside the checkpoint, the bytes of its KV follow from.
+        disk: what layers on disk cost, for people; "": all are in memory.
+        expert_bytes: of one expert; 0: it has none.
+        expert_room: how many more experts there is room for, over all of its layers.
     """
 
     num_blocks: int | None
@@ -122,6 +209,9 @@ class Loaded(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     dtype: str
     kernels: str
     digest: str
+    disk: str = ""
+    expert_bytes: int = 0
+    expert_room: int = 0
 
 
 class LinkFacts(msgspec.Struct, frozen=True):
@@ -133,13 +223,34 @@ class LinkFacts(msgspec.Struct, frozen=True):
     bandwidth_bytes_per_s: float
 
 
+class PaceFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """How fast a worker is, as it was measured.
+
+    Attributes:
+        step_s: of a Step of `step_tokens`.
+        coding_s: to code one number to int8 and back.
+        itemsize: bytes of a number that it sends exactly.
+        gather_s, gather_bytes: of a small and of a large collective of its instance, and how large
+            a part each rank gave; empty: it needs no network.
+    """
+
+    step_s: float
+    step_tokens: int
+    coding_s: float
+    itemsize: int
+    gather_s: tuple[float, ...] = ()
+    gather_bytes: tuple[int, ...] = ()
+
+
 class Warm(msgspec.Struct, tag=True, frozen=True):
     """The worker is ready: it has run a first Step, together with its instance's ranks.
 
-    `links`: to those that it sends to, at the first start.
+    At the first start `links` are those to whom it sends; `pace` is measured where somebody is to
+    be sent hidden states.
     """
 
     links: list[LinkFacts] = []
+    pace: PaceFacts | None = None
 
 
 class Beat(msgspec.Struct, tag=True, frozen=True, kw_only=True):
@@ -178,6 +289,34 @@ class ResetDone(msgspec.Struct, tag=True, frozen=True):
     incarnation: int
 
 
+class Pulled(msgspec.Struct, tag=True, frozen=True):
+    """A pull is over; its first `num_blocks` blocks are whole."""
+
+    pull_id: int
+    num_blocks: int
+
+
+class ExpertLoad(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """What a worker did since the last one; sent every second while Steps run.
+
+    Attributes:
+        computed_s: spent on Steps, without waiting for other ranks; None: not known.
+        tokens: of each of its layers, those that went to each expert of it; rank 0 says it, as all
+            ranks know the same.
+    """
+
+    num_steps: int
+    computed_s: float | None
+    tokens: list[list[int]]
+
+
+class Dealt(msgspec.Struct, tag=True, frozen=True):
+    """A `Deal` can be switched to; or it cannot, because of a problem."""
+
+    version: int
+    problem: str | None = None
+
+
 class StoreSet(msgspec.Struct, tag=True, frozen=True):
     """A value of the rendezvous of the worker's instance."""
 
@@ -201,18 +340,27 @@ FromWorker = (
     | Done
     | Failed
     | ResetDone
+    | ExpertLoad
+    | Dealt
+    | Pulled
     | StoreSet
     | StoreGet
 )
 
 
 class Activations(msgspec.Struct, tag=True, frozen=True):
-    """Goes before the bytes of a Step's hidden states [num_tokens, hidden size]."""
+    """Goes before the bytes of a Step's hidden states [num_tokens, hidden size].
+
+    Attributes:
+        dtype: as they were computed.
+        form: as they are sent.
+    """
 
     incarnation: int
     step_id: int
     num_tokens: int
     dtype: str
+    form: LinkFormat = "exact"
 
 
 class Tokens(msgspec.Struct, tag=True, frozen=True):

@@ -43,30 +43,41 @@ class Compute:
         return f"{self.label}/{self.dtype}/{self.quantize}/{self.kv_dtype}"
 
 
-def choose_compute(options: EngineOptions, spec: ModelSpec, device: torch.device) -> Compute:
+def choose_compute(
+    options: EngineOptions, spec: ModelSpec, device: torch.device, *, exchanges: bool = False
+) -> Compute:
     """Settle everything "auto".
+
+    Args:
+        exchanges: tokens go to ranks with experts only, or come to this one.
 
     Raises:
         ConfigError: a combination that does not exist, or kernels this machine lacks.
     """
-    kernels = _cpu_kernels(options, spec) if device.type == "cpu" else _cuda_kernels(options)
+    on_cpu = device.type == "cpu"
+    kernels = _cpu_kernels(options, spec, exchanges) if on_cpu else _cuda_kernels(options)
     compiled = isinstance(kernels, Session)
     dtype = choose_dtype(device, options.dtype, compiled=compiled)
     quantize = options.quantize
     if quantize == "auto" and (options.dtype != "auto" or _is_plain(kernels)):
         quantize = "none"
-    if quantize == "fp8" and device.type == "cpu":
+    if quantize == "fp8" and on_cpu:
         raise ConfigError("--quantize fp8 needs a GPU that has fp8; use int8 on a CPU")
     label = f"compiled, {kernels.isa}" if isinstance(kernels, Session) else kernels.name
     return Compute(kernels, label, dtype, quantize, kv_dtype(options.kv_cache_dtype, dtype))
 
 
-def _cpu_kernels(options: EngineOptions, spec: ModelSpec) -> KernelSet | Session:
+def _cpu_kernels(options: EngineOptions, spec: ModelSpec, exchanges: bool) -> KernelSet | Session:
     if options.kernels == "cuda":
         raise ConfigError("--kernels cuda needs an NVIDIA GPU; use --kernels auto on a CPU")
     if options.kernels == "reference":
         return select("reference")
     reason = _why_not_compiled(options, spec)
+    if reason is None and exchanges:
+        reason = (
+            "the compiled CPU kernels send no tokens to ranks that have experts only; give those "
+            "a head or 32 FFN columns"
+        )
     if reason is None:
         try:
             return Session(options.num_threads or torch.get_num_threads())
@@ -88,6 +99,8 @@ def _why_not_compiled(options: EngineOptions, spec: ModelSpec) -> str | None:
                 f"the compiled CPU kernels keep no {options.kv_cache_dtype} KV; use "
                 "--kv-cache-dtype int8 or bfloat16"
             )
+    if spec.latent is not None:
+        return "the compiled CPU kernels have no latent attention"
     if spec.head_dim > MAX_HEAD_DIM:
         return f"the compiled CPU kernels take heads of up to {MAX_HEAD_DIM}"
     return None

@@ -18,5 +18,8 @@ def group_kind(ranks: tuple[RankPlan, ...]) -> str:
 
 
 def group_memory(kind: str, size: int) -> int | None:
-    """A descriptor for the ranks to inherit, which the caller closes; None: they need none."""
-    return create_memory(size) if kind == "shared_memory" else None
+    """A descriptor for the ranks to inherit, which the caller closes; None: they need none.
+
+    There is room for two groups: of all ranks, and of those that keep hidden states.
+    """
+    return create_memory(size, size) if kind == "shared_memory" else None

@@ -8,17 +8,19 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from shoal.comm import Group
+from shoal.comm.compressed import CompressedGroup, SumForm
 from shoal.comm.gloo import GlooGroup
 from shoal.comm.in_process import in_process_groups
 from shoal.comm.nccl import NcclGroup
 from shoal.comm.shared_memory import SharedMemoryGroup
-from shoal.comm.store import MessageStore
+from shoal.comm.store import MessageStore, PrefixStore, Store
+from shoal.comm.streams import StreamGroup, TimedStreamGroup
 from shoal.core.errors import DeviceError
 from shoal.wire.worker_messages import StoreGet, StoreSet
 
@@ -32,16 +34,21 @@ class GroupPlace:
 
     Attributes:
         kind: "none", or a module of `comm/`.
+        streams: the ranks that keep hidden states.
         fd: of shared memory, inherited; it is closed here.
         address: of the interface that collectives use.
+        sums: in which form those of hidden states cross a network.
     """
 
     kind: str
     rank: int
     size: int
+    streams: tuple[int, ...]
     fd: int | None
     address: str
     device: str
+    sums: SumForm = field(default_factory=SumForm)
+    hidden_size: int = 1
 
 
 class Rendezvous:
@@ -81,27 +88,49 @@ def make_group(place: GroupPlace, rendezvous: Rendezvous) -> Group | None:
         CommError: the others did not come.
         DeviceError: shared memory that cannot be used.
     """
-    rank, size = place.rank, place.size
     if place.kind == "none":
         return None
+    store = rendezvous.store
+    try:
+        everyone = _make(place, place.rank, place.size, store)
+        if len(place.streams) == place.size:
+            return everyone
+        streams = None
+        if place.rank in place.streams:
+            rank, size = place.streams.index(place.rank), len(place.streams)
+            streams = _make(place, rank, size, PrefixStore("streams", store), behind=place.size)
+        if place.kind == "shared_memory":
+            return TimedStreamGroup(everyone, streams)
+        return StreamGroup(everyone, streams)
+    finally:
+        if place.fd is not None:
+            os.close(place.fd)
+
+
+def groups_in_threads(size: int, streams: Sequence[int]) -> Sequence[Group | None]:
+    """The same for ranks that are threads of this process, one for each."""
+    if size == 1:
+        return [None]
+    everyone = in_process_groups(size, _DEADLINE_S)
+    if len(streams) == size:
+        return everyone
+    sharing = dict(zip(streams, in_process_groups(len(streams), _DEADLINE_S), strict=True))
+    return [StreamGroup(group, sharing.get(group.rank)) for group in everyone]
+
+
+def _make(place: GroupPlace, rank: int, size: int, store: Store, behind: int = 0) -> Group:
     if place.kind == "shared_memory":
         assert place.fd is not None
         try:
-            return SharedMemoryGroup(place.fd, rank, size, deadline_s=_DEADLINE_S)
+            return SharedMemoryGroup(place.fd, rank, size, behind=behind, deadline_s=_DEADLINE_S)
         except OSError as error:
             raise DeviceError(str(error)) from error
-        finally:
-            os.close(place.fd)
     if place.kind == "nccl":
-        device = torch.device(place.device)
-        return NcclGroup(rendezvous.store, rank, size, device, deadline_s=_DEADLINE_S)
-    gloo = GlooGroup(rendezvous.store, rank, size, place.address, deadline_s=_DEADLINE_S)
+        nccl = NcclGroup(store, rank, size, torch.device(place.device), deadline_s=_DEADLINE_S)
+        return CompressedGroup(nccl, place.sums, place.hidden_size)
+    plain = GlooGroup(store, rank, size, place.address, deadline_s=_DEADLINE_S)
+    gloo = CompressedGroup(plain, place.sums, place.hidden_size)
     return gloo if place.device == "cpu" else _OnHost(gloo)
-
-
-def groups_in_threads(size: int) -> Sequence[Group | None]:
-    """The same for ranks that are threads of this process, one for each."""
-    return in_process_groups(size, _DEADLINE_S) if size > 1 else [None]
 
 
 class _OnHost:
@@ -119,3 +148,7 @@ class _OnHost:
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         return self._group.all_gather(tensor.cpu()).to(tensor.device)
+
+    def all_to_all(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        arrived = self._group.all_to_all([part.cpu() for part in parts])
+        return [part.to(parts[0].device) for part in arrived]

@@ -20,14 +20,22 @@ from shoal.core.plan import Route
 from shoal.core.request import SamplingParams
 from shoal.core.split import Shard, whole
 from shoal.core.step import SequenceStart, Step, StepRow
+from shoal.kernels.cpu.step import Session
 from shoal.model.decoder import Decoder
 from shoal.model.packed_decoder import PackedDecoder
 from shoal.model.weights import load_decoder
 from shoal.wire.worker_messages import Loaded
 from shoal.worker.capacity import kv_text, settle_max_model_len, size_text, useful_blocks
 from shoal.worker.compute import Compute, choose_compute
-from shoal.worker.device import choose_device, kv_budget_bytes
+from shoal.worker.dealing import expert_bytes
+from shoal.worker.device import (
+    choose_device,
+    kv_budget_bytes,
+    weights_budget_bytes,
+)
+from shoal.worker.disk_layers import disk_layers_text
 from shoal.worker.kv_pool import allocate, num_blocks_for, token_bytes
+from shoal.worker.memory import free_memory_bytes
 from shoal.worker.peak import step_bytes
 from shoal.worker.runner import Worker
 
@@ -42,6 +50,7 @@ class LoadedWorker:
     """A worker that has its weights and its KV, and what others must know of it."""
 
     worker: Worker
+    decoder: Decoder | PackedDecoder
     facts: Loaded
 
 
@@ -116,24 +125,33 @@ def load_worker(
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
     choice = choose_device(options.device)
-    compute = choose_compute(options, spec, choice.device)
+    shard = shard or whole(spec)
+    compute = choose_compute(options, spec, choice.device, exchanges=shard.exchanges)
     started_s = time.perf_counter()
     decoder = load_decoder(
         Path(options.model_path),
         spec,
-        shard=shard or whole(spec),
+        shard=shard,
         group=group,
         device=choice.device,
         dtype=compute.dtype,
         kernels=compute.kernels,
         quantize=compute.quantize,
         fingerprint=options.fingerprint,
+        weights_memory_bytes=options.weights_memory_bytes
+        or weights_budget_bytes(choice.device, options.device_share),
         progress=progress,
     )
     say(f"precision  {_precision(decoder, compute)} on {choice.device} ({choice.label})")
     say(f"kernels    {compute.label}")
     seconds = time.perf_counter() - started_s
     say(f"weights    {size_text(decoder.weight_bytes)}, loaded in {seconds:.1f} s")
+    disk = ""
+    if isinstance(decoder, PackedDecoder) and isinstance(compute.kernels, Session):
+        num_threads = options.num_threads or torch.get_num_threads()
+        disk = disk_layers_text(decoder, compute.kernels, num_threads)
+    if disk:
+        say(f"on disk    {disk}")
     num_blocks = _num_blocks(options, spec, decoder, compute.kv_dtype, is_alone=group is None)
     kv = allocate(spec, decoder.shard, num_blocks or 1, compute.kv_dtype, decoder.device)
     facts = Loaded(
@@ -145,8 +163,10 @@ def load_worker(
         dtype=_precision(decoder, compute),
         kernels=compute.label,
         digest=compute.digest,
+        disk=disk,
+        **_expert_facts(options, decoder),
     )
-    return LoadedWorker(Worker(decoder, kv, routes=routes, group=group), facts)
+    return LoadedWorker(Worker(decoder, kv, routes=routes, group=group), decoder, facts)
 
 
 def warm_up(worker: Worker, *, route: int = 0, num_hops: int = 1, hop: int = 0) -> None:
@@ -169,9 +189,18 @@ def warm_up(worker: Worker, *, route: int = 0, num_hops: int = 1, hop: int = 0) 
         step = Step(step_id=step_id, route=route, rows=(row,))
         hidden_TE = worker.zeros(step.num_tokens) if hop else None
         launched = worker.launch(step, hop, hidden_TE)
-        if launched.hidden_TE is None:
+        if launched.hidden_TE is None and worker.has_stream:
             launched.wait()
     worker.reset()
+
+
+def _expert_facts(options: EngineOptions, decoder: Decoder | PackedDecoder) -> dict[str, int]:
+    """Half of what is free now may go to experts of other ranks."""
+    size = expert_bytes(decoder)
+    if not size:
+        return {}
+    free = int(free_memory_bytes(decoder.device) * options.device_share)
+    return {"expert_bytes": size, "expert_room": free // 2 // size}
 
 
 def _precision(decoder: Decoder | PackedDecoder, compute: Compute) -> str:

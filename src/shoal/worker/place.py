@@ -5,6 +5,8 @@
                    └─► r2
     tokens      first rank of a route's last instance ──► every rank of its first
 
+Ranks that have experts only are sent neither: they keep no hidden states.
+
 Knows nothing of processes, sockets or tensors.
 """
 
@@ -40,25 +42,29 @@ class Place:
         is_shared = len(self.hops) > 1 and len(names) > 1
         self.follows = is_shared and rank > 0
         self.leads = is_shared and rank == 0
-        self._ranks_of = [replica.worker_names(i) for i in range(len(replica.instances))]
+        self._streams_of = [
+            tuple(replica.worker_name(number, rank) for rank in each.split.streams)
+            for number, each in enumerate(replica.instances)
+        ]
 
     def takers(self, route: int) -> tuple[str, ...]:
         """Workers of the next instance that this one sends activations to."""
         hops, hop = self.routes[route], self.hops[route]
-        if hop + 1 == len(hops):
+        if hop + 1 == len(hops) or not self.shard.has_stream:
             return ()
-        ours, theirs = self._ranks_of[hops[hop].instance], self._ranks_of[hops[hop + 1].instance]
+        ours, theirs = (self._streams_of[hops[each].instance] for each in (hop, hop + 1))
+        own = ours.index(self.name)
         return tuple(
-            name for rank, name in enumerate(theirs) if rank * len(ours) // len(theirs) == self.rank
+            name for rank, name in enumerate(theirs) if rank * len(ours) // len(theirs) == own
         )
 
     def givers(self, route: int) -> tuple[str, ...]:
         """The worker of the instance before that it gets activations from."""
         hops, hop = self.routes[route], self.hops[route]
-        if hop == 0:
+        if hop == 0 or not self.shard.has_stream:
             return ()
-        before, ours = self._ranks_of[hops[hop - 1].instance], self._ranks_of[hops[hop].instance]
-        return (before[self.rank * len(before) // len(ours)],)
+        before, ours = (self._streams_of[hops[each].instance] for each in (hop - 1, hop))
+        return (before[ours.index(self.name) * len(before) // len(ours)],)
 
     def token_takers(self, route: int) -> tuple[str, ...]:
         """Workers that it sends sampled tokens to."""
@@ -66,14 +72,14 @@ class Place:
         is_last = self.hops[route] + 1 == len(hops)
         if not is_last or len(hops) == 1 or self.rank:
             return ()
-        return self._ranks_of[hops[0].instance]
+        return self._streams_of[hops[0].instance]
 
     def token_givers(self, route: int) -> tuple[str, ...]:
         """The worker that it gets sampled tokens from."""
         hops = self.routes[route]
-        if self.hops[route] or len(hops) == 1:
+        if self.hops[route] or len(hops) == 1 or not self.shard.has_stream:
             return ()
-        return self._ranks_of[hops[-1].instance][:1]
+        return self._streams_of[hops[-1].instance][:1]
 
     @property
     def sends_to(self) -> frozenset[str]:

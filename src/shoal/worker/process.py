@@ -12,6 +12,7 @@ Knows nothing of requests.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import logging
 import os
 import signal
@@ -23,8 +24,11 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from shoal.comm import Group
+from shoal.comm.compressed import SumForm
 from shoal.comm.interfaces import interface_of, measure
 from shoal.core.errors import ShoalError, WireError
+from shoal.core.split import Range
 from shoal.model.spec import read_spec
 from shoal.wire.channel import Codec, ThreadChannel
 from shoal.wire.loading import LoadingReport
@@ -34,10 +38,19 @@ from shoal.wire.worker_messages import (
     Beat,
     Bound,
     Connect,
+    Deal,
+    DropPull,
+    EndLease,
+    Forms,
     FromWorker,
+    HoldBlocks,
     Lab,
     LaunchWorker,
+    LendBlocks,
     LinkFacts,
+    PaceFacts,
+    PullBlocks,
+    Pulled,
     Release,
     Reset,
     Run,
@@ -45,18 +58,23 @@ from shoal.wire.worker_messages import (
     ToWorker,
     Warm,
 )
+from shoal.worker.dealing import Dealings, Meter
 from shoal.worker.groups import GroupPlace, Rendezvous, make_group
 from shoal.worker.launch import load_worker, warm_up
 from shoal.worker.mesh_transport import MeshTransport
+from shoal.worker.pace import measure_pace
 from shoal.worker.place import Place
+from shoal.worker.runner import Worker
 from shoal.worker.speed import Speed
-from shoal.worker.stage import StageRunner
+from shoal.worker.stage import Chore, StageRunner
+from shoal.worker.transfer import KVPort
 
 log = logging.getLogger(__name__)
 
 Channel = ThreadChannel[ToWorker, FromWorker]
 
 _BEAT_EVERY_S = 0.25
+_BEATS_A_LOAD = 4
 _PR_SET_PDEATHSIG = 1
 
 
@@ -91,13 +109,19 @@ class _WorkerProcess:
         self._launch = launch
         self._place = Place(launch.replica, launch.instance, launch.rank)
         self._mesh = Mesh(launch.keys, launch.address)
+        self._kv_mesh = Mesh(launch.kv_keys, launch.address) if launch.kv_keys else None
         self._addresses: dict[str, str] = {}
         self._connected = threading.Event()
+        self._held: Range | None = None
         self._rendezvous = Rendezvous(channel.send)
         self._speed = Speed(launch.speed)
         # What comes before the runner is there; under the lock, as the runner then takes over.
         self._lock = threading.Lock()
         self._runner: StageRunner | None = None
+        self._transport: MeshTransport | None = None
+        self._sums = SumForm()
+        self._kv_port: KVPort | None = None
+        self._dealings: Dealings | None = None
         self._incarnation = launch.incarnation
 
     def run(self) -> None:
@@ -107,7 +131,8 @@ class _WorkerProcess:
             DeviceError, ModelError, ConfigError: what the user can mend.
         """
         launch, place = self._launch, self._place
-        self._channel.send(Bound(self._mesh.address, os.getpid()))
+        kv_address = self._kv_mesh.address if self._kv_mesh else ""
+        self._channel.send(Bound(self._mesh.address, os.getpid(), kv_address))
         options = launch.options
         spec = read_spec(Path(options.model_path))
         group = make_group(
@@ -115,9 +140,13 @@ class _WorkerProcess:
                 kind=launch.group,
                 rank=launch.rank,
                 size=place.shard.num_ranks,
+                streams=launch.replica.instances[launch.instance].split.streams,
                 fd=launch.group_fd,
                 address=launch.address,
                 device=options.device,
+                # Split by tokens, KV and what merges attention are sums too, and must stay exact.
+                sums=SumForm() if place.shard.has_token_ranges else self._sums,
+                hidden_size=spec.hidden_size,
             ),
             self._rendezvous,
         )
@@ -132,12 +161,21 @@ class _WorkerProcess:
         )
         self._channel.send(loaded.facts)
         self._connected.wait()
+        if self._held is not None:
+            loaded.worker.hold(self._held)
         if place.hops:
             route, hop = next(iter(place.hops.items()))
             warm_up(loaded.worker, route=route, num_hops=len(place.routes[route]), hop=hop)
+        pace = self._pace(loaded.worker, spec.hidden_size, group)
         self._speed.govern(group)
+        if loaded.facts.expert_bytes and options.expert_redeal:
+            decoder = loaded.decoder
+            self._dealings = Dealings(
+                launch.rank, decoder.load_experts, decoder.deal, self._channel.send
+            )
         transport = MeshTransport(self._mesh, spec.hidden_size)
         with self._lock:
+            self._transport = transport
             runner = self._runner = StageRunner(
                 loaded.worker,
                 place,
@@ -145,11 +183,28 @@ class _WorkerProcess:
                 self._channel.send,
                 group=group,
                 stretch=self._speed,
+                dealings=self._dealings,
                 incarnation=self._incarnation,
             )
-        threading.Thread(target=transport.pump, args=(runner.post,), daemon=True).start()
-        self._channel.send(Warm(self._links() if self._launch.incarnation == 0 else []))
-        threading.Thread(target=self._beat, args=(runner,), daemon=True).start()
+        if self._kv_mesh is not None:
+            self._kv_port = KVPort(
+                loaded.worker.kv,
+                place.shard.layers,
+                place.shard.kv_heads(spec),
+                self._kv_mesh,
+                heads_first=loaded.worker.kv_heads_first,
+                post=lambda do: runner.post(Chore(do)),
+                report=lambda pull_id, count: self._channel.send(Pulled(pull_id, count)),
+            )
+            self._kv_port.start()
+        transport.run(runner.post)
+        is_first = self._launch.incarnation == 0
+        self._channel.send(Warm(self._links(), pace) if is_first else Warm())
+        meter = None
+        if self._dealings is not None:
+            counts = loaded.decoder.expert_counts if launch.rank == 0 else None
+            meter = Meter(runner.clock, counts)
+        threading.Thread(target=self._beat, args=(runner, meter), daemon=True).start()
         runner.run()
 
     def listen(self, messages: Iterator[ToWorker]) -> None:
@@ -171,8 +226,23 @@ class _WorkerProcess:
             case Release():
                 if runner is not None:
                     runner.post(message)
+            case LendBlocks():
+                if self._kv_port is not None:
+                    self._kv_port.lend(message)
+            case EndLease() | PullBlocks() | DropPull():
+                if runner is not None and self._kv_port is not None:
+                    runner.post(Chore(partial(self._kv_port.take, message)))
+            case Deal():
+                if self._dealings is not None:
+                    self._dealings.take(message)
             case Reset(incarnation):
                 self._reset(incarnation)
+            case Forms(links, sums):
+                self._sums.steps = sums
+                if self._transport is not None:
+                    self._transport.set_forms(links)
+            case HoldBlocks(blocks):
+                self._held = blocks
             case Connect(addresses):
                 self._connect(addresses)
             case Lab():
@@ -214,13 +284,34 @@ class _WorkerProcess:
             )
         return found
 
-    def _beat(self, runner: StageRunner) -> None:
-        while True:
+    def _pace(self, worker: Worker, hidden_size: int, group: Group | None) -> PaceFacts | None:
+        """What forms are chosen by; ranks of an instance measure together, or none does."""
+        place, kind = self._place, self._launch.group
+        has_network = kind in ("gloo", "nccl")
+        goes_on = any(hop + 1 < len(place.routes[route]) for route, hop in place.hops.items())
+        if self._launch.incarnation or not place.hops or not (has_network or goes_on):
+            return None
+        route, hop = next(iter(place.hops.items()))
+        return measure_pace(
+            worker,
+            hidden_size,
+            group if has_network and worker.has_stream else None,
+            route=route,
+            num_hops=len(place.routes[route]),
+            hop=hop,
+        )
+
+    def _beat(self, runner: StageRunner, meter: Meter | None) -> None:
+        for number in itertools.count():
             incarnation, num_steps, busy_s = runner.progress()
             heard_s = {peer: self._mesh.heard(peer) for peer in self._place.hears}
             self._channel.send(
                 Beat(incarnation=incarnation, num_steps=num_steps, busy_s=busy_s, heard_s=heard_s)
             )
+            if meter is not None and number % _BEATS_A_LOAD == 0:
+                load = meter.look()
+                if load is not None:
+                    self._channel.send(load)
             time.sleep(_BEAT_EVERY_S)
 
 

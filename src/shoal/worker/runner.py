@@ -27,6 +27,7 @@ from shoal.core.plan import Hop, Route
 from shoal.core.request import TokenLogprobs
 from shoal.core.split import Range
 from shoal.core.step import Step, StepRow
+from shoal.kernels import KVCache
 from shoal.model.decoder import Decoder
 from shoal.model.draw import add_noise
 from shoal.model.logprobs import prompt_logprobs
@@ -93,7 +94,16 @@ class Worker:
         self._sequences: dict[int, _Sequence] = {}
         self._sampled: OrderedDict[int, _Sampled] = OrderedDict()
         self._graphs: DecodeGraphs | None = None
+        self._held: Range | None = None
         self._host_batches = HostBatches()
+
+    def hold(self, blocks: Range) -> None:
+        """Which of its instance's KV blocks are here, where ranks split KV by token ranges.
+
+        Called once, before the first Step.
+        """
+        self._held = blocks
+        self._host_batches = HostBatches(blocks)
 
     @torch.inference_mode()
     def record_graphs(self, *, max_num_seqs: int, max_model_len: int) -> int:
@@ -110,11 +120,26 @@ class Worker:
         self._graphs.record_all()
         return len(self._graphs.sizes)
 
+    @property
+    def has_stream(self) -> bool:
+        """Whether it keeps hidden states; else it runs experts for the ranks that do."""
+        return self._decoder.shard.has_stream
+
+    @property
+    def kv_heads_first(self) -> bool:
+        """Whether its kernels keep all tokens of a head in a block side by side."""
+        return isinstance(self._decoder, PackedDecoder)
+
+    @property
+    def kv(self) -> KVCache:
+        """Of the layers and heads held here."""
+        return self._kv.cache
+
     def reset(self) -> None:
         """Forget every sequence; KV is overwritten when it is used again."""
         self._sequences.clear()
         self._sampled.clear()
-        self._host_batches = HostBatches()
+        self._host_batches = HostBatches(self._held)
 
     def release(self, sequence_ids: Iterable[int]) -> None:
         """Forget sequences that no later Step names."""
@@ -143,6 +168,10 @@ class Worker:
         if self._kv.device.type == "cuda":
             torch.cuda.set_device(self._kv.device)  # each thread has its own
         self.release(step.released)
+        if not self.has_stream:
+            assert isinstance(self._decoder, Decoder), "others have no ranks with experts only"
+            self._decoder.serve(self._layers(step, hop))
+            return LaunchedStep(step, None, {}, started_s, self._kv.device)
         num_hops = len(self._routes[step.route])
         if step.num_hops is not None or hop + 1 < num_hops:
             hidden_TE = self.hidden_states(step, hop, hidden_TE)
@@ -180,7 +209,7 @@ class Worker:
             rows = self._host_batches.make(step, hop)
             inputs = self._host_inputs(step, hidden_TE)
             return self._decoder.forward(inputs, rows, self._kv.cache, layers)
-        batch = make_batch(step, self._kv.device, hop)
+        batch = make_batch(step, self._kv.device, hop, self._held)
         inputs_T = self._token_ids(step) if hidden_TE is None else self._here(hidden_TE)
         return self._decoder.forward(inputs_T, batch, self._kv.cache, layers)
 

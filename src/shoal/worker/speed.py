@@ -10,6 +10,7 @@ import threading
 from typing import Protocol, runtime_checkable
 
 from shoal.comm import Group
+from shoal.comm.streams import StreamGroup
 from shoal.comm.stretch import Stretch
 
 
@@ -33,7 +34,7 @@ class Speed:
 
     def govern(self, group: Group | None) -> None:
         """From now on it is this group that pays."""
-        slow: object = group
+        slow: object = group.measuring if isinstance(group, StreamGroup) else group
         if isinstance(slow, _SlowGroup):
             with self._lock:
                 self._group = slow

@@ -33,6 +33,7 @@ from shoal.wire.worker_messages import (
     ResetDone,
     Tokens,
 )
+from shoal.worker.dealing import ComputeClock, Dealings
 from shoal.worker.launched import LaunchedStep
 from shoal.worker.order import StepOrder
 from shoal.worker.place import Place
@@ -52,7 +53,7 @@ class Transport(Protocol):
     """How messages get to other workers (a mesh of sockets, or queues of this process)."""
 
     def send(self, peer: str, message: PeerMessage, hidden_TE: Tensor | None = None) -> None:
-        """Does not block; the tensor does not change any more."""
+        """Does not block; the tensor does not change any more. May fail later, by `Unsent`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,7 +64,23 @@ class FromPeer:
     hidden_TE: Tensor | None = None
 
 
-Item = Step | FromPeer | Release | Reset | None
+@dataclass(frozen=True, slots=True, eq=False)
+class Unsent:
+    """A message that the transport took, and could not send."""
+
+    message: Activations
+    peer: str
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chore:
+    """Something to do between two Steps."""
+
+    do: Callable[[], None]
+
+
+Item = Step | FromPeer | Unsent | Release | Reset | Chore | None
 
 
 class Stretch(Protocol):
@@ -89,6 +106,10 @@ class StageRunner:
         report: told of results (by the rank that has them to give), failures and resets.
         group: the ranks of the instance; None: there is one.
         stretch: of a lab's device without a group; None: it runs as fast as it can.
+        dealings: where its experts may be dealt anew.
+
+    Attributes:
+        clock: of the Steps it has computed.
     """
 
     def __init__(
@@ -100,8 +121,10 @@ class StageRunner:
         *,
         group: Group | None = None,
         stretch: Stretch | None = None,
+        dealings: Dealings | None = None,
         incarnation: int = 0,
     ) -> None:
+        self.clock = ComputeClock(group)
         self._worker = worker
         self._place = place
         self._transport = transport
@@ -110,6 +133,7 @@ class StageRunner:
         collectives: object = group
         self._queue = collectives if isinstance(collectives, _Queueing) else None
         self._stretch = stretch
+        self._dealings = dealings
         self._incarnation = incarnation
         self._wanted = incarnation
         self._has_failed = False
@@ -123,7 +147,7 @@ class StageRunner:
 
     # --- from any thread ---
 
-    def post(self, item: Step | FromPeer | Release) -> None:
+    def post(self, item: Step | FromPeer | Unsent | Release | Chore) -> None:
         self._inbox.put(item)
 
     def reset(self, incarnation: int) -> None:
@@ -170,17 +194,22 @@ class StageRunner:
             return True
         return False
 
-    def _take(self, item: Step | FromPeer | Release | Reset) -> None:
+    def _take(self, item: Step | FromPeer | Unsent | Release | Reset | Chore) -> None:
         match item:
             case Step():
                 if item.incarnation == self._incarnation and not self._has_failed:
                     self._order.add(item)
             case FromPeer():
                 self._take_message(item)
+            case Unsent(message, peer, error):
+                if message.incarnation == self._incarnation and not self._has_failed:
+                    self._fail(message, _unsent(peer, error))
             case Release(sequence_ids):
                 self._worker.release(sequence_ids)
             case Reset(incarnation):
                 self._begin(incarnation)
+            case Chore(do):
+                do()
 
     def _take_message(self, item: FromPeer) -> None:
         message = item.message
@@ -219,6 +248,8 @@ class StageRunner:
 
     def _is_ready(self, step: Step) -> bool:
         hop = self._place.hops[step.route]
+        if not self._place.shard.has_stream:
+            return True  # what it needs comes from the ranks of its instance
         if hop:
             return step.step_id in self._activations
         # Alone on its route it sampled them itself, in Steps before this one.
@@ -238,11 +269,15 @@ class StageRunner:
 
     def _launch(self, step: Step) -> None:
         hop = self._place.hops[step.route]
+        if self._dealings is not None:
+            self._dealings.switch(step.dealing)
+        self.clock.begin()
         if self._stretch is not None:
             self._stretch.begin()
         launched = self._worker.launch(step, hop, self._activations.pop(step.step_id, None))
         if self._stretch is not None:
             self._stretch.pay()
+        self.clock.end()
         if launched.hidden_TE is None:
             self._launched.append((step, launched))
             self._collect_done()
@@ -277,9 +312,9 @@ class StageRunner:
         try:
             self._transport.send(peer, message, hidden_TE)
         except WireError as error:
-            raise CommError(f"{peer} takes no messages: {error}") from error
+            raise _unsent(peer, error) from error
 
-    def _fail(self, step: Step, error: Exception) -> None:
+    def _fail(self, step: Step | Activations, error: Exception) -> None:
         self._forget()
         self._has_failed = True
         if step.incarnation != self._wanted:
@@ -296,3 +331,10 @@ class StageRunner:
         )
         if self._group is not None:
             self._group.abort()  # the other ranks need not wait for this one
+
+
+def _unsent(peer: str, error: Exception) -> Exception:
+    """A device's error stays its own: it, and not the peer, is to blame."""
+    if isinstance(error, WireError):
+        return CommError(f"{peer} takes no messages: {error}")
+    return error

@@ -14,16 +14,20 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shoal.core.clock import MonotonicClock
 from shoal.core.errors import ConfigError
+from shoal.core.kv import KVPlace
 from shoal.core.model_spec import ModelSpec
 from shoal.core.options import EngineOptions
 from shoal.core.plan import Hop, RankPlan, ReplicaPlan, Route, check
 from shoal.core.request import Grammar
 from shoal.core.split import Range
 from shoal.core.stats import EngineInfo
+from shoal.engine.carrier import KVCarrier, TellKV
 from shoal.engine.config import EngineConfig
 from shoal.engine.loop import EngineLoop, Report
 from shoal.engine.sequence import GrammarMatcher
@@ -32,8 +36,13 @@ from shoal.executor import Executor
 from shoal.executor.capacity import Capacity
 from shoal.executor.inproc import InprocExecutor
 from shoal.executor.shares import rank_options
+from shoal.executor.transfers import KVMover, OneWorkerMover, Order
 from shoal.model.spec import read_spec
+from shoal.wire.kv_messages import ONLY_WORKER, KVKeys
 from shoal.wire.messages import HostNet
+
+if TYPE_CHECKING:
+    from shoal.worker.launch import LaunchedWorker
 
 Say = Callable[[str], None]
 Progress = Callable[[int, int], None]
@@ -61,6 +70,8 @@ def load_engine(
     progress: Progress,
     replica: ReplicaPlan | None = None,
     hosts: Mapping[str, HostNet] | None = None,
+    kv_keys: KVKeys | None = None,
+    tell_kv: TellKV | None = None,
     in_threads: bool = False,
 ) -> LoadedEngine:
     """Wire an engine: read, load, size, assemble.
@@ -68,6 +79,7 @@ def load_engine(
     Args:
         replica: how the model is shared out; None: all of it on the device of `options`.
         hosts: of a lab, that the plan names.
+        kv_keys: to exchange KV with workers of other replicas; `tell_kv` hears of it.
         in_threads: a plan's workers are threads of this process, for tests.
 
     Raises:
@@ -81,10 +93,12 @@ def load_engine(
     if replica is not None:
         check(replica, spec)
         options, replica = _one_device(options, replica)
-    workers = _start_workers(options, spec, replica, hosts or {}, in_threads, say, progress)
+    start = partial(_start_workers, kv_keys=kv_keys, in_threads=in_threads)
+    workers = start(options, spec, replica, hosts or {}, say=say, progress=progress)
     capacity = workers.capacity
     config = EngineConfig(
         instance_blocks=capacity.instance_blocks,
+        rank_blocks=capacity.rank_blocks,
         max_model_len=capacity.max_model_len,
         vocab_size=spec.vocab_size,
         eos_token_ids=spec.eos_token_ids,
@@ -96,6 +110,9 @@ def load_engine(
         model_digest=f"{options.fingerprint}/{capacity.digest}",
         routes=_whole_route(spec) if replica is None else replica.routes,
     )
+    carrier = None
+    if workers.mover is not None and tell_kv is not None:
+        carrier = KVCarrier(workers.mover, config.model_digest, tell_kv)
     loop = EngineLoop(
         EngineState(config),
         workers.executor,
@@ -103,6 +120,7 @@ def load_engine(
         threads=ThreadPoolExecutor(2, thread_name_prefix="shoal-grammar"),
         report=report,
         clock=MonotonicClock(),
+        carrier=carrier,
     )
     workers.when_lost(loop.stop)
     info = EngineInfo(
@@ -122,11 +140,12 @@ def load_engine(
 
 @dataclass(frozen=True, slots=True)
 class _Workers:
-    """An executor, what it can carry, and who is told if it can go on no more."""
+    """An executor, what it can carry, who is told if it can go on no more, and who moves its KV."""
 
     executor: Executor
     capacity: Capacity
     when_lost: Callable[[Callable[[], None]], None]
+    mover: KVMover | None = None
 
 
 def _start_workers(
@@ -134,12 +153,14 @@ def _start_workers(
     spec: ModelSpec,
     replica: ReplicaPlan | None,
     hosts: Mapping[str, HostNet],
+    *,
+    kv_keys: KVKeys | None,
     in_threads: bool,
     say: Say,
     progress: Progress,
 ) -> _Workers:
     if replica is None:
-        return _start_worker(options, spec, say, progress)
+        return _start_worker(options, spec, kv_keys, say, progress)
     if in_threads:
         from shoal.executor.threads import ThreadExecutor
 
@@ -147,12 +168,14 @@ def _start_workers(
         return _Workers(threads, threads.capacity, _ignore)
     from shoal.executor.local import LocalExecutor
 
-    local = LocalExecutor(replica, options, spec, hosts=hosts, say=say, progress=progress)
-    return _Workers(local, local.capacity, local.when_lost)
+    local = LocalExecutor(
+        replica, options, spec, hosts=hosts, kv_keys=kv_keys, say=say, progress=progress
+    )
+    return _Workers(local, local.capacity, local.when_lost, local.mover)
 
 
 def _start_worker(
-    options: EngineOptions, spec: ModelSpec, say: Say, progress: Progress
+    options: EngineOptions, spec: ModelSpec, kv_keys: KVKeys | None, say: Say, progress: Progress
 ) -> _Workers:
     """The one device of `options`, without a wire."""
     started_s = time.perf_counter()
@@ -162,6 +185,7 @@ def _start_worker(
     launched = launch_worker(options, spec, say=say, progress=progress)
     capacity = Capacity(
         instance_blocks=(launched.num_blocks,),
+        rank_blocks=((),),
         max_model_len=launched.max_model_len,
         device=launched.device,
         device_type=launched.device_type,
@@ -169,7 +193,45 @@ def _start_worker(
         digest=launched.digest,
         lines=(),
     )
-    return _Workers(InprocExecutor(launched.worker), capacity, _ignore)
+    executor = InprocExecutor(launched.worker)
+    if kv_keys is None:
+        return _Workers(executor, capacity, _ignore)
+    return _Workers(executor, capacity, _ignore, _open_port(launched, spec, kv_keys, executor))
+
+
+def _open_port(
+    launched: LaunchedWorker, spec: ModelSpec, keys: KVKeys, executor: InprocExecutor
+) -> KVMover:
+    """Let a worker of this process exchange KV with those of other replicas."""
+    from shoal.wire.mesh import Mesh
+    from shoal.wire.worker_messages import LendBlocks
+    from shoal.worker.transfer import KVPort
+
+    mesh = Mesh(keys.of_worker[ONLY_WORKER])
+    layers, heads = Range(0, spec.num_layers), Range(0, spec.num_kv_heads)
+    port = KVPort(
+        launched.worker.kv,
+        layers,
+        heads,
+        mesh,
+        heads_first=launched.worker.kv_heads_first,
+        post=executor.between_steps,
+        report=lambda pull_id, num_blocks: mover.pulled(pull_id, num_blocks),
+    )
+
+    def take(order: Order) -> None:
+        if isinstance(order, LendBlocks):
+            port.lend(order)
+        else:
+            executor.between_steps(partial(port.take, order))
+
+    mover = OneWorkerMover(
+        KVPlace(f"{keys.replica}/{ONLY_WORKER}", port.address, 0, layers, heads),
+        send=take,
+        arrived=executor.tell,
+    )
+    port.start()
+    return mover
 
 
 def _ignore(_tell: Callable[[], None]) -> None:

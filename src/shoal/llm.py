@@ -35,6 +35,7 @@ from shoal.core.request import (
     SamplingParams,
     seed_of_choice,
 )
+from shoal.core.split import KVSplit
 from shoal.core.stats import EngineStats
 from shoal.engine.events import Cancel, Submit
 from shoal.engine.loop import EngineLoop
@@ -64,6 +65,7 @@ class LLM:
         plan: a plan file with one replica, or what `read_plan` made of one.
         tensor_parallel_size, pipeline_parallel_size: without a plan: devices that share every
             layer, and stages that the layers are cut into.
+        kv_split: what of KV each device that shares a layer keeps: its heads, or some tokens.
         options: further `EngineOptions` by name (dtype, device, max_model_len, ...).
         say: takes lines about loading; silent by default.
     """
@@ -75,6 +77,7 @@ class LLM:
         plan: str | Path | PlanFile | None = None,
         tensor_parallel_size: int = 1,
         pipeline_parallel_size: int = 1,
+        kv_split: KVSplit = "heads",
         revision: str | None = None,
         token: str | None = None,
         chat_template: str | None = None,
@@ -88,6 +91,7 @@ class LLM:
             file=read_plan(Path(plan)) if isinstance(plan, str | Path) else plan,
             tensor_parallel_size=tensor_parallel_size,
             pipeline_parallel_size=pipeline_parallel_size,
+            kv_split=kv_split,
             device=engine_options.device,
             num_threads=engine_options.num_threads,
         )

@@ -50,7 +50,7 @@ EXCEPTIONS = {
 
 WITHOUT_TORCH = {
     *("core", "text", "wire", "router", "engine", "server", "observe", "policy"),
-    *("plan_file", "lab"),
+    *("plan_file", "lab", "cluster"),
 }
 TORCH = {"torch", "triton", "transformers"}
 
@@ -80,8 +80,9 @@ STATE_MACHINES = {
         "places",
         "pools",
         "recovery",
+        "transfers",
     },
-    "router": {"state", "events"},
+    "router": {"state", "events", "moves", "records"},
 }
 """Modules that are told the time and do no I/O; so is all of policy/ and core/ but its clock."""
 
@@ -274,6 +275,7 @@ def test_docs_show_the_same_table() -> None:
         "model.store",
         "plan_file",
         "lab",
+        "cluster",
         "policy",
         "cli.main",
     ],

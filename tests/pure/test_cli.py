@@ -36,7 +36,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 ENGINE = (
     "--dtype --quantize --kv-cache-dtype --kernels --device --max-model-len --num-threads "
-    "--plan --tensor-parallel-size --pipeline-parallel-size "
+    "--plan --tensor-parallel-size --pipeline-parallel-size --kv-split "
     "--chat-template --revision --hf-token"
 )
 SAMPLING = "--max-tokens --temperature --top-p --top-k --seed --stop"
@@ -44,8 +44,9 @@ GOLDEN = {
     "": "--version --help",
     "serve": f"{ENGINE} --config --help --host --port --api-key --served-model-name "
     "--data-parallel-size --drain-timeout --request-timeout --max-num-seqs --max-waiting "
-    "--max-num-batched-tokens --kv-cache-memory-bytes "
-    "--enable-prefix-caching --no-enable-prefix-caching",
+    "--max-num-batched-tokens --kv-cache-memory-bytes --weights-memory-bytes "
+    "--enable-prefix-caching --no-enable-prefix-caching "
+    "--activation-format --expert-redeal --no-expert-redeal",
     "chat": f"{ENGINE} {SAMPLING} --config --help --url --api-key --system",
     "generate": f"{ENGINE} {SAMPLING} --config --help --chat --raw --json",
     "eval": "--text --context --stride --max-tokens --dtype --quantize --kv-cache-dtype --kernels "
@@ -61,6 +62,9 @@ GOLDEN = {
     "lab cut": "--name --help",
     "lab heal": "--name --help",
     "lab status": "--json --name --help",
+    "up": "--interface --address --name --help",
+    "join": "--token --interface --address --name --help",
+    "down": "--help",
     "models": "--json --help",
     "models pull": "--revision --hf-token --help",
     "models remove": "--yes --help",

@@ -21,7 +21,10 @@ DOCS = sorted(
         *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     ]
 )
-COMMANDS = ("serve", "chat", "generate", "models", "bench", "eval", "quantize", "lab")
+COMMANDS = (
+    *("serve", "chat", "generate", "models", "bench", "eval", "quantize", "lab"),
+    *("up", "join", "down"),
+)
 SUFFIXES = (".py", ".md", ".sh", ".toml", ".txt", ".yaml")
 
 every_doc = pytest.mark.parametrize("doc", DOCS, ids=lambda doc: str(doc.relative_to(ROOT)))

@@ -156,7 +156,7 @@ def test_a_server_finds_the_hosts_of_its_lab(
     with folder.locked():
         folder.write_settings(Settings(hosts=hosts))
     replicas = (replica_of(lab),)
-    with pytest.raises(ConfigError, match="names host 'a', which is a lab's; bring it up with"):
+    with pytest.raises(ConfigError, match="names host 'a', and neither a lab nor a cluster is up"):
         lab_hosts(replicas)
     monkeypatch.setenv("SHOAL_LAB_STATE", str(folder.settings))
     found = lab_hosts(replicas)

@@ -285,7 +285,9 @@ def test_a_plan_crosses_to_an_engine_process(tmp_path: Path) -> None:
 
 def even(num_cuda: int = 0, device: str = "auto", **sizes: int) -> tuple[ReplicaPlan, ...]:
     named = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "data_parallel_size": 1}
-    return even_replicas(SPEC, **{**named, **sizes}, device=device, num_cuda=num_cuda)
+    return even_replicas(
+        SPEC, **{**named, **sizes}, kv_split="tokens", device=device, num_cuda=num_cuda
+    )
 
 
 def devices_of(replica: ReplicaPlan) -> list[str]:

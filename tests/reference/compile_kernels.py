@@ -19,7 +19,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from shoal.kernels import select
+from shoal.kernels import ExpertWeights, QuantizedWeight, select
+from shoal.kernels.experts import slots
 from shoal.kernels.triton import attention_decode, linear_tiles
 
 
@@ -89,8 +90,31 @@ def launch_everything() -> None:
     for weight_format, num_tokens in (("int4", 1), ("fp8", 1), ("int4", 64), ("int8", 8)):
         weight = make_weight(weight_format, 4096, 4096, 32, device="cpu")  # type: ignore[arg-type]
         kernels.linear(torch.zeros(num_tokens, 4096, dtype=dtype), weight, None)
+    launch_experts()
     weight = make_weight("int4", 64, 4096, 32, device="cpu", minimums=True)
     kernels.linear(torch.zeros(300, 4096, dtype=dtype), weight, None)
+
+
+def launch_experts() -> None:
+    """A quarter of the experts of a Qwen3-MoE, for a few tokens and for many."""
+    kernels, held = select("cuda"), 32
+    rules = {"num_active": 8, "renormalises": True, "scale": 1.0}
+    at, places = torch.tensor(7), slots(128, [(expert, 0, 1 << 16) for expert in range(held)])
+    for weight_format in (None, "int4"):
+        experts = ExpertWeights(
+            places, *(stack(weight_format, *shape) for shape in ((1536, 2048), (2048, 768)))
+        )
+        for num_tokens in (1, 200):
+            x = torch.zeros(num_tokens, 2048, dtype=torch.bfloat16)
+            router = torch.zeros(128, 2048)
+            chosen = kernels.route(x, router, **rules, num_groups=8, num_active_groups=3)  # type: ignore[arg-type]
+            kernels.experts(x, *chosen, experts, at, "silu")
+
+
+def stack(weight_format: str | None, rows: int, columns: int) -> torch.Tensor | QuantizedWeight:
+    if weight_format is None:
+        return torch.zeros(32 * rows, columns, dtype=torch.bfloat16)
+    return make_weight(weight_format, 32 * rows, columns, 32, device="cpu")  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -117,7 +117,9 @@ class PagedRun:
 
 
 def run_mixed_steps(
-    decoder: Decoder | PackedDecoder, kv_dtype: torch.dtype | None = None
+    decoder: Decoder | PackedDecoder,
+    kv_dtype: torch.dtype | None = None,
+    run: PagedRun | None = None,
 ) -> list[Paged]:
     """Ragged steps with everything at once; every token's logits end up in its sequence.
 
@@ -130,7 +132,7 @@ def run_mixed_steps(
     def draw(count: int) -> list[int]:
         return torch.randint(vocab_size, (count,), generator=generator).tolist()
 
-    run = PagedRun(decoder, kv_dtype=kv_dtype)
+    run = run or PagedRun(decoder, kv_dtype=kv_dtype)
     a, b = run.add(draw(47)), run.add(draw(24))
     c = run.add([*a.token_ids[:16], *draw(19)], shared=a.blocks[:1])
     d = run.add([*a.token_ids[:32], *draw(10)], shared=a.blocks[:2])

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-TESTS = ("test_cuda_kernels.py", "test_cuda_decoder.py")
+TESTS = ("test_cuda_kernels.py", "test_cuda_decoder.py", "test_cuda_experts.py")
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 

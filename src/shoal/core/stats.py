@@ -1,4 +1,4 @@
-"""What an engine says of itself: once when it is ready, then with its news."""
+"""What an engine says of itself: once when it is ready, then with its news; and how it stands."""
 
 from __future__ import annotations
 
@@ -48,3 +48,16 @@ class EngineStats:
     steps: int = 0
     busy_s: float = 0.0
     recovering: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaView:
+    """How a replica stands to requests.
+
+    Attributes:
+        num_requests: that it has; of one that is drained, 0 when it may be stopped.
+    """
+
+    is_alive: bool
+    is_drained: bool
+    num_requests: int

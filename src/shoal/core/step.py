@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from shoal.core.kv import KVArrived
 from shoal.core.request import SamplingParams, TokenLogprobs
 
 BLOCK_SIZE = 16
@@ -88,6 +89,7 @@ class Step:
         released: sequences whose sampler state may go; no later Step names them.
         num_hops: only so many hops of the route are run, and nothing is sampled (the KV of a
             lost instance is rebuilt); None: all of them.
+        dealing: of experts: from this Step on, dealings of up to this version hold.
     """
 
     step_id: int
@@ -97,6 +99,7 @@ class Step:
     weights_version: int = 0
     route: int = 0
     num_hops: int | None = None
+    dealing: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -152,5 +155,5 @@ class InstancesReady:
     instances: tuple[int, ...]
 
 
-ExecutorEvent = StepResult | StepFailure | InstancesReady
+ExecutorEvent = StepResult | StepFailure | InstancesReady | KVArrived
 """What an executor tells its engine."""

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -24,6 +25,11 @@ PLAN = """
 replicas:
   - stages: [{layers: 0-30, devices: [cpu, cpu], split: {weights: [2, 1]}}]
   - stages: [{layers: 0-13, devices: [cpu]}, {layers: 13-30, devices: [cpu]}]
+"""
+ROLES = """
+replicas:
+  - {role: prefill, stages: [{devices: [cpu]}]}
+  - {role: decode, stages: [{devices: [cpu]}]}
 """
 
 _HITS = r'^shoal_prefix_cache_hits_total\{{replica="{}"\}} (\S+)$'
@@ -137,6 +143,18 @@ def test_who_dies_while_kv_moves_costs_no_token(served: Served, victim: str) -> 
     served.admin(f"/{home}/drain")
     engine.send_signal(signal.SIGKILL)
     assert running.result() == want
+
+
+def test_one_replica_reads_prompts_and_another_goes_on(
+    served: Served, start_server: StartServer, tmp_path: Path
+) -> None:
+    path = plan_file(tmp_path, ROLES)
+    apart = Served(start_server("--plan", str(path), "--dtype", "float32", "--api-key", KEY))
+    apart.wait_for_both()
+    want = [served.stream(index).result() for index in (6, 7)]
+    assert [apart.stream(index).result() for index in (6, 7)] == want
+    assert apart.cached("replica-1") >= 300  # the prompts' KV came from replica-0
+    assert apart.cached("replica-0") == 0
 
 
 def test_only_who_has_a_key_moves_requests(served: Served) -> None:

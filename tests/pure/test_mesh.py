@@ -252,7 +252,7 @@ def test_a_peer_is_heard_and_its_distance_is_known(make: Make) -> None:
     assert 0 < a.round_trip("b", 64) < 5
     assert 0 < a.round_trip("b", 1 << 20) < 5
     b.close()
-    with pytest.raises(WireError, match="did not come back"):
+    with pytest.raises(WireError, match="did not say"):
         a.round_trip("b", 64, timeout_s=0.1)
     wait_until(lambda: a.heard("b") > 1)
     b.__init__(a._keys)  # type: ignore[misc]  # so that the fixture can close it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import pytest
@@ -20,6 +21,7 @@ from shoal.core.plan import (
     Plan,
     RankPlan,
     ReplicaPlan,
+    Role,
     StagePlan,
     default_routes,
 )
@@ -182,6 +184,8 @@ STAGE = "stages: [{layers: 0-30, devices: [cpu, cpu], split: %s}]"
         (STAGE % "{head: [6, 3]}", 1, "did you mean heads?"),
         (STAGE % "{ffn: [1000, 536]}", 1, "must end at a multiple of 32 FFN columns: give rank 0"),
         ("stages:\n- devices: cpu\n  kv_cache_memory: 1 potato", 3, "a size such as 512MiB"),
+        ("stages:\n- devices: cpu\n  weights_memory: 2 Gib/s", 3, "a size such as 512MiB"),
+        ("stages: [{devices: cpu}]\nrole: fast", 2, "it must be one of any, prefill, decode"),
         ("stages:\n- devices: cpu\n  quantize: int5", 3, "it must be one of auto, none, int8"),
         ("stages:\n- devices: cpu\n  dtype: bfloat61", 3, "(bfloat16?)"),
         ("stages: [{devices: cpu}]\nroutes: [[1]]", 2, "names instance 1; the plan has 0-0"),
@@ -245,6 +249,7 @@ def replicas(draw: st.DrawFn) -> ReplicaPlan:
                     ranks=tuple(draw(rank) for _ in range(num_ranks)),
                     split=split_by_weights(SPEC, weights, granule=32),
                     kv_cache_memory_bytes=draw(st.sampled_from([None, 1, 3 << 20, 1 << 34])),
+                    weights_memory_bytes=draw(st.sampled_from([None, 7, 1 << 30])),
                     quantize=draw(st.sampled_from([None, "int4"])),
                     dtype=draw(st.sampled_from([None, "float32"])),
                 )
@@ -253,7 +258,8 @@ def replicas(draw: st.DrawFn) -> ReplicaPlan:
         done = stop
     routes = default_routes(tuple(stages))
     kept = draw(st.integers(1, len(routes)))
-    return ReplicaPlan(stages=tuple(stages), routes=routes[:kept])
+    role: Role = draw(st.sampled_from(get_args(Role)))
+    return ReplicaPlan(stages=tuple(stages), routes=routes[:kept], role=role)
 
 
 @settings(deadline=None, max_examples=60)

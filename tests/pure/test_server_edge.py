@@ -23,6 +23,21 @@ HELLO = {"prompt": "hello", "max_tokens": 2}
 # --- keys ---
 
 
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/admin/replicas"),
+        ("POST", "/admin/replicas/a/drain"),
+        ("POST", "/admin/replicas/a/resume"),
+    ],
+)
+def test_nobody_drains_a_server_without_keys(method: str, path: str) -> None:
+    """A page in a browser could."""
+    response = ask(FakeRouter(), method, path)
+    assert response.status_code == 403
+    assert response.json()["error"]["code"] == "no_api_key"
+
+
 @pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/openapi.json", "/nowhere"])
 def test_a_key_is_needed(path: str) -> None:
     response = ask(FakeRouter(), "GET", path, api_keys=("k1", "k2"))

@@ -366,7 +366,7 @@ def test_the_store_says_what_is_there() -> None:
 
 
 def test_a_link_is_measured_by_a_small_and_a_large_message() -> None:
-    found = measure("lo", lambda num_bytes: 2 * (50e-6 + num_bytes / 1e8))
+    found = measure("lo", lambda num_bytes: 2 * 50e-6 + num_bytes / 1e8)
     assert found.interface == "lo"
     assert found.latency_s == pytest.approx(50e-6, rel=0.05)
     assert found.bandwidth_bytes_per_s == pytest.approx(1e8, rel=0.01)

@@ -5,26 +5,11 @@ Knows nothing of what listens there.
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 from collections.abc import Mapping
 
-import psutil
-
+from shoal.comm.interfaces import VIRTUAL, is_private, private_addresses
 from shoal.core.errors import ConfigError
-
-_VIRTUAL = ("docker", "br-", "veth", "virbr", "cni", "flannel")
-
-
-def private_addresses() -> dict[str, str]:
-    """Interface → its first private IPv4 address, of those that are up."""
-    is_up = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
-    found: dict[str, str] = {}
-    for name, addresses in psutil.net_if_addrs().items():
-        for each in addresses:
-            if each.family == socket.AF_INET and name in is_up and _is_private(each.address):
-                found.setdefault(name, each.address)
-    return found
 
 
 def choose_address(
@@ -42,7 +27,7 @@ def choose_address(
     found = private_addresses() if found is None else found
     shown = ", ".join(f"{name} ({each})" for name, each in found.items()) or "none"
     if address is not None:
-        if not _is_private(address):
+        if not is_private(address):
             raise ConfigError(
                 f"--address {address} is not a private address; Ray and collectives open ports "
                 f"there: use one of a private network. Here there are: {shown}"
@@ -54,7 +39,7 @@ def choose_address(
                 f"--interface {interface} has no private IPv4 address here; there are: {shown}"
             )
         return interface, found[interface]
-    real = {name: each for name, each in found.items() if not name.startswith(_VIRTUAL)}
+    real = {name: each for name, each in found.items() if not name.startswith(VIRTUAL)}
     if len(real) == 1:
         return next(iter(real.items()))
     if not real:
@@ -92,11 +77,3 @@ def free_port(address: str) -> int:
                 f"{address} is no address of this machine ({error}); name one with --address"
             ) from error
         return int(probe.getsockname()[1])
-
-
-def _is_private(address: str) -> bool:
-    try:
-        found = ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    return found.version == 4 and not found.is_global and not found.is_loopback

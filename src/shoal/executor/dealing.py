@@ -32,9 +32,8 @@ _LEAST_TOKENS = 64  # of an expert, on average, before loads are believed
 _LEAST_STEPS = 64
 _LEAST_STEP_S = 0.004  # of the slowest rank: below, what is not work would count as slowness
 _PAUSE_S = 5.0
-_MAX_PAUSES = (
-    64  # the pause doubles with each dealing, so that noise moves experts ever more rarely
-)
+# The pause doubles with each dealing, so that noise moves experts ever more rarely.
+_MAX_PAUSES = 64
 _NEW_SHARE = 0.5  # of what was measured last, in what a rank's speed is believed to be
 _LOAD_LIMIT_S = 600.0
 

@@ -288,9 +288,9 @@ class LocalExecutor:
                     self._dealer.take_dealt(worker.instance, worker.rank, message)
             case Loading(_, done, total):
                 self._progress(worker.name, done, total)
-            case Bound(address, pid, kv_address):
+            case Bound(addresses, pid, kv_address):
                 worker.pid, worker.kv_address = pid, kv_address
-                _settle(worker.bound, address)
+                _settle(worker.bound, addresses)
             case Loaded():
                 _settle(worker.loaded, message)
             case Warm():

@@ -29,7 +29,7 @@ class WorkerProcess:
         self.speed = launch.speed
         self.pid = 0
         self.kv_address = ""
-        self.bound: asyncio.Future[str] = loop.create_future()
+        self.bound: asyncio.Future[tuple[str, ...]] = loop.create_future()
         self.loaded: asyncio.Future[Loaded] = loop.create_future()
         self.warm: asyncio.Future[Warm] = loop.create_future()
         self._launch = launch

@@ -9,7 +9,7 @@ message's sender is the name that belongs to its key. Knows nothing of what is s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import zmq
@@ -46,11 +46,11 @@ def make_keys(names: Iterable[str]) -> dict[str, MeshKeys]:
     return {name: MeshKeys(name, pair[1].decode(), public) for name, pair in pairs.items()}
 
 
-def listen(socket: zmq.Socket[bytes], keys: MeshKeys, address: str) -> str:
-    """Bind to a port of the system's choice; only who passes the gate gets in.
+def listen(socket: zmq.Socket[bytes], keys: MeshKeys, addresses: Sequence[str]) -> list[str]:
+    """Bind to a port of the system's choice on each address; only who passes the gate gets in.
 
     Returns:
-        What others connect to.
+        What others connect to, for each address.
 
     Raises:
         WireError: no such address here.
@@ -61,6 +61,10 @@ def listen(socket: zmq.Socket[bytes], keys: MeshKeys, address: str) -> str:
     # Without it a socket whose gate is missing would let everybody in.
     socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
     socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
+    return [_bind(socket, address) for address in addresses]
+
+
+def _bind(socket: zmq.Socket[bytes], address: str) -> str:
     _allow_ipv6(socket, address)
     try:
         socket.bind(f"tcp://[{address}]:*" if ":" in address else f"tcp://{address}:*")

@@ -39,13 +39,14 @@ class Mesh:
 
     Args:
         keys: its name, and whom it knows.
-        interface_address: of the interface to listen on; both ports are the system's choice.
+        interface_addresses: of the interfaces to listen on; ports are the system's choice.
 
     Raises:
         WireError: no such address here.
     """
 
-    def __init__(self, keys: MeshKeys, interface_address: str = "127.0.0.1") -> None:
+    def __init__(self, keys: MeshKeys, *interface_addresses: str) -> None:
+        interface_addresses = interface_addresses or ("127.0.0.1",)
         self._keys = keys
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._lock = threading.Lock()  # of the sockets below, but not the inbox
@@ -53,8 +54,8 @@ class Mesh:
         self._endpoints: dict[str, str] = {}
         self._throttle: Throttle | None = None
         try:
-            self._inbox = self._new_inbox(interface_address)
-            self._pulse = Pulse(self._context, keys, interface_address, self._connect_data)
+            self._inbox = self._new_inbox(interface_addresses)
+            self._pulse = Pulse(self._context, keys, interface_addresses, self._connect_data)
         except WireError:
             self._context.destroy(linger=0)
             raise
@@ -67,8 +68,14 @@ class Mesh:
 
     @property
     def address(self) -> str:
-        """What peers connect to."""
-        return f"{self._endpoint} {self._pulse.endpoint}"
+        """What peers connect to, over the first interface."""
+        return self.addresses[0]
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """What peers connect to, over each interface."""
+        pairs = zip(self._listens_at, self._pulse.endpoints, strict=True)
+        return tuple(f"{data} {pulse}" for data, pulse in pairs)
 
     @property
     def num_refused(self) -> int:
@@ -149,10 +156,10 @@ class Mesh:
         return self._pulse.latency(peer)
 
     def round_trip(self, peer: str, num_bytes: int, timeout_s: float = 5.0) -> float:
-        """Seconds that up to 1 MiB takes there and back, beside everything else.
+        """Seconds until up to 1 MiB is there and its receipt back, beside everything else.
 
         Raises:
-            WireError: it did not come back in time.
+            WireError: no receipt came in time.
         """
         return self._pulse.round_trip(peer, num_bytes, timeout_s)
 
@@ -180,13 +187,13 @@ class Mesh:
             socket.close()
         self._context.term()
 
-    def _new_inbox(self, interface_address: str) -> zmq.Socket[bytes]:
+    def _new_inbox(self, addresses: tuple[str, ...]) -> zmq.Socket[bytes]:
         inbox = self._context.socket(zmq.PULL)
         inbox.rcvhwm = _MAX_QUEUED
         inbox.linger = 0
         inbox.maxmsgsize = MAX_PAYLOAD_BYTES + 1024  # CURVE adds a little
         inbox.bind(_OWN)
-        self._endpoint = listen(inbox, self._keys, interface_address)
+        self._listens_at = listen(inbox, self._keys, addresses)
         return inbox
 
     def _connect_data(self, peer: str) -> None:

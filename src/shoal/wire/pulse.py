@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
@@ -28,7 +28,7 @@ _SILENCE_S = 3.0
 
 _MAX_QUEUED = 64
 _PULSE = struct.Struct("<cQ")
-"""Ping or pong; when the ping was sent, by its sender's clock. What follows comes back too."""
+"""Ping or pong; when the ping was sent, by its sender's clock. What follows a ping is a probe's."""
 
 _PING, _PONG = b"?", b"!"
 _OWN = "inproc://pulse"
@@ -52,7 +52,7 @@ class Pulse:
         self,
         context: zmq.Context[zmq.Socket[bytes]],
         keys: MeshKeys,
-        address: str,
+        addresses: Sequence[str],
         returned: Callable[[str], None],
     ) -> None:
         self._context, self._keys, self._returned = context, keys, returned
@@ -65,7 +65,7 @@ class Pulse:
         self._inbox.maxmsgsize = MAX_PROBE_BYTES + 1024
         _notice_dead_connections(self._inbox)
         self._inbox.bind(_OWN)
-        self.endpoint = listen(self._inbox, keys, address)
+        self.endpoints = listen(self._inbox, keys, addresses)
         self._thread = threading.Thread(target=self._run, name="shoal-pulse", daemon=True)
         self._thread.start()
 
@@ -101,7 +101,7 @@ class Pulse:
         return known.latency_s if known is not None else None
 
     def round_trip(self, peer: str, num_bytes: int, timeout_s: float) -> float:
-        """Seconds that `num_bytes` take there and back, once.
+        """Seconds until `num_bytes` are there and their receipt is back, once.
 
         Raises:
             WireError: they did not come back in time.
@@ -113,7 +113,7 @@ class Pulse:
             return came.get(timeout=timeout_s)
         except Empty:
             raise WireError(
-                f"{num_bytes} bytes to {peer} did not come back within {timeout_s} s"
+                f"{peer} did not say within {timeout_s} s that {num_bytes} bytes came"
             ) from None
         finally:
             del self._probes[sent_at]
@@ -168,7 +168,7 @@ class Pulse:
         kind, sent_at = _PULSE.unpack_from(body)
         self._note_pulse(name)
         if kind == _PING:
-            self._send(name, _PULSE.pack(_PONG, sent_at) + body[_PULSE.size :])
+            self._send(name, _PULSE.pack(_PONG, sent_at))
         elif (probe := self._probes.get(sent_at)) is not None:
             probe.put((time.monotonic_ns() - sent_at) / 1e9)
         elif (known := self._peers.get(name)) is not None:

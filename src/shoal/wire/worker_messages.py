@@ -56,9 +56,9 @@ class LaunchWorker(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
 
 class Connect(msgspec.Struct, tag=True, frozen=True):
-    """Where other workers are, by name; those named before may have moved."""
+    """Where other workers are, by name, over each of their networks; some may have moved."""
 
-    addresses: dict[str, str]
+    addresses: dict[str, tuple[str, ...]]
 
 
 class HoldBlocks(msgspec.Struct, tag=True, frozen=True):
@@ -181,9 +181,14 @@ ToWorker = (
 
 
 class Bound(msgspec.Struct, tag=True, frozen=True):
-    """Where the worker is reached, and its process; `kv_address`: for KV, if it lends any."""
+    """Where the worker is reached, and its process.
 
-    address: str
+    Attributes:
+        addresses: over each network that its host is on; the one it was given first.
+        kv_address: for KV, if it lends any.
+    """
+
+    addresses: tuple[str, ...]
     pid: int
     kv_address: str = ""
 

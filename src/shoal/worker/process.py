@@ -26,8 +26,7 @@ from pathlib import Path
 
 from shoal.comm import Group
 from shoal.comm.compressed import SumForm
-from shoal.comm.interfaces import interface_of, measure
-from shoal.core.errors import ShoalError, WireError
+from shoal.core.errors import ShoalError
 from shoal.core.split import Range
 from shoal.model.spec import read_spec
 from shoal.wire.channel import Codec, ThreadChannel
@@ -47,7 +46,6 @@ from shoal.wire.worker_messages import (
     Lab,
     LaunchWorker,
     LendBlocks,
-    LinkFacts,
     PaceFacts,
     PullBlocks,
     Pulled,
@@ -61,6 +59,7 @@ from shoal.wire.worker_messages import (
 from shoal.worker.dealing import Dealings, Meter
 from shoal.worker.groups import GroupPlace, Rendezvous, make_group
 from shoal.worker.launch import load_worker, warm_up
+from shoal.worker.links import Links, open_mesh
 from shoal.worker.mesh_transport import MeshTransport
 from shoal.worker.pace import measure_pace
 from shoal.worker.place import Place
@@ -108,9 +107,9 @@ class _WorkerProcess:
         self._channel = channel
         self._launch = launch
         self._place = Place(launch.replica, launch.instance, launch.rank)
-        self._mesh = Mesh(launch.keys, launch.address)
+        self._mesh = open_mesh(launch.keys, launch.address)
+        self._links = Links(self._mesh, self._place.sends_to | self._place.hears)
         self._kv_mesh = Mesh(launch.kv_keys, launch.address) if launch.kv_keys else None
-        self._addresses: dict[str, str] = {}
         self._connected = threading.Event()
         self._held: Range | None = None
         self._rendezvous = Rendezvous(channel.send)
@@ -132,7 +131,7 @@ class _WorkerProcess:
         """
         launch, place = self._launch, self._place
         kv_address = self._kv_mesh.address if self._kv_mesh else ""
-        self._channel.send(Bound(self._mesh.address, os.getpid(), kv_address))
+        self._channel.send(Bound(self._mesh.addresses, os.getpid(), kv_address))
         options = launch.options
         spec = read_spec(Path(options.model_path))
         group = make_group(
@@ -199,7 +198,8 @@ class _WorkerProcess:
             self._kv_port.start()
         transport.run(runner.post)
         is_first = self._launch.incarnation == 0
-        self._channel.send(Warm(self._links(), pace) if is_first else Warm())
+        links = self._links.measure(place.sends_to - {launch.name}) if is_first else []
+        self._channel.send(Warm(links, pace) if is_first else Warm())
         meter = None
         if self._dealings is not None:
             counts = loaded.decoder.expert_counts if launch.rank == 0 else None
@@ -244,7 +244,8 @@ class _WorkerProcess:
             case HoldBlocks(blocks):
                 self._held = blocks
             case Connect(addresses):
-                self._connect(addresses)
+                self._links.connect(addresses)
+                self._connected.set()
             case Lab():
                 self._speed.set(message.speed)
                 for peer, link in message.links.items():
@@ -259,30 +260,6 @@ class _WorkerProcess:
             self._incarnation = incarnation
             if self._runner is not None:
                 self._runner.reset(incarnation)
-
-    def _connect(self, addresses: dict[str, str]) -> None:
-        """Also to peers that only listen to us: they are told that we are alive."""
-        for peer in self._place.sends_to | self._place.hears:
-            address = addresses.get(peer)
-            if address is not None and address != self._addresses.get(peer):
-                self._mesh.connect(peer, address)
-                self._addresses[peer] = address
-        self._connected.set()
-
-    def _links(self) -> list[LinkFacts]:
-        """What the links to other workers give; those that do not answer in time are left out."""
-        found = []
-        interface = interface_of(self._launch.address)
-        for peer in sorted(self._place.sends_to - {self._launch.name}):
-            try:
-                link = measure(interface, partial(self._mesh.round_trip, peer))
-            except WireError as error:
-                log.warning("the link to %s was not measured: %s", peer, error)
-                continue
-            found.append(
-                LinkFacts(peer, link.interface, link.latency_s, link.bandwidth_bytes_per_s)
-            )
-        return found
 
     def _pace(self, worker: Worker, hidden_size: int, group: Group | None) -> PaceFacts | None:
         """What forms are chosen by; ranks of an instance measure together, or none does."""

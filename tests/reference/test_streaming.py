@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -14,6 +16,9 @@ from shoal.core.errors import DeviceError
 from shoal.core.options import DType
 from shoal.model.layer_file import LayerFile
 from shoal.model.streaming import LayerStream, spread
+from shoal.worker import memory
+from shoal.worker.disk_layers import StepTimes, predict
+from shoal.worker.memory import free_memory_bytes
 
 SIZES = (5000, 4096, 7, 5000, 100)
 LAYERS = (1, 2, 4, 7, 8)
@@ -177,3 +182,48 @@ def test_a_model_larger_than_its_memory_gives_the_same_tokens(
 def test_memory_for_not_even_two_layers_is_refused(smollm2_gguf: Path) -> None:
     with pytest.raises(DeviceError, match="give more memory"):
         LLM(str(smollm2_gguf), max_model_len=512, weights_memory_bytes=1_000_000)
+
+
+def test_a_step_takes_as_long_as_its_slower_half() -> None:
+    of_disk = predict(
+        num_bytes=8_000_000, bandwidth_bytes_per_s=1e9, read_s=0.05, read_cpu_s=0.004, num_threads=2
+    )
+    assert of_disk == StepTimes(in_memory_s=0.01, from_disk_s=0.05)
+    of_file_cache = predict(
+        num_bytes=8_000_000,
+        bandwidth_bytes_per_s=1e9,
+        read_s=0.004,
+        read_cpu_s=0.004,
+        num_threads=2,
+    )
+    assert of_file_cache.from_disk_s == pytest.approx(0.012)
+
+
+def test_the_tightest_of_nested_groups_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = tmp_path / "memory" / "outer" / "inner"
+    inner.mkdir(parents=True)
+    for folder, limit, used in ((inner, 500, 100), (inner.parent, 400, 250)):
+        (folder / "memory.limit_in_bytes").write_text(str(limit))
+        (folder / "memory.usage_in_bytes").write_text(str(used))
+    (inner.parent / "memory.stat").write_text(
+        "active_file 1\ntotal_inactive_file 20\ntotal_active_file 5\n"
+    )
+    groups = {"/proc/self/cgroup": "5:cpu:/x\n4:memory:/outer/inner\n"}
+    monkeypatch.setattr(memory, "_GROUPS", tmp_path)
+    monkeypatch.setattr(memory, "_read_text", lambda path: groups.get(path, ""))
+    assert free_memory_bytes(torch.device("cpu")) == 400 - 250 + 25
+
+
+def test_a_process_limit_is_known() -> None:
+    script = (
+        "import resource, torch\n"
+        "from shoal.worker.memory import free_memory_bytes\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))\n"
+        "print(free_memory_bytes(torch.device('cpu')))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert 0 < int(done.stdout) < 6 << 30

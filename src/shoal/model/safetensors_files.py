@@ -154,3 +154,8 @@ def _open(path: Path) -> Any:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} cannot be read: {error}; fetch it again") from error
+    except RuntimeError as error:  # torch's, which maps the file
+        raise WeightsError(
+            f"{path} cannot be mapped: {error}; raise this process's limits (ulimit -v, ulimit -d), "
+            "or limit its memory by a control group instead"
+        ) from error

@@ -156,6 +156,6 @@ def _open(path: Path) -> Any:
         raise WeightsError(f"{path} cannot be read: {error}; fetch it again") from error
     except RuntimeError as error:  # torch's, which maps the file
         raise WeightsError(
-            f"{path} cannot be mapped: {error}; raise this process's limits (ulimit -v, ulimit -d), "
+            f"{path} cannot be mapped: {error}; raise this process's limits (ulimit -v, -d), "
             "or limit its memory by a control group instead"
         ) from error

@@ -53,7 +53,11 @@ SPEC = ModelSpec(
     attention_scale=1.0,
     tied_embeddings=True,
 )
-NODES = [Node("a", "10.0.0.1", 8, 0), Node("b", "10.0.0.2", 4, 0), Node("c", "10.0.0.3", 4, 2)]
+NODES = [
+    Node("1a", "a", "10.0.0.1", 8, 0),
+    Node("2b", "b", "10.0.0.2", 4, 0),
+    Node("3c", "c", "10.0.0.3", 4, 2),
+]
 
 
 # --- which address ---
@@ -218,6 +222,7 @@ def test_a_name_that_no_node_has_is_said() -> None:
 
 def test_a_node_as_ray_describes_it() -> None:
     described = {
+        "NodeID": "2b",
         "NodeName": "b",
         "NodeManagerAddress": "10.0.0.2",
         "Resources": {"CPU": 4.0, "node:10.0.0.2": 1.0},

@@ -313,19 +313,19 @@ def test_sums_over_gloo(num_ranks: int, tmp_path: Path) -> None:
 
 
 class _Native:
-    """A group whose sum the library calls by address; `fails` makes it fail."""
+    """A group whose sum the library calls by address; it fails at the call `fails_at`."""
 
     def __init__(self, group: Any) -> None:
         self._group = group
         self.rank, self.size = group.rank, group.size
-        self.fails = False
+        self.fails_at = 0
         self.num_calls = 0
         self._reduce = PythonReduce(self.all_reduce)
         self.native = NativeReduce(self._reduce.address, 0)
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         self.num_calls += 1
-        if self.fails and self.num_calls == 4:
+        if self.num_calls == self.fails_at:
             self._group.abort()
         self._group.all_reduce(tensor)
 
@@ -349,11 +349,14 @@ def test_a_failed_sum_ends_the_step_and_the_next_is_right(
         for shard, group in zip(held, groups, strict=True)
     ]
     expected = torch.cat([logits for logits, _ in _steps(ranks)], dim=1)
-    assert groups[0].num_calls == 1 + 2 * spec.num_layers
-    groups[0].num_calls, groups[0].fails = 0, True
-    with pytest.raises(CommError, match="not come in time, or the step" if native else "aborted"):
-        _steps(ranks)
-    groups[0].fails = False
-    for group in groups:
-        group._group.reset(1)
-    assert torch.cat([logits for logits, _ in _steps(ranks)], dim=1).equal(expected)
+    num_sums = 1 + 2 * spec.num_layers
+    assert groups[0].num_calls == num_sums
+    said = "not come in time, or the step" if native else "aborted"
+    for number in range(1, num_sums + 1):
+        groups[0].num_calls, groups[0].fails_at = 0, number
+        with pytest.raises(CommError, match=said):
+            _steps(ranks)
+        groups[0].fails_at = 0
+        for group in groups:
+            group._group.reset(number)
+        assert torch.cat([logits for logits, _ in _steps(ranks)], dim=1).equal(expected)

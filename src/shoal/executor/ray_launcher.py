@@ -46,8 +46,13 @@ _A_LITTLE = 0.001
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A machine of the cluster."""
+    """A machine of the cluster.
 
+    Attributes:
+        id: Ray's; a machine that leaves and joins again has another.
+    """
+
+    id: str
     name: str
     address: str
     num_cpus: int
@@ -86,9 +91,9 @@ class RayLauncher:
             self._give_up(instance)
         self._ray.shutdown()
 
-    def avoid(self, address: str) -> None:
+    def avoid(self, node: Node) -> None:
         """A node from which a worker was lost: for a while another is better."""
-        self._avoided_until_s[address] = time.monotonic() + _AVOID_S
+        self._avoided_until_s[node.id] = time.monotonic() + _AVOID_S
 
     def call(self, reference: Any, timeout_s: float = _ASK_S) -> Any:
         """What an agent answers.
@@ -145,7 +150,7 @@ class RayLauncher:
 
     def _without_avoided(self, nodes: Sequence[Node]) -> list[Node]:
         now = time.monotonic()
-        return [node for node in nodes if self._avoided_until_s.get(node.address, 0.0) < now]
+        return [node for node in nodes if self._avoided_until_s.get(node.id, 0.0) < now]
 
     def _nodes(self) -> list[Node]:
         return [node_of(each) for each in self._ray.nodes() if each["Alive"]]
@@ -167,12 +172,12 @@ class _RaySpot:
         try:
             link, pid, agent, launch = await asyncio.to_thread(self._start, launch)
         except ShoalError:
-            self._launcher.avoid(self.address)
+            self._launcher.avoid(self._node)
             raise
 
         def give_up(is_lost: bool) -> None:
             if is_lost:
-                self._launcher.avoid(self.address)
+                self._launcher.avoid(self._node)
             self._launcher.kill(agent)
 
         running = RemoteWorker(link, codec, pid, f"{self._node.name} ({self.address})", give_up)
@@ -240,6 +245,7 @@ def node_of(described: Mapping[str, Any]) -> Node:
     """What Ray says of a node."""
     resources = described["Resources"]
     return Node(
+        id=described["NodeID"],
         name=described["NodeName"],
         address=described["NodeManagerAddress"],
         num_cpus=int(resources.get("CPU", 1)),

@@ -153,7 +153,7 @@ int32_t shoal_cpu_forward(shoal_context* context, const shoal_model* model, cons
         attended.num_heads = model->all_heads, attended.num_kv_heads = model->all_kv_heads;
         attended.head_offset = 0;
     }
-    Forward f = {context->team, model, &attended, kv, batch, ends, hidden, {}, false};
+    Forward f = {context->team, model, &attended, kv, batch, ends, hidden, {}, nullptr};
     const KernelTable& table = *context->table;
     int threads = team_size(context->team);
     int64_t bytes = carve(f.scratch, nullptr, table, *model, *batch, threads);
@@ -163,7 +163,7 @@ int32_t shoal_cpu_forward(shoal_context* context, const shoal_model* model, cons
     if (!context->partial.ensure(table.plan(&attended, batch, &f.scratch) * 4)) return -1;
     f.scratch.partial = reinterpret_cast<float*>(context->partial.data());
     team_run(context->team, table.forward, &f);
-    return f.failed ? -2 : 0;
+    return f.failed_at ? -2 : 0;
 }
 
 int32_t shoal_cpu_linear(shoal_context* context, const shoal_weight* weight, const float* x,

@@ -69,7 +69,9 @@ struct Forward {
     const shoal_ends* ends;
     float* hidden;
     Scratch scratch;
-    mutable bool failed; // a reduction did; written by the first thread alone, before a barrier
+    // The work of the reduction that failed. The first thread alone writes it, and may be as far as
+    // one barrier ahead of the others: each looks whether it was its own last reduction.
+    mutable const Work* failed_at;
 };
 
 struct Linear {

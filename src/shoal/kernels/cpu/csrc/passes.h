@@ -13,6 +13,7 @@ struct Pass {
     int thread, threads;
     Work* work; // of the next phase
     const uint8_t *ahead, *ahead_end; // what this thread reads first in the next product
+    bool failed = false;              // a reduction did
 
     // Runs `piece` for 0 <= i < total, spread over the team, and waits for all of it.
     template <typename Piece> void phase(int64_t total, Piece piece) {
@@ -27,11 +28,14 @@ struct Pass {
 
     bool reduce(float* data, int64_t of_a_token) {
         const shoal_model& model = *f.model;
-        if (!model.reduce || f.failed) return !f.failed;
+        if (!model.reduce || failed) return !failed;
+        const Work* here = work;
         int64_t count = int64_t(f.batch->num_tokens) * of_a_token;
-        if (thread == 0 && model.reduce(model.reduce_context, data, count)) f.failed = true;
+        if (thread == 0 && model.reduce(model.reduce_context, data, count))
+            __atomic_store_n(&f.failed_at, here, __ATOMIC_RELAXED);
         end();
-        return !f.failed;
+        failed = __atomic_load_n(&f.failed_at, __ATOMIC_RELAXED) == here;
+        return !failed;
     }
 
     // Waits for the others, and reads ahead meanwhile: a step is bound by reading weights.

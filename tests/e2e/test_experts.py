@@ -19,6 +19,11 @@ stages:
   - devices: [{device: cpu, threads: 1}, {device: cpu, threads: 1}]
     split: {heads: [3, 1], experts: [[], [0-6]]}
 """
+EXPERTS_ONLY = """\
+stages:
+  - devices: [{device: cpu, threads: 1}, {device: cpu, threads: 1}]
+    split: {heads: [4, 0], ffn: [64, 0], vocab: [320, 0], experts: [[], [0-6]]}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +40,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(("plan", "lost"), [(PLAN, 0), (EXPERTS_ONLY, 1)], ids=["sum", "exchange"])
 def test_experts_move_while_streams_run(
-    model: Path, start_server: StartServer, tmp_path: Path
+    plan: str, lost: int, model: Path, start_server: StartServer, tmp_path: Path
 ) -> None:
+    """Also to and from a rank with experts only, and after the loss of that one."""
     alone = start_server(*FLAGS, model=model)
     want = Streams(alone.url, NUM_STREAMS, MAX_TOKENS).results()
     alone.stop()
 
-    server = start_server(*FLAGS, "--plan", str(plan_file(tmp_path, PLAN)), model=model)
+    server = start_server(*FLAGS, "--plan", str(plan_file(tmp_path, plan)), model=model)
+    assert not _lines(server, "plain torch")
     found = []
     while not _lines(server, "is in use"):
         assert len(found) < 10, "experts stay where they are:\n" + "\n".join(server.lines)
@@ -55,7 +63,7 @@ def test_experts_move_while_streams_run(
     # Who is started again has what was dealt last.
     streams = Streams(server.url, NUM_STREAMS, MAX_TOKENS)
     streams.wait_until_each_has(50)
-    workers_of(server)[0].kill()
+    workers_of(server)[lost].kill()
     assert streams.results() == want
     assert _lines(server, "incarnation 1 begins")
     assert Streams(server.url, NUM_STREAMS, MAX_TOKENS).results() == want

@@ -14,7 +14,6 @@ import torch
 from paging import fill_with_garbage
 
 from shoal.comm import Group
-from shoal.comm.in_process import in_process_groups
 from shoal.core.model_spec import ModelSpec
 from shoal.core.split import Range, Shard, Split, shards, whole
 from shoal.kernels import KVCache
@@ -22,6 +21,7 @@ from shoal.kernels.cpu.step import HostBatch, Session
 from shoal.model.packed_decoder import PackedDecoder
 from shoal.model.spec import read_spec
 from shoal.model.weights import load_decoder
+from shoal.worker.groups import groups_in_threads
 from shoal.worker.kv_pool import allocate
 
 
@@ -64,7 +64,7 @@ class Chain(PackedDecoder):
         path: Path,
         stages: Sequence[Stage],
         isa: str | None,
-        make_groups: Callable[[int], Sequence[Any]] = in_process_groups,
+        make_groups: Callable[[int], Sequence[Any]] | None = None,
         **options: Any,
     ) -> None:
         self.spec = read_spec(path)
@@ -76,7 +76,11 @@ class Chain(PackedDecoder):
         self._kv: list[list[KVCache]] = []
         for number, stage in enumerate(stages):
             size = stage.split.num_ranks
-            groups: list[Any] = [None] if size == 1 else list(make_groups(size))
+            groups: list[Any] = [None]
+            if size > 1 and make_groups is not None:
+                groups = list(make_groups(size))
+            elif size > 1:
+                groups = list(groups_in_threads(size, stage.split.streams))
             self.groups += groups
             ends = {"has_embedding": number == 0, "has_head": number == len(stages) - 1}
             held = zip(shards(stage.split, stage.held, **ends), groups, strict=True)
@@ -93,16 +97,31 @@ class Chain(PackedDecoder):
         for stage, ranks, caches in zip(self.stages, self.ranks, self._kv, strict=True):
             with ThreadPoolExecutor(len(ranks)) as pool:
                 runs = [
-                    pool.submit(rank.forward, inputs, batch, cache, stage.run)
+                    pool.submit(run_rank, rank, inputs, batch, cache, stage.run)
                     for rank, cache in zip(ranks, caches, strict=True)
                 ]
-                results = [run.result() for run in runs]
+                results = [run.result() for run in runs if run.result() is not None]
             assert all(result.equal(results[0]) for result in results)  # to the bit
             inputs = results[0]
         return inputs
 
     def logits(self, hidden_NE: torch.Tensor) -> torch.Tensor:
         return torch.cat([rank.logits(hidden_NE) for rank in self.ranks[-1]], dim=1)
+
+
+def run_rank(
+    rank: PackedDecoder, inputs: Any, batch: HostBatch, kv: KVCache, layers: Range
+) -> torch.Tensor | None:
+    """Hidden states; None of a rank with experts only."""
+    try:
+        if rank.shard.has_stream:
+            return rank.forward(inputs, batch, kv, layers)
+        rank.serve(layers)
+        return None
+    except BaseException:
+        if rank._group is not None:
+            rank._group.abort()  # the others need not wait
+        raise
 
 
 def load_rank(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,6 @@ from shoal.comm.compressed import SumForm
 from shoal.comm.streams import StreamGroup
 from shoal.core.errors import CommError, ConfigError
 from shoal.core.model_spec import ModelSpec
-from shoal.core.options import EngineOptions
 from shoal.core.plan import InstancePlan, RankPlan, ReplicaPlan, StagePlan, check, default_routes
 from shoal.core.split import (
     WHOLE_SHARE,
@@ -39,11 +39,12 @@ from shoal.core.split import (
     split_by_weights,
 )
 from shoal.kernels import KernelSet, select
+from shoal.kernels.cpu.step import Session
 from shoal.model.decoder import Decoder
-from shoal.model.expert_exchange import _takers
+from shoal.model.expert_exchange import _choices, _few_choices, _takers
+from shoal.model.packed_decoder import PackedDecoder
 from shoal.model.spec import read_spec
 from shoal.model.weights import load_decoder
-from shoal.worker.compute import choose_compute
 from shoal.worker.group_kinds import group_memory
 from shoal.worker.groups import GroupPlace, Rendezvous, groups_in_threads, make_group
 from shoal.worker.place import Place
@@ -110,7 +111,7 @@ def random_split(spec: ModelSpec, size: int, num_streams: int, rng: random.Rando
 class Serving:
     """A decoder with experts only, as `run_mixed_steps` drives decoders."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder | PackedDecoder) -> None:
         self._decoder = decoder
 
     def __getattr__(self, name: str) -> Any:
@@ -121,25 +122,41 @@ class Serving:
         return torch.zeros(len(inputs), self._decoder.spec.hidden_size)
 
 
+class Flat:
+    """A group that sums what differs in shape, as those between processes do."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._group, name)
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        self._group.all_reduce(tensor.view(-1))
+
+
 def all_logits(decoder: Any) -> Tensor:
     sequences = run_mixed_steps(decoder)
     return torch.stack([each for one in sequences for _, each in sorted(one.logits.items())])
 
 
-def loaded(path: Path, kernels: KernelSet | None = None, **held: Any) -> Decoder:
-    decoder = load_decoder(
-        path,
-        read_spec(path),
-        device=CPU,
-        dtype=torch.float32,
-        kernels=kernels or select("reference"),
-        **held,
-    )
-    assert isinstance(decoder, Decoder)
-    return decoder
+def loaded(
+    path: Path, kernels: KernelSet | Session | None = None, **held: Any
+) -> Decoder | PackedDecoder:
+    kernels = kernels or select("reference")
+    spec = read_spec(path)
+    return load_decoder(path, spec, device=CPU, dtype=torch.float32, kernels=kernels, **held)
 
 
-def exchanged_logits(path: Path, split: Split) -> Tensor:
+KERNELS: dict[str, Callable[[int], KernelSet | Session]] = {
+    "plain torch": lambda rank: select("reference"),
+    "compiled": lambda rank: Session(1 + rank % 2),
+    "both": lambda rank: Session(1) if rank % 2 else select("reference"),
+    "both, compiled first": lambda rank: select("reference") if rank % 2 else Session(2),
+}
+
+
+def exchanged_logits(path: Path, split: Split, kernels: str) -> Tensor:
     """Of all ranks side by side."""
     spec = read_spec(path)
     held = shards(split, Range(0, spec.num_layers), has_embedding=True, has_head=True)
@@ -149,7 +166,9 @@ def exchanged_logits(path: Path, split: Split) -> Tensor:
         group = groups[rank]
         assert group is not None
         try:
-            decoder = loaded(path, shard=held[rank], group=group)
+            flat: Any = Flat(group)
+            decoder = loaded(path, KERNELS[kernels](rank), shard=held[rank], group=flat)
+            decoder.compare(type(decoder).__name__)
             return all_logits(decoder if held[rank].has_stream else Serving(decoder))
         except BaseException:
             group.abort()
@@ -159,12 +178,19 @@ def exchanged_logits(path: Path, split: Split) -> Tensor:
         return torch.cat(list(pool.map(on_rank, range(split.num_ranks))), -1)
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
-def test_logits_are_those_of_one_rank(checkpoint: Path, size: int) -> None:
+@pytest.mark.parametrize(
+    ("kernels", "size"),
+    [
+        *itertools.product(["plain torch"], [2, 3, 4]),
+        *[("compiled", 4), ("both", 3), ("both", 4), ("both, compiled first", 3)],
+    ],
+)
+def test_logits_are_those_of_one_rank(checkpoint: Path, size: int, kernels: str) -> None:
     expected, spec = all_logits(loaded(checkpoint)), read_spec(checkpoint)
     for num_streams in range(1, size):
-        split = random_split(spec, size, num_streams, random.Random(size * 10 + num_streams))
-        got = exchanged_logits(checkpoint, split)
+        rng = random.Random(f"{kernels} {size * 10 + num_streams}")
+        split = random_split(spec, size, num_streams, rng)
+        got = exchanged_logits(checkpoint, split, kernels)
         assert (got - expected).abs().max() < TOLERANCE, split
 
 
@@ -190,7 +216,16 @@ def test_tokens_go_where_shares_say(seed: int, num_tokens: int, position: int) -
             for t, k in pairs[own.start : own.stop]:
                 assert want[t][k] == -1, "an expert's token is one rank's"
                 want[t][k] = rank
-    assert _takers(torch.tensor(ids), bounds, phase, num_experts).tolist() == want
+    ids_TK = torch.tensor(ids)
+    assert _takers(ids_TK, bounds, phase).tolist() == want
+    own = Range(num_tokens // 3, num_tokens)
+    weights_TK = torch.rand(ids_TK.shape, generator=torch.Generator().manual_seed(seed))
+    few, many = (
+        found(ids_TK, weights_TK, own, bounds, phase) for found in (_few_choices, _choices)
+    )
+    assert few[2] == many[2]
+    assert few[0].equal(many[0])
+    assert few[1].equal(many[1])
 
 
 def plan_of(spec: ModelSpec, experts: Dealing, *heads: tuple[int, ...]) -> ReplicaPlan:
@@ -238,22 +273,16 @@ def test_rank_0_has_hidden_states(tmp_path: Path) -> None:
         check(plan_of(spec, EXPERTS_OF_3, (0, 1, 1), (1, 1, 1)), spec)
 
 
-def test_compiled_kernels_send_no_tokens(tmp_path: Path) -> None:
-    spec = read_spec(tiny_checkpoint(tmp_path))
-    options = EngineOptions(model_path=str(tmp_path), kernels="cpu")
-    with pytest.raises(ConfigError, match="experts only"):
-        choose_compute(options, spec, CPU, exchanges=True)
-
-
-def test_an_engine_gives_the_tokens_of_one_device(checkpoint: Path) -> None:
+@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+def test_an_engine_gives_the_tokens_of_one_device(checkpoint: Path, kernels: str) -> None:
     """Through two stages, and again after a Step that failed on a rank with experts only."""
     spec = read_spec(checkpoint)
     assert spec.experts is not None
-    with engine(checkpoint, None, "reference") as (loop, client, _):
+    with engine(checkpoint, None, kernels) as (loop, client, _):
         want = tokens_of(loop, client, "alone")
     dealing = random_dealing(spec.experts.num_experts, 3, random.Random(1))
     replica = plan_of(spec, dealing, (2, 2, 0), (3, 0, 1))
-    with engine(checkpoint, replica, "reference") as (loop, client, executor):
+    with engine(checkpoint, replica, kernels) as (loop, client, executor):
         assert tokens_of(loop, client, "shared") == want
         served = next(
             each._worker for each in executor._runners.values() if not each._worker.has_stream
@@ -270,15 +299,16 @@ def test_an_engine_gives_the_tokens_of_one_device(checkpoint: Path) -> None:
         assert next(calls) > 3
 
 
+@pytest.mark.parametrize("kernels", ["reference", "auto"])
 @pytest.mark.parametrize("checkpoint", ["shared"], indirect=True)
-def test_processes_give_the_tokens_of_one_device(checkpoint: Path) -> None:
+def test_processes_give_the_tokens_of_one_device(checkpoint: Path, kernels: str) -> None:
     spec = read_spec(checkpoint)
     assert spec.experts is not None
-    with engine(checkpoint, None, "reference") as (loop, client, _):
+    with engine(checkpoint, None, kernels) as (loop, client, _):
         want = tokens_of(loop, client, "alone")
     dealing = random_dealing(spec.experts.num_experts, 3, random.Random(2))
     replica = plan_of(spec, dealing, (3, 0, 1))
-    with engine(checkpoint, replica, "reference", in_threads=False) as (loop, client, _):
+    with engine(checkpoint, replica, kernels, in_threads=False) as (loop, client, _):
         assert tokens_of(loop, client, "shared") == want
 
 

@@ -12,6 +12,8 @@ between the ranks. Knows nothing of how experts are computed.
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
@@ -21,6 +23,7 @@ from shoal.comm import Group
 from shoal.core.model_spec import ExpertsSpec
 from shoal.core.split import WHOLE_SHARE, Dealing, Range, Shard, cut
 
+_FEW_PAIRS = 32  # of a token and an expert: up to so many, lists are faster than tensors
 RunExperts = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x [N, E], ids [N, K], weights [N, K]) → what the experts held here add, [N, E]."""
 
@@ -55,27 +58,24 @@ class ExpertExchange:
         Returns:
             Indices of those that each rank was sent.
         """
-        own = _part(len(x_TE), self._shard)
-        taken_TK = _takers(ids_TK, self._away[layer], phase, self._spec.num_experts)
-        sent, parts = [], []
-        for rank in range(self._shard.num_ranks):
-            here_TK = taken_TK[own.start : own.stop] == rank
-            tokens = here_TK.any(-1).nonzero().flatten()
-            here_NK, tokens_N = here_TK[tokens], tokens + own.start
-            ids_NK = ids_TK[tokens_N].masked_fill(~here_NK, self._spec.num_experts)
-            weights_NK = weights_TK[tokens_N].masked_fill(~here_NK, 0.0)
-            sent.append(tokens_N)
-            parts.append(torch.cat((x_TE[tokens_N].float(), ids_NK, weights_NK.float()), -1))
-        self._group.all_to_all(parts)
-        return sent
+        own, away = _part(len(x_TE), self._shard), self._away[layer]
+        if self._device.type == "cpu" and ids_TK.numel() <= _FEW_PAIRS:
+            choices = _few_choices(ids_TK, weights_TK, own, away, int(phase))
+        else:
+            choices = _choices(ids_TK, weights_TK, own, away, phase)
+        tokens_N, chosen_NJ, counts = choices
+        rows = torch.cat((x_TE[tokens_N].float(), chosen_NJ), -1)
+        self._group.all_to_all(torch.split(rows, counts))
+        return list(torch.split(tokens_N, counts))
 
     def add_returned(self, sent: Sequence[Tensor], out_TE: Tensor) -> Tensor:
-        """`out_TE` and what came back for the tokens that were sent."""
+        """`out_TE` and what came back for the tokens that were sent; fp32 is added to in place."""
         nothing = torch.empty(0, out_TE.shape[-1], device=self._device)
         returned = self._group.all_to_all([nothing] * len(sent))
         wide_TE = out_TE.float()
         for tokens_N, given_NE in zip(sent, returned, strict=True):
-            wide_TE = wide_TE.index_add(0, tokens_N, given_NE)
+            if len(tokens_N):
+                wide_TE.index_add_(0, tokens_N, given_NE)
         return wide_TE.to(out_TE.dtype)
 
     def serve(self, hidden_size: int, run: RunExperts) -> None:
@@ -86,8 +86,10 @@ class ExpertExchange:
         rows = torch.cat(arrived)
         given_NE = rows[:, :hidden_size]
         if len(rows):
-            ids_NK, weights_NK = torch.split(rows[:, hidden_size:], K, -1)
-            given_NE = run(given_NE, ids_NK.long(), weights_NK.contiguous()).float()
+            x_NE, ids_NK, weights_NK = (
+                part.contiguous() for part in torch.split(rows, [hidden_size, K, K], -1)
+            )
+            given_NE = run(x_NE, ids_NK.long(), weights_NK).float()
         lengths = [len(part) for part in arrived]
         self._group.all_to_all(list(torch.split(given_NE, lengths)))
 
@@ -106,14 +108,64 @@ def _part(num_tokens: int, shard: Shard) -> Range:
     return cut(num_tokens, [1.0] * len(shard.streams))[shard.streams.index(shard.rank)]
 
 
-def _takers(ids_TK: Tensor, bounds_XR2: Tensor, phase: Tensor | int, num_experts: int) -> Tensor:
+Choices = tuple[Tensor, Tensor, list[int]]
+"""Tokens [N] that leave, rank by rank; [ids | weights] of what they go through there, in fp32; how
+many to each rank."""
+
+
+def _choices(
+    ids_TK: Tensor, weights_TK: Tensor, own: Range, bounds_XR2: Tensor, phase: Tensor | int
+) -> Choices:
+    num_experts, num_ranks, _ = bounds_XR2.shape
+    taken_TK = _takers(ids_TK, bounds_XR2, phase)[own.start : own.stop]
+    here_RTK = taken_TK == torch.arange(num_ranks, device=ids_TK.device)[:, None, None]
+    ranks_N, places_N = here_RTK.any(-1).nonzero(as_tuple=True)
+    missing_NK, tokens_N = ~here_RTK[ranks_N, places_N], places_N + own.start
+    ids_NK = ids_TK[tokens_N].masked_fill_(missing_NK, num_experts)
+    weights_NK = weights_TK[tokens_N].float().masked_fill_(missing_NK, 0.0)
+    counts = torch.bincount(ranks_N, minlength=num_ranks).tolist()
+    return tokens_N, torch.cat((ids_NK, weights_NK), -1), counts
+
+
+def _few_choices(
+    ids_TK: Tensor, weights_TK: Tensor, own: Range, bounds_XR2: Tensor, phase: int
+) -> Choices:
+    """The same in lists: an operation on tensors takes as long as dozens of theirs."""
+    num_experts, num_ranks, _ = bounds_XR2.shape
+    num_active, ids, weights = ids_TK.shape[1], ids_TK.tolist(), weights_TK.tolist()
+    loads = Counter(itertools.chain.from_iterable(ids))
+    ends = {
+        expert: [
+            ((load * start + phase) // WHOLE_SHARE, (load * stop + phase) // WHOLE_SHARE)
+            for start, stop in bounds_R2
+        ]
+        for (expert, load), bounds_R2 in zip(
+            loads.items(), bounds_XR2[list(loads)].tolist(), strict=True
+        )
+    }
+    turns, leaving = Counter[int](), [dict[int, list[float]]() for _ in range(num_ranks)]
+    for token, row in enumerate(ids):
+        for k, expert in enumerate(row):
+            turn, turns[expert] = turns[expert], turns[expert] + 1
+            for rank, (first, stop) in enumerate(ends[expert]):
+                if first <= turn < stop and token in own:
+                    nothing = [float(num_experts)] * num_active + [0.0] * num_active
+                    chosen = leaving[rank].setdefault(token, nothing)
+                    chosen[k], chosen[num_active + k] = expert, weights[token][k]
+    tokens = [token for each in leaving for token in each]
+    chosen_NJ = torch.tensor([row for each in leaving for row in each.values()])
+    counts = [len(each) for each in leaving]
+    return torch.tensor(tokens, dtype=torch.int64), chosen_NJ.view(-1, 2 * num_active), counts
+
+
+def _takers(ids_TK: Tensor, bounds_XR2: Tensor, phase: Tensor | int) -> Tensor:
     """Which rank with experts only has each token's share of an expert, [T, K]; -1: none has.
 
     The same lines as `ExpertShare.of` draws, for all tokens at once.
     """
     ids_J = ids_TK.flatten()
     order_J = torch.sort(ids_J, stable=True)[1]
-    counts_X = torch.bincount(ids_J, minlength=num_experts)
+    counts_X = torch.bincount(ids_J, minlength=len(bounds_XR2))
     before_X = counts_X.cumsum(0) - counts_X
     turns_J = torch.empty_like(ids_J)
     turns_J[order_J] = torch.arange(len(ids_J), device=ids_J.device) - before_X[ids_J[order_J]]

@@ -70,6 +70,18 @@ class ExpertLoader:
         fill([each for each in needed if id(each.target) not in kept], self.source, arena, None)
         return experts
 
+    def pack(self, layer: int, share: ExpertShare, like: ExpertParameters, arena: Arena) -> None:
+        """One of the layer's experts, alone in an arena; gate and up, and then down.
+
+        Raises:
+            WeightsError: the checkpoint is no longer what it was.
+        """
+        arena.rewind()
+        arena.data.zero_()
+        experts = self._allocate(self.formats.layers[layer], (share,), like, arena)
+        needed = list(expert_placements(self.spec, layer, experts, self.names))
+        fill(needed, self.source, arena, None)
+
     def _allocate(
         self,
         formats: LayerFormats,

@@ -17,11 +17,12 @@ import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from shoal.core.errors import DeviceError
 
-_MAX_HEADER_BYTES = 1 << 20
+_MAX_HEADER_BYTES = 1 << 24
 _ALIGNMENT = 4096
 _log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ class LayerFile:
     def is_whole(self, index: int, target: Tensor) -> bool:
         """Whether a layer that was just read is what was written."""
         view = memoryview(target.numpy())[: self.sizes[index]]  # type: ignore[arg-type]
-        return zlib.crc32(view) == self._sums[index]
+        return _checksum(view) == self._sums[index]
 
     def _kept(self, path: Path | None) -> int | None:
         if path is None or not path.is_file():
@@ -90,11 +91,11 @@ class LayerFile:
         try:
             with path.open("rb") as file:
                 header = json.loads(file.readline(_MAX_HEADER_BYTES))
-            if header["sizes"] != list(self.sizes) or len(header["crc32"]) != len(self.sizes):
+            if header["sizes"] != list(self.sizes) or len(header["sums"]) != len(self.sizes):
                 raise ValueError("it is of other layers")
             if path.stat().st_size < self._starts[-1] + self.sizes[-1]:
                 raise ValueError("it is cut short")
-            self._sums = header["crc32"]
+            self._sums = header["sums"]
             return os.open(path, os.O_RDONLY)
         except (OSError, ValueError, KeyError, TypeError) as error:
             _log.warning("weights in %s are not used: %s", path, error)
@@ -106,9 +107,9 @@ class LayerFile:
         try:
             for index, size in enumerate(self.sizes):
                 view = memoryview(write(index).numpy())[:size]  # type: ignore[arg-type]
-                self._sums.append(zlib.crc32(view))
+                self._sums.append(_checksum(view))
                 _write_all(fd, view, self._starts[index])
-            header = json.dumps({"sizes": list(self.sizes), "crc32": self._sums}).encode() + b"\n"
+            header = json.dumps({"sizes": list(self.sizes), "sums": self._sums}).encode() + b"\n"
             assert len(header) <= self._starts[0], "the header's room is as large as any needs"
             _write_all(fd, memoryview(header), 0)
             if path is None:
@@ -132,6 +133,16 @@ def _starts(sizes: Sequence[int]) -> list[int]:
     for size in sizes[:-1]:
         starts.append(starts[-1] + -(-size // _ALIGNMENT) * _ALIGNMENT)
     return starts
+
+
+def _checksum(view: memoryview) -> int:
+    """Of the sums of 64-bit words of each page, which reads at memory's pace; and of what is left.
+
+    Finds any bit that has changed, and any page that is elsewhere.
+    """
+    whole = len(view) // _ALIGNMENT * _ALIGNMENT
+    words = np.frombuffer(view[:whole], np.uint64).reshape(-1, _ALIGNMENT // 8)
+    return zlib.crc32(view[whole:], zlib.crc32(words.sum(axis=1)))
 
 
 def _write_all(fd: int, view: memoryview, start: int) -> None:

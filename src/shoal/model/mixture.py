@@ -5,8 +5,9 @@
 
     T tokens   E hidden size   X experts of a layer   K that a token goes through
 
-Every rank with hidden states chooses for all tokens, and finds the same: so nothing is asked.
-Knows nothing of files, nor of who deals experts.
+Every rank with hidden states chooses for all tokens, and finds the same: so nothing is asked,
+unless they compute differently (`expert_choice.py`). Knows nothing of files, nor of who deals
+experts.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from shoal.core.model_spec import ModelSpec
 from shoal.core.split import PHASE_STEP, WHOLE_SHARE, Dealing, Shard
 from shoal.kernels import ExpertWeights, KernelSet, RaggedBatch
 from shoal.kernels.experts import slots
+from shoal.model.expert_choice import ExpertChoice
 from shoal.model.expert_exchange import ExpertExchange
 from shoal.model.parameters import ExpertParameters
 
@@ -50,6 +52,7 @@ class Mixtures:
         self.counts = torch.zeros(
             len(shard.layers), spec.experts.num_experts, dtype=torch.int64, device=device
         )
+        self._choice = ExpertChoice(group if shard.has_stream else None)
         self._exchange: ExpertExchange | None = None
         if shard.exchanges:
             assert group is not None, "an exchange is among ranks"
@@ -69,6 +72,7 @@ class Mixtures:
             num_groups=rules.num_groups,
             num_active_groups=rules.num_active_groups,
         )
+        ids_TK, weights_TK = self._choice.settle(ids_TK, weights_TK)
         self._count(layer, ids_TK, batch)
         phase = (batch.positions_T[0] + layer) * PHASE_STEP % WHOLE_SHARE  # `share_phase`
         if self._exchange is None:
@@ -92,6 +96,10 @@ class Mixtures:
             return self._run_own(x_NE, ids_NK, weights_NK, stack, phase)
 
         self._exchange.serve(self._spec.hidden_size, run)
+
+    def compare(self, arithmetic: str) -> None:
+        """As `Decoder.compare`."""
+        self._choice.compare(arithmetic, self.counts.device)
 
     def deal(self, layer: int, dealing: Dealing) -> None:
         """From the next Step on a layer's experts are dealt so."""

@@ -4,7 +4,8 @@
 
 It computes what `decoder.py` defines, in fp32 with weights and KV as they are kept; inputs of
 int8 and int4 weights are rounded to int8 in groups of 32. Ranks meet inside the call, once after
-the embedding and twice a layer. No I/O, no names of models or files.
+the embedding, twice a layer, and around its experts where some ranks have nothing else. No I/O, no
+names of models or files.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,10 +23,13 @@ from shoal.core.errors import CommError
 from shoal.core.model_spec import ModelSpec
 from shoal.core.split import Dealing, ExpertShare, Range, Shard
 from shoal.kernels import KVCache
+from shoal.kernels.cpu.bring import PythonBring
 from shoal.kernels.cpu.layers import CompiledModel
 from shoal.kernels.cpu.reduce import PythonReduce
 from shoal.kernels.cpu.step import HostBatch, ReduceError, Session, StepOutput
 from shoal.model.expert_loader import ExpertLoader
+from shoal.model.expert_store import ExpertStore
+from shoal.model.packed_mixture import PackedMixture
 from shoal.model.packed_model import packed, packed_experts, packed_model
 from shoal.model.parameters import DecoderParameters, ExpertParameters
 from shoal.model.streaming import LayerStream
@@ -43,6 +48,7 @@ class PackedDecoder:
         precision: of the weights, for people; None: `dtype`.
         group: the ranks that hold the other shards; None if there are none.
         stream: brings the weights of layers that are not all in memory; None: they are.
+        store: likewise of experts.
 
     Attributes:
         expert_counts: int64 [layers of the shard, experts], tokens so far; None: there are none.
@@ -61,10 +67,10 @@ class PackedDecoder:
         shard: Shard,
         group: Group | None = None,
         stream: LayerStream | None = None,
+        store: ExpertStore | None = None,
     ) -> None:
-        assert (1 if group is None else group.size) == shard.num_ranks, (
-            "a group is the shard's ranks"
-        )
+        num_streams = len(shard.streams) if shard.has_stream else 1
+        assert (1 if group is None else group.size) == num_streams, "a group is the shard's ranks"
         self.spec = spec
         self.shard = shard
         self.dtype = dtype
@@ -73,7 +79,10 @@ class PackedDecoder:
         self.weight_bytes = parameters.size_bytes
         if stream is not None:
             self.weight_bytes += stream.slot_bytes - stream.size_bytes
+        if store is not None:
+            self.weight_bytes += store.slot_bytes
         self.stream = stream
+        self.store = store
         self.expert_loader: ExpertLoader | None = None
         self._session = session
         self._head = packed(parameters.head_VE)
@@ -88,6 +97,14 @@ class PackedDecoder:
         self._model = CompiledModel(
             packed_model(spec, shard, parameters, dtype, reduce, rank, self.expert_counts)
         )
+        self._bring: PythonBring | None = None
+        if store is not None:
+            self._bring = PythonBring(store.bring)
+            self._model.bring(self._bring.address)
+        self._mixture: PackedMixture | None = None
+        if spec.experts is not None:
+            self._mixture = PackedMixture(spec, shard, group)
+            self._model.call(*self._mixture.addresses)
 
     def load_experts(self, layer: int, shares: tuple[ExpertShare, ...]) -> ExpertParameters:
         """As `Decoder.load_experts`."""
@@ -99,8 +116,32 @@ class PackedDecoder:
         """As `Decoder.deal`."""
         held = layer - self.shard.layers.start
         assert self.expert_counts is not None, "there are experts to deal"
+        assert self.store is None, "experts on disk stay with their rank"
+        assert self._mixture is not None
         self._experts[held] = experts
-        self._model.deal(held, packed_experts(layer, experts, self.expert_counts[held]))
+        self._model.deal(held, packed_experts(self.shard, layer, experts, self.expert_counts[held]))
+        self._mixture.deal(layer, dealing)
+
+    def compare(self, arithmetic: str) -> None:
+        """As `Decoder.compare`."""
+        if self._mixture is not None:
+            self._mixture.compare(arithmetic)
+            self._model.call(*self._mixture.addresses)
+
+    def serve(self, layers: Range | None = None) -> None:
+        """As `Decoder.serve`."""
+        layers, stream = self.shard.layers if layers is None else layers, self.stream
+        for layer in range(layers.start, layers.stop):
+            if stream is not None and layer in stream.layers:
+                stream.acquire(layer)
+            if self._mixture is not None and self.spec.layers[layer].has_experts:
+                held = layer - self.shard.layers.start
+                try:
+                    self._mixture.serve(partial(self._session.experts, self._model, held))
+                except ReduceError as error:
+                    raise self._cause_of(error) from None
+            if stream is not None and layer in stream.layers:
+                stream.release(layer)
 
     def forward(
         self,
@@ -177,13 +218,16 @@ class PackedDecoder:
                 return self._run_layers(inputs, batch, kv, samples, layers, ends)
             return self._run_streamed(self.stream, inputs, batch, kv, samples, layers, ends)
         except ReduceError as error:
-            cause = self._reduce.take_error() if self._reduce else None
-            if cause is not None:
-                raise cause from None
-            raise CommError(
-                f"{error}: another rank did not come in time, or the step was aborted; the "
-                "instance must begin anew"
-            ) from None
+            raise self._cause_of(error) from None
+
+    def _cause_of(self, error: ReduceError) -> BaseException:
+        for calls in (self._reduce, self._mixture, self._bring):
+            if calls is not None and (cause := calls.take_error()) is not None:
+                return cause
+        return CommError(
+            f"{error}: another rank did not come in time, or the step was aborted; the instance "
+            "must begin anew"
+        )
 
     def _run_layers(
         self,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shoal.core.model_spec import ModelSpec
-from shoal.core.split import Shard
+from shoal.core.split import WHOLE_SHARE, Shard
 from shoal.kernels.cpu.arena import GROUP, PackedWeight
 from shoal.kernels.cpu.experts import ExpertRules, PackedExperts
 from shoal.kernels.cpu.layers import PackedLayer, PackedModel, TokenRanges
@@ -90,7 +90,8 @@ def _layer(
     o, experts = packed(layer.o_EC), None
     if layer.experts is not None:
         assert counts_LX is not None, "tokens of experts are counted"
-        experts = packed_experts(index, layer.experts, counts_LX[index - shard.layers.start])
+        counts_X = counts_LX[index - shard.layers.start]
+        experts = packed_experts(shard, index, layer.experts, counts_X)
     first_column = shard.heads.start * spec.head_dim
     return PackedLayer(
         qkv=packed(layer.qkv_CE),
@@ -114,15 +115,24 @@ def _layer(
     )
 
 
-def packed_experts(layer: int, experts: ExpertParameters, counts_X: Tensor) -> PackedExperts:
+def packed_experts(
+    shard: Shard, layer: int, experts: ExpertParameters, counts_X: Tensor
+) -> PackedExperts:
     """What a shard has of a layer of the model.
+
+    Without hidden states it is sent just the tokens that are for it, and takes them all.
 
     Args:
         counts_X: int64, the tokens of each expert are added to it.
     """
     return PackedExperts(
         layer=layer,
-        shares=[(each.expert, each.start, each.stop) for each in experts.shares],
+        shares=[
+            (each.expert, each.start, each.stop)
+            if shard.has_stream
+            else (each.expert, 0, WHOLE_SHARE)
+            for each in experts.shares
+        ],
         router_XE=experts.router_XE,
         shared_gate_E=experts.shared_gate_E,
         gate_up=[_weight(each) for each in experts.gate_up_FE],

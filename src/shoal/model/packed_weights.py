@@ -1,7 +1,8 @@
-"""Packed weights of a shard: in one arena, and on disk those layers that fit no memory.
+"""Packed weights of a shard: in one arena, and on disk what fits no memory.
 
     arena   layer 0 | layer 1 | layer 3 | ... | tables     kept at an earlier start, or packed now
     disk    layer 2 | layer 5 | ...                        read ahead into two slots (streaming.py)
+            or all experts                                 read when wanted (expert_store.py)
 
 Knows nothing of file formats or of how layers run.
 """
@@ -22,6 +23,10 @@ from shoal.core.model_spec import ModelSpec
 from shoal.core.split import Shard
 from shoal.kernels.cpu.arena import Arena, ArenaSize, PackedWeight
 from shoal.model.allocation import Allocator, allocate
+from shoal.model.disk_room import DiskRoom, LayerSize, choose_room
+from shoal.model.expert_loader import ExpertLoader
+from shoal.model.expert_store import ExpertStore
+from shoal.model.experts_on_disk import layer_size, open_store
 from shoal.model.fill import Progress, fill
 from shoal.model.layer_file import LayerFile
 from shoal.model.names import TensorNames
@@ -35,9 +40,8 @@ from shoal.model.parameters import (
 from shoal.model.placements import placements
 from shoal.model.precision import WeightFormats
 from shoal.model.sources import WeightSource
-from shoal.model.streaming import LayerStream, spread
+from shoal.model.streaming import NUM_SLOTS, LayerStream
 
-_NUM_SLOTS = 2
 _WORTH_KEEPING_S = 0.5
 _READ_BYTES_PER_S = 5e8  # of a modest disk: what is packed faster need not be kept
 _CPU = torch.device("cpu")
@@ -46,10 +50,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedParameters:
-    """Weights of a shard; `stream` brings those of some layers when they are to run."""
+    """Weights of a shard; `stream` brings some layers when they are to run, `store` experts."""
 
     parameters: DecoderParameters
-    stream: LayerStream | None
+    stream: LayerStream | None = None
+    store: ExpertStore | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,6 +64,7 @@ class PackedLoad:
     Attributes:
         cache: where they may be found, or kept.
         native: the compiled library.
+        experts: reads them one by one; None: there are none.
     """
 
     spec: ModelSpec
@@ -69,6 +75,7 @@ class PackedLoad:
     names: TensorNames
     cache: PackedCache
     native: ctypes.CDLL
+    experts: ExpertLoader | None
 
 
 def load_packed(
@@ -82,10 +89,13 @@ def load_packed(
     Raises:
         DeviceError: no memory for them, or no room on the disk.
     """
-    layers, tables = _sizes(load)
-    on_disk = _on_disk(layers, tables, memory_bytes)
+    sizes, tables = _sizes(load)
+    room = choose_room(sizes, tables, memory_bytes)
+    if room.expert_slots:
+        return _load_without_experts(load, sizes, tables, room, progress)
+    layers, on_disk = [each.bytes for each in sizes], room.layers
     resident = tables + sum(size for index, size in enumerate(layers) if index not in on_disk)
-    slots = [_arena(load.native, max(layers)) for _ in range(min(_NUM_SLOTS, len(on_disk)))]
+    slots = [_arena(load.native, max(layers)) for _ in range(min(NUM_SLOTS, len(on_disk)))]
     arena = _arena(load.native, resident)
     slot_of = {layer: slots[n % len(slots)] for n, layer in enumerate(on_disk)}
 
@@ -108,7 +118,7 @@ def load_packed(
         progress,
     )
     if not on_disk:
-        return PackedParameters(parameters, None)
+        return PackedParameters(parameters)
 
     def write(ordinal: int) -> Tensor:
         slot = slots[ordinal % len(slots)]
@@ -124,6 +134,33 @@ def load_packed(
     return PackedParameters(parameters, LayerStream(file, numbers, memory, arena.data))
 
 
+def _load_without_experts(
+    load: PackedLoad,
+    sizes: list[LayerSize],
+    tables: int,
+    room: DiskRoom,
+    progress: Progress | None,
+) -> PackedParameters:
+    """Experts' weights have no room of their own; a store brings them."""
+    assert load.experts is not None, "experts are what stays on disk"
+    arena = _arena(load.native, tables + sum(each.other_bytes for each in sizes))
+    nowhere = ArenaSize(load.native)
+    parameters = _allocate(load, lambda layer: arena, arena, lambda layer: nowhere)
+    needed = placements(load.spec, load.shard, parameters, load.names)
+    _fill_arena(
+        [each for each in needed if each.target.nbytes],
+        load,
+        arena,
+        load.cache.of("without experts"),
+        progress,
+    )
+    experts = [layer.experts for layer in parameters.layers]
+    first, kept = load.shard.layers.start, load.cache.of("experts")
+    slots = _arena(load.native, room.slot_bytes(sizes))
+    store = open_store(load.experts, experts, first, sizes, room, kept, slots.data, arena.data)
+    return PackedParameters(parameters, store=store)
+
+
 def packed_in(layer: LayerParameters) -> list[PackedWeight]:
     """The packed weights of a layer."""
     parts = [getattr(layer, each.name) for each in fields(layer)]
@@ -132,44 +169,39 @@ def packed_in(layer: LayerParameters) -> list[PackedWeight]:
     return [part for part in parts if isinstance(part, PackedWeight)]
 
 
-def _sizes(load: PackedLoad) -> tuple[list[int], int]:
-    """Bytes of each layer, and of the tables."""
-    sizes = [ArenaSize(load.native) for _ in load.formats.layers[: len(load.shard.layers)]]
+def _sizes(load: PackedLoad) -> tuple[list[LayerSize], int]:
+    """Of each layer, and of the tables."""
+    others = [ArenaSize(load.native) for _ in range(len(load.shard.layers))]
+    experts = [ArenaSize(load.native) for _ in range(len(load.shard.layers))]
     tables = ArenaSize(load.native)
-    _allocate(load, sizes.__getitem__, tables)
-    return [size.bytes for size in sizes], tables.bytes
+    parameters = _allocate(load, others.__getitem__, tables, experts.__getitem__)
+    sizes = [
+        layer_size(load.spec, layer.experts, other.bytes, own.bytes)
+        for layer, other, own in zip(parameters.layers, others, experts, strict=True)
+    ]
+    return sizes, tables.bytes
 
 
 def _allocate(
     load: PackedLoad,
     of_layer: Callable[[int], Arena | ArenaSize],
     of_tables: Arena | ArenaSize,
+    of_experts: Callable[[int], Arena | ArenaSize] | None = None,
 ) -> DecoderParameters:
-    """Layers (counted from the shard's first) and tables, each in their own memory."""
+    """Layers (counted from the shard's first) and tables, each in their own memory.
+
+    Args:
+        of_experts: None: they are where their layer is.
+    """
 
     def allocator(layer: int) -> Allocator:
         return Allocator(_CPU, load.dtype, of_layer(layer))
 
+    def of_own(layer: int) -> Allocator:
+        return Allocator(_CPU, load.dtype, (of_experts or of_layer)(layer))
+
     tables = Allocator(_CPU, load.dtype, of_tables)
-    return allocate(load.spec, load.shard, load.formats, tables, allocator)
-
-
-def _on_disk(layers: list[int], tables: int, memory_bytes: int | None) -> tuple[int, ...]:
-    """As few layers as need be; the others, the tables and the slots fit the memory."""
-    if memory_bytes is None or tables + sum(layers) <= memory_bytes:
-        return ()
-    needed = tables
-    for count in range(1, len(layers) + 1):
-        chosen = spread(len(layers), count)
-        kept = sum(size for index, size in enumerate(layers) if index not in chosen)
-        needed = tables + kept + min(_NUM_SLOTS, count) * max(layers)
-        if needed <= memory_bytes:
-            return chosen
-    raise DeviceError(
-        f"weights may take {memory_bytes / 1e6:.0f} MB; with every layer on disk, {_NUM_SLOTS} of "
-        f"them in memory and the embeddings still take {needed / 1e6:.0f} MB; give more memory, or "
-        "use --quantize int4"
-    )
+    return allocate(load.spec, load.shard, load.formats, tables, allocator, of_own)
 
 
 def _arena(native: ctypes.CDLL, size: int) -> Arena:

@@ -52,12 +52,25 @@ def placements(
 ) -> Iterator[Placement]:
     """Everything that the shard needs, with the place it fills; together they fill it all."""
     for local, layer in enumerate(parameters.layers):
-        index = shard.layers.start + local
-        yield from _attention_placements(spec, shard, index, layer, names)
-        yield from _mlp_placements(spec, shard, index, layer, names)
-        if layer.experts is not None:
-            yield from _routing_placements(spec, index, layer.experts, names)
-            yield from expert_placements(spec, index, layer.experts, names)
+        yield from layer_placements(spec, shard, shard.layers.start + local, layer, names)
+    yield from table_placements(spec, shard, parameters, names)
+
+
+def layer_placements(
+    spec: ModelSpec, shard: Shard, index: int, layer: LayerParameters, names: TensorNames
+) -> Iterator[Placement]:
+    """Of one layer of the model."""
+    yield from _attention_placements(spec, shard, index, layer, names)
+    yield from _mlp_placements(spec, shard, index, layer, names)
+    if layer.experts is not None:
+        yield from _routing_placements(spec, index, layer.experts, names)
+        yield from expert_placements(spec, index, layer.experts, names)
+
+
+def table_placements(
+    spec: ModelSpec, shard: Shard, parameters: DecoderParameters, names: TensorNames
+) -> Iterator[Placement]:
+    """Of what is before the first layer and behind the last."""
     if parameters.final_norm_E is not None:
         yield _whole(names.top("final_norm"), parameters.final_norm_E, (spec.hidden_size,))
     table = spec.vocab_size, spec.hidden_size

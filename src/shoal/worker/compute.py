@@ -21,7 +21,7 @@ from shoal.core.options import EngineOptions, Quantization
 from shoal.kernels import KernelSet, select
 from shoal.kernels.cpu.layers import KV_DTYPES, MAX_HEAD_DIM
 from shoal.kernels.cpu.step import Session
-from shoal.worker.device import choose_dtype
+from shoal.worker.device import DeviceChoice, choose_dtype
 from shoal.worker.kv_pool import kv_dtype
 
 log = logging.getLogger(__name__)
@@ -42,20 +42,26 @@ class Compute:
         """What, beside the checkpoint, the bytes of the KV follow from."""
         return f"{self.label}/{self.dtype}/{self.quantize}/{self.kv_dtype}"
 
+    def arithmetic_on(self, choice: DeviceChoice) -> str:
+        """Ranks that say the same make the same bits, of sums that a choice of experts depends on.
 
-def choose_compute(
-    options: EngineOptions, spec: ModelSpec, device: torch.device, *, exchanges: bool = False
-) -> Compute:
+        The compiled kernels make those alike on every machine. In torch they follow from
+        instructions and threads, too.
+        """
+        if isinstance(self.kernels, Session):
+            return "compiled"
+        instructions = torch.backends.cpu.get_cpu_capability()
+        return f"{self.label}/{self.dtype}/{choice.label}/{instructions}"
+
+
+def choose_compute(options: EngineOptions, spec: ModelSpec, device: torch.device) -> Compute:
     """Settle everything "auto".
-
-    Args:
-        exchanges: tokens go to ranks with experts only, or come to this one.
 
     Raises:
         ConfigError: a combination that does not exist, or kernels this machine lacks.
     """
     on_cpu = device.type == "cpu"
-    kernels = _cpu_kernels(options, spec, exchanges) if on_cpu else _cuda_kernels(options)
+    kernels = _cpu_kernels(options, spec) if on_cpu else _cuda_kernels(options)
     compiled = isinstance(kernels, Session)
     dtype = choose_dtype(device, options.dtype, compiled=compiled)
     quantize = options.quantize
@@ -67,17 +73,12 @@ def choose_compute(
     return Compute(kernels, label, dtype, quantize, kv_dtype(options.kv_cache_dtype, dtype))
 
 
-def _cpu_kernels(options: EngineOptions, spec: ModelSpec, exchanges: bool) -> KernelSet | Session:
+def _cpu_kernels(options: EngineOptions, spec: ModelSpec) -> KernelSet | Session:
     if options.kernels == "cuda":
         raise ConfigError("--kernels cuda needs an NVIDIA GPU; use --kernels auto on a CPU")
     if options.kernels == "reference":
         return select("reference")
     reason = _why_not_compiled(options, spec)
-    if reason is None and exchanges:
-        reason = (
-            "the compiled CPU kernels send no tokens to ranks that have experts only; give those "
-            "a head or 32 FFN columns"
-        )
     if reason is None:
         try:
             return Session(options.num_threads or torch.get_num_threads())

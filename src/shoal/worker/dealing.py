@@ -102,8 +102,9 @@ class Dealings:
 def expert_bytes(decoder: Decoder | PackedDecoder) -> int:
     """Of an expert as the decoder keeps them, without paddings; 0: it cannot load others."""
     loader, rules = decoder.expert_loader, decoder.spec.experts
-    is_on_disk = isinstance(decoder, PackedDecoder) and decoder.stream is not None
-    if loader is None or rules is None or is_on_disk:
+    if loader is None or rules is None or decoder.stream is not None:
+        return 0
+    if isinstance(decoder, PackedDecoder) and decoder.store is not None:
         return 0
     layers = range(decoder.shard.layers.start, decoder.shard.layers.stop)
     mixed = [each for each in layers if decoder.spec.layers[each].has_experts]

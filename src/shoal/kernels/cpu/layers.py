@@ -184,6 +184,19 @@ class CompiledModel:
         self._layers[index].experts = ctypes.pointer(compiled.struct)
         self._experts[index] = compiled
 
+    def call(self, routed: int | None, returned: int | None) -> None:
+        """From the next call on, call back to these addresses (`PythonExchange`); between calls."""
+        self._model.routed, self._model.returned = routed, returned
+
+    def bring(self, address: int) -> None:
+        """Experts are brought into memory by what is there (`PythonBring`), before they run."""
+        for experts in self._experts.values():
+            experts.struct.bring = address
+
+    def c_experts(self, index: int) -> tuple[c.Model, c.Experts]:
+        """Those of a layer, to be run by themselves."""
+        return self._model, self._experts[index].struct
+
     def _set_rules(self, rules: ExpertRules) -> None:
         model = self._model
         model.num_experts, model.num_active = rules.num_experts, rules.num_active

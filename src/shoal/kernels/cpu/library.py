@@ -11,10 +11,10 @@ import sysconfig
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
-_ABI = 4
+_ABI = 5
 
 REDUCE_FAILED = -2
-"""What `forward` returns where a `shoal_reduce` failed."""
+"""What `forward` returns where a function of the model failed."""
 
 _NO_BUILD = (
     "the compiled CPU kernels are not built (they are for x86-64 and need a compiler when shoal "
@@ -52,7 +52,13 @@ class Experts(Structure):
         ("counts", c_void_p),
         ("num_shares", c_int32),
         ("layer", c_int32),
+        ("bring", c_void_p),
+        ("bring_context", c_void_p),
     )
+
+
+BRING = ctypes.CFUNCTYPE(c_int32, c_void_p, POINTER(Experts), c_int32, c_void_p)
+"""shoal_bring: experts come into memory; the first that has not, or -1: it failed."""
 
 
 class Layer(Structure):
@@ -70,6 +76,14 @@ class Layer(Structure):
 
 REDUCE = ctypes.CFUNCTYPE(c_int32, c_void_p, c_void_p, c_int64)
 """shoal_reduce: sums floats over the ranks; not 0: it failed."""
+
+ROUTED = ctypes.CFUNCTYPE(
+    c_int32, c_void_p, c_int32, c_int32, c_int64, c_void_p, c_void_p, c_void_p
+)
+"""shoal_routed: before the products of experts; not 0: it failed."""
+
+RETURNED = ctypes.CFUNCTYPE(c_int32, c_void_p, c_int32, c_void_p)
+"""shoal_returned: after them; not 0: it failed."""
 
 
 class Model(Structure):
@@ -89,6 +103,7 @@ class Model(Structure):
         ("layers", POINTER(Layer)),
         *((name, c_void_p) for name in ("inv_freqs", "rope_factors", "final_norm")),
         *((name, c_void_p) for name in ("reduce", "reduce_context")),
+        *((name, c_void_p) for name in ("routed", "returned", "experts_context")),
     )
 
 
@@ -131,6 +146,13 @@ _FUNCTIONS = {
     "forward": (
         c_int32,
         (c_void_p, POINTER(Model), POINTER(LayerKV), POINTER(Batch), POINTER(Ends), c_void_p),
+    ),
+    "experts": (
+        c_int32,
+        (
+            *(c_void_p, POINTER(Model), POINTER(Experts), c_int32),
+            *(c_void_p, c_void_p, c_void_p, c_void_p),
+        ),
     ),
     "linear": (c_int32, (c_void_p, POINTER(Weight), c_void_p, c_int32, c_void_p)),
     "add_gumbel": (None, (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p)),

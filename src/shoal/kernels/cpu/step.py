@@ -58,7 +58,7 @@ class StepOutput:
 
 
 class ReduceError(Exception):
-    """A sum over the ranks failed; the pass was given up."""
+    """A sum over the ranks, or an exchange among them, failed; the pass was given up."""
 
 
 class Session:
@@ -104,7 +104,7 @@ class Session:
             ends: whether the final norm follows.
 
         Raises:
-            ReduceError: a sum over the ranks failed.
+            ReduceError: a sum over the ranks, or an exchange among them, failed.
         """
         num_tokens, num_samples = len(inputs), len(samples)
         hidden_TE = self._buffer("hidden", num_tokens, model.hidden_size)
@@ -141,11 +141,40 @@ class Session:
             hidden_TE.data_ptr(),
         )
         if code == c.REDUCE_FAILED:
-            raise ReduceError(f"a sum over the ranks failed in a step of {num_tokens} tokens")
+            raise ReduceError(f"what ranks do together failed in a step of {num_tokens} tokens")
         if code != 0:
             raise MemoryError(f"no memory for a step of {num_tokens} tokens")
         best_N = torch.frombuffer(best, dtype=torch.int64) if best else _NOTHING
         return StepOutput(hidden_TE, logits_NV, best_N)
+
+    def experts(
+        self, model: CompiledModel, index: int, x_NE: Tensor, ids_NK: Tensor, weights_NK: Tensor
+    ) -> Tensor:
+        """What a layer's experts add to tokens whose experts were chosen elsewhere, [N, E].
+
+        All tokens that are there are theirs, whatever their shares. The tensor is the session's.
+
+        Args:
+            index: of the layer, among the model's here.
+            ids_NK: int64; those not held here are none.
+            x_NE, weights_NK: fp32.
+        """
+        assert all(each.is_contiguous() for each in (x_NE, ids_NK, weights_NK)), "rows in turn"
+        out_NE = self._buffer("experts", len(x_NE), model.hidden_size)
+        code = self.native.shoal_cpu_experts(
+            self._context,
+            *model.c_experts(index),
+            len(x_NE),
+            x_NE.data_ptr(),
+            ids_NK.data_ptr(),
+            weights_NK.data_ptr(),
+            out_NE.data_ptr(),
+        )
+        if code == c.REDUCE_FAILED:
+            raise ReduceError(f"experts of {len(x_NE)} tokens were not brought into memory")
+        if code != 0:
+            raise MemoryError(f"no memory for the experts of {len(x_NE)} tokens")
+        return out_NE
 
     def linear(self, x_NE: Tensor, weight: PackedWeight) -> Tensor:
         """x @ weight.T in fp32, [N, V]."""

@@ -76,14 +76,17 @@ struct shoal_context {
 
 namespace {
 
-void carve_experts(Scratch& s, Carver& carver, const shoal_model& m, int64_t tokens) {
-    int64_t pairs = tokens * m.num_active;
+void carve_choice(Scratch& s, Carver& carver, const shoal_model& m, int64_t tokens) {
     carver.take(s.normed, tokens * m.hidden);
     carver.take(s.scores, tokens * m.num_experts);
-    carver.take(s.expert_weights, pairs);
-    carver.take(s.expert_ids, pairs);
+    carver.take(s.expert_weights, tokens * m.num_active);
+    carver.take(s.expert_ids, tokens * m.num_active);
+}
+
+void carve_lists(Scratch& s, Carver& carver, const shoal_model& m, int64_t tokens) {
+    int64_t pairs = tokens * m.num_active;
     carver.take(s.turns, m.num_experts);
-    carver.take(s.list_starts, int64_t(m.num_experts) + 2);
+    carver.take(s.list_starts, int64_t(m.num_experts) + 3);
     carver.take(s.list_tokens, pairs);
     carver.take(s.list_weights, pairs);
     carver.take(s.expert_gated, pairs * m.expert_ffn);
@@ -114,12 +117,21 @@ int64_t carve(Scratch& s, uint8_t* base, const KernelTable& table, const shoal_m
     carver.take(s.inputs, largest(table.input_bytes(tokens, widest),
                                   table.input_bytes(pairs, largest(m.hidden, m.expert_ffn))));
     carver.take(s.head_squares, m.norm_heads ? 2 * tokens : 0);
-    if (m.num_experts) carve_experts(s, carver, m, tokens);
+    if (m.num_experts) carve_choice(s, carver, m, tokens), carve_lists(s, carver, m, tokens);
     carver.take(s.token_rows, tokens);
     carver.take(s.row_starts, rows);
     carver.take(s.item_starts, rows);
     carver.take(s.part_starts, rows);
     carver.take(s.work, int64_t(m.num_layers) * kPhasesPerLayer + kOtherPhases);
+    return carver.used;
+}
+
+int64_t carve_served(Scratch& s, uint8_t* base, const KernelTable& table, const shoal_model& m,
+                     int64_t tokens) {
+    Carver carver = {base};
+    carve_lists(s, carver, m, tokens);
+    carver.take(s.inputs, table.input_bytes(tokens * m.num_active, largest(m.hidden, m.expert_ffn)));
+    carver.take(s.work, kPhasesPerLayer);
     return carver.used;
 }
 
@@ -153,7 +165,7 @@ int32_t shoal_cpu_forward(shoal_context* context, const shoal_model* model, cons
         attended.num_heads = model->all_heads, attended.num_kv_heads = model->all_kv_heads;
         attended.head_offset = 0;
     }
-    Forward f = {context->team, model, &attended, kv, batch, ends, hidden, {}, nullptr};
+    Forward f = {context->team, model, &attended, kv, batch, ends, hidden, {}, nullptr, nullptr};
     const KernelTable& table = *context->table;
     int threads = team_size(context->team);
     int64_t bytes = carve(f.scratch, nullptr, table, *model, *batch, threads);
@@ -163,6 +175,23 @@ int32_t shoal_cpu_forward(shoal_context* context, const shoal_model* model, cons
     if (!context->partial.ensure(table.plan(&attended, batch, &f.scratch) * 4)) return -1;
     f.scratch.partial = reinterpret_cast<float*>(context->partial.data());
     team_run(context->team, table.forward, &f);
+    return f.failed_at ? -2 : 0;
+}
+
+int32_t shoal_cpu_experts(shoal_context* context, const shoal_model* model, const shoal_experts* experts,
+                          int32_t num_tokens, const float* x, const int64_t* ids, const float* weights,
+                          float* out) {
+    shoal_batch batch = {num_tokens, 0, nullptr, nullptr, nullptr, nullptr};
+    Forward f = {context->team, model, model, nullptr, &batch, nullptr, nullptr, {}, nullptr, experts};
+    const KernelTable& table = *context->table;
+    if (!context->buffer.ensure(carve_served(f.scratch, nullptr, table, *model, num_tokens))) return -1;
+    carve_served(f.scratch, context->buffer.data(), table, *model, num_tokens);
+    memset(f.scratch.work, 0, sizeof(Work) * kPhasesPerLayer);
+    f.scratch.normed = const_cast<float*>(x); // they are only read
+    f.scratch.expert_ids = const_cast<int64_t*>(ids);
+    f.scratch.expert_weights = const_cast<float*>(weights);
+    f.scratch.residual = out;
+    team_run(context->team, table.experts, &f);
     return f.failed_at ? -2 : 0;
 }
 

@@ -1,12 +1,13 @@
 // The MLP half of a layer with experts.
 //
 //     norm | scores | choice | lists | [the MLP beside them] | inputs | gate, up | inputs | down
+//                       routed ┘                                                   returned ┘
 //
 // A thread takes output columns (panels) and goes through all experts' lists for these, so that
 // all threads stream weights however few experts are active, and a token's sums are made in the
 // order of the experts' numbers, whatever the threads and the batch.
 #pragma once
-#include "passes.h"
+#include "bring.h"
 #include "routing.h"
 
 namespace {
@@ -21,18 +22,20 @@ inline const shoal_weight& weight_of(const shoal_experts& experts, int64_t slot,
 
 inline int64_t list_size(const Scratch& s, int64_t slot) { return s.list_starts[slot + 1] - s.list_starts[slot]; }
 
-// The first expert from `slot` on that has tokens; num_shares: none has.
-inline int64_t next_active(const Forward& f, const shoal_experts& experts, int64_t slot) {
-    while (slot < experts.num_shares && !list_size(f.scratch, slot)) slot++;
+// The first expert from `slot` on that has tokens; slots.last: none has.
+inline int64_t next_active(const Forward& f, const Slots& slots, int64_t slot) {
+    while (slot < slots.last && !list_size(f.scratch, slot)) slot++;
     return slot;
 }
 
 // Makes the inputs of one tile; `values` gives those at a place in the lists.
 template <typename Values>
-inline void expert_inputs(Pass& pass, const shoal_experts& experts, Part part, Values values) {
+inline void expert_inputs(Pass& pass, const shoal_experts& experts, const Slots& slots, Part part,
+                          Values values) {
     const Scratch& s = pass.f.scratch;
-    pass.phase(s.list_starts[experts.num_shares + 1], [&](int64_t i) {
-        ExpertTile tile = s.expert_tiles[i];
+    int64_t first = first_tile(s, experts, slots.first);
+    pass.phase(first_tile(s, experts, slots.last) - first, [&](int64_t i) {
+        ExpertTile tile = s.expert_tiles[first + i];
         const shoal_weight& weight = weight_of(experts, tile.slot, part);
         int64_t start = s.list_starts[tile.slot];
         uint8_t* inputs = s.inputs + start * token_bytes(weight.cols);
@@ -42,15 +45,15 @@ inline void expert_inputs(Pass& pass, const shoal_experts& experts, Part part, V
 }
 
 // Units [first, last) of all experts in turn.
-inline void run_experts(const Forward& f, const shoal_experts& experts, Part part, const Output& to,
-                        int64_t panels, int64_t first, int64_t last) {
+inline void run_experts(const Forward& f, const shoal_experts& experts, const Slots& slots, Part part,
+                        const Output& to, int64_t panels, int64_t first, int64_t last) {
     const Scratch& s = f.scratch;
-    int64_t slot = next_active(f, experts, 0);
-    while (slot < experts.num_shares && first < last) {
-        int64_t next = next_active(f, experts, slot + 1);
+    int64_t slot = next_active(f, slots, slots.first);
+    while (slot < slots.last && first < last) {
+        int64_t next = next_active(f, slots, slot + 1);
         const shoal_weight& weight = weight_of(experts, slot, part);
         int64_t unit_bytes = panels * panel_bytes(weight.format, weight.cols);
-        if (next < experts.num_shares)
+        if (next < slots.last)
             for (int64_t at = 0; at < kFirstBytes; at += 64)
                 prefetch(weight_of(experts, next, part).data + first * unit_bytes + at);
         Output own = to;
@@ -64,38 +67,54 @@ inline void run_experts(const Forward& f, const shoal_experts& experts, Part par
 }
 
 // What this thread reads first of a part of the experts.
-inline void expect_experts(Pass& pass, const shoal_experts& experts, Part part) {
+inline void expect_experts(Pass& pass, const shoal_experts& experts, const Slots& slots, Part part) {
     pass.expect(nullptr, Into::kStore);
-    int64_t slot = next_active(pass.f, experts, 0);
-    if (slot < experts.num_shares)
+    int64_t slot = next_active(pass.f, slots, slots.first);
+    if (slot < slots.last)
         pass.expect(&weight_of(experts, slot, part), part == Part::kGateUp ? Into::kGate : Into::kStore);
 }
 
-inline void expert_product(Pass& pass, const shoal_experts& experts, Part part, const Output& to) {
+inline void expert_product(Pass& pass, const shoal_experts& experts, const Slots& slots, Part part,
+                           const Output& to) {
     if (!experts.num_shares) return;
     Shares shares(weight_of(experts, 0, part), to.into, pass.threads);
     int64_t own = pass.thread * shares.own, shared = pass.threads * shares.own, first, last;
-    run_experts(pass.f, experts, part, to, shares.panels, own, own + shares.own);
+    run_experts(pass.f, experts, slots, part, to, shares.panels, own, own + shares.own);
     while (take(pass.work, shares.units - shared, pass.threads, &first, &last))
-        run_experts(pass.f, experts, part, to, shares.panels, shared + first, shared + last);
+        run_experts(pass.f, experts, slots, part, to, shares.panels, shared + first, shared + last);
 }
 
-// Adds this rank's experts of the lists to `residual`.
-inline void add_experts(Pass& pass, const shoal_experts& experts, const shoal_weight* next) {
+// Adds some of this rank's experts to `residual`: kRoundPhases phases.
+inline void add_round(Pass& pass, const shoal_experts& experts, const Slots& slots,
+                      const shoal_weight* next) {
     const Forward& f = pass.f;
     const Scratch& s = f.scratch;
     int64_t n = f.model->hidden, ffn = f.model->expert_ffn;
-    expect_experts(pass, experts, Part::kGateUp);
-    expert_inputs(pass, experts, Part::kGateUp,
+    expect_experts(pass, experts, slots, Part::kGateUp);
+    expert_inputs(pass, experts, slots, Part::kGateUp,
                   [&](int64_t at) { return s.normed + s.list_tokens[at] * n; });
-    expert_product(pass, experts, Part::kGateUp,
+    expert_product(pass, experts, slots, Part::kGateUp,
                    {Into::kGate, s.expert_gated, ffn, ffn, nullptr, f.model->activation});
-    expect_experts(pass, experts, Part::kDown);
+    expect_experts(pass, experts, slots, Part::kDown);
     pass.end();
-    expert_inputs(pass, experts, Part::kDown, [&](int64_t at) { return s.expert_gated + at * ffn; });
-    expert_product(pass, experts, Part::kDown, {Into::kWeighted, s.residual, n, n, nullptr, 0});
+    expert_inputs(pass, experts, slots, Part::kDown,
+                  [&](int64_t at) { return s.expert_gated + at * ffn; });
+    expert_product(pass, experts, slots, Part::kDown, {Into::kWeighted, s.residual, n, n, nullptr, 0});
     pass.expect(next, Into::kStore);
     pass.end();
+}
+
+// Adds this rank's experts of the lists to `residual`, in rounds where not all are in memory.
+inline void add_experts(Pass& pass, const shoal_experts& experts, const shoal_weight* next) {
+    Slots slots = {0, experts.num_shares};
+    if (!experts.bring || !pass.f.scratch.list_starts[experts.num_shares])
+        return add_round(pass, experts, slots, next);
+    Work* first = pass.work; // of every round
+    for (slots.last = 0; slots.last < experts.num_shares;) {
+        pass.work = first;
+        if (!bring_round(pass, experts, &slots)) return;
+        add_round(pass, experts, slots, slots.last < experts.num_shares ? nullptr : next);
+    }
 }
 
 // The MLP that every token goes through, into `residual`.
@@ -136,11 +155,23 @@ inline Branch experts_half(Pass& pass, const shoal_layer& layer, const Branch& b
         norm_alike(f.hidden + token * n, layer.ffn_norm, n, f.model->norm_eps, f.scratch.normed + token * n);
         if (!layer.down.data) memset(f.scratch.residual + token * n, 0, size_t(n) * 4);
     });
+    Branch branch = {layer.post_ffn_norm, true};
     route(pass, experts);
-    pass.phase(1, [&](int64_t) { list_tokens(f, experts, share_phase(f, experts)); });
+    const shoal_model& model = *f.model;
+    int64_t phase = share_phase(f, experts);
+    if (model.routed && !pass.alone([&] {
+            return model.routed(model.experts_context, experts.layer, f.batch->num_tokens, phase,
+                                f.scratch.normed, f.scratch.expert_ids, f.scratch.expert_weights);
+        }))
+        return branch;
+    pass.phase(1, [&](int64_t) { list_tokens(f, experts, phase); });
     if (layer.down.data) shared_mlp(pass, layer);
     add_experts(pass, experts, next);
-    return {layer.post_ffn_norm, true};
+    if (model.returned)
+        pass.alone([&] {
+            return model.returned(model.experts_context, f.batch->num_tokens, f.scratch.residual);
+        });
+    return branch;
 }
 
 } // namespace

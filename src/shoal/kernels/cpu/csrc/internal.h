@@ -47,7 +47,8 @@ struct Scratch {
     float *normed, *scores, *expert_weights; // [tokens, ...] of layers with experts
     int64_t* expert_ids;                     // [tokens, active]
     ExpertTurn* turns;                       // [experts]
-    int64_t* list_starts; // [shares + 2]: where each share's list begins; the end; how many tiles
+    // [shares + 3]: where each share's list begins; the end; how many tiles; which shares are in memory
+    int64_t* list_starts;
     int64_t* list_tokens;                    // [pairs of a token and an expert], expert by expert
     float *list_weights, *expert_gated;      // likewise
     ExpertTile* expert_tiles;
@@ -58,7 +59,7 @@ struct Scratch {
 };
 
 constexpr int kMaxHeadDim = 512;
-constexpr int kPhasesPerLayer = 32, kOtherPhases = 6;
+constexpr int kPhasesPerLayer = 40, kOtherPhases = 6;
 
 struct Forward {
     Team* team;
@@ -69,9 +70,10 @@ struct Forward {
     const shoal_ends* ends;
     float* hidden;
     Scratch scratch;
-    // The work of the reduction that failed. The first thread alone writes it, and may be as far as
-    // one barrier ahead of the others: each looks whether it was its own last reduction.
+    // The work of the call that failed. The first thread alone writes it, and may be as far as one
+    // barrier ahead of the others: each looks whether it was its own last call.
     mutable const Work* failed_at;
+    const shoal_experts* served; // of tokens from other ranks; null: layers are run
 };
 
 struct Linear {
@@ -87,6 +89,7 @@ struct Linear {
 struct KernelTable {
     const char* name;
     void (*forward)(void* forward, int thread);
+    void (*experts)(void* forward, int thread);
     void (*linear)(void* linear, int thread);
     void (*add_gumbel)(float* logits, int64_t first, int64_t n, uint64_t seed, int64_t position);
     int64_t (*input_bytes)(int64_t tokens, int64_t cols); // of Scratch::inputs, any format

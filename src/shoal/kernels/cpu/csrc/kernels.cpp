@@ -9,6 +9,6 @@
 
 namespace shoal {
 extern const KernelTable SHOAL_SYMBOL(SHOAL_TABLE);
-const KernelTable SHOAL_SYMBOL(SHOAL_TABLE) = {SHOAL_NAME(SHOAL_TABLE), forward, linear, add_gumbel,
-                                               input_bytes, plan};
+const KernelTable SHOAL_SYMBOL(SHOAL_TABLE) = {SHOAL_NAME(SHOAL_TABLE), forward, experts, linear,
+                                               add_gumbel, input_bytes, plan};
 } // namespace shoal

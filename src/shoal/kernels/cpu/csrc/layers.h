@@ -178,6 +178,18 @@ void forward(void* argument, int thread) {
     if (head) sample(pass);
 }
 
+// This rank's experts, for tokens of others.
+void experts(void* argument, int thread) {
+    const Forward& f = *static_cast<const Forward*>(argument);
+    int64_t tokens = f.batch->num_tokens, n = f.model->hidden;
+    Pass pass = {f, thread, team_size(f.team), f.scratch.work, nullptr, nullptr};
+    pass.phase(tokens + 1, [&](int64_t i) {
+        if (i < tokens) memset(f.scratch.residual + i * n, 0, size_t(n) * 4);
+        else list_tokens(f, *f.served, 0);
+    });
+    add_experts(pass, *f.served, nullptr);
+}
+
 void linear(void* argument, int thread) {
     const Linear& l = *static_cast<const Linear*>(argument);
     int threads = team_size(l.team);

@@ -13,7 +13,7 @@ struct Pass {
     int thread, threads;
     Work* work; // of the next phase
     const uint8_t *ahead, *ahead_end; // what this thread reads first in the next product
-    bool failed = false;              // a reduction did
+    bool failed = false;              // a call of `alone` did
 
     // Runs `piece` for 0 <= i < total, spread over the team, and waits for all of it.
     template <typename Piece> void phase(int64_t total, Piece piece) {
@@ -23,19 +23,25 @@ struct Pass {
         end();
     }
 
-    // Sums [tokens, hidden] over all ranks; false: it failed, and every thread must leave.
+    // Calls on the first thread, while the others wait; false: it failed (it gave not 0), or one
+    // before did, and every thread must leave.
+    template <typename Call> bool alone(Call call) {
+        if (failed) return false;
+        const Work* here = work;
+        if (thread == 0 && call()) __atomic_store_n(&f.failed_at, here, __ATOMIC_RELAXED);
+        end();
+        failed = __atomic_load_n(&f.failed_at, __ATOMIC_RELAXED) == here;
+        return !failed;
+    }
+
+    // Sums [tokens, hidden] over all ranks; false: as above.
     bool reduce(float* data) { return reduce(data, f.model->hidden); }
 
     bool reduce(float* data, int64_t of_a_token) {
         const shoal_model& model = *f.model;
-        if (!model.reduce || failed) return !failed;
-        const Work* here = work;
+        if (!model.reduce) return !failed;
         int64_t count = int64_t(f.batch->num_tokens) * of_a_token;
-        if (thread == 0 && model.reduce(model.reduce_context, data, count))
-            __atomic_store_n(&f.failed_at, here, __ATOMIC_RELAXED);
-        end();
-        failed = __atomic_load_n(&f.failed_at, __ATOMIC_RELAXED) == here;
-        return !failed;
+        return alone([&] { return model.reduce(model.reduce_context, data, count); });
     }
 
     // Waits for the others, and reads ahead meanwhile: a step is bound by reading weights.

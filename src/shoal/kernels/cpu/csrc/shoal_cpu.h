@@ -5,7 +5,8 @@
 // ragged batch in one call; `shoal_cpu_linear` a single weight (the head).
 //
 // Weights may be a rank's share: some query heads and the KV heads they read, some FFN columns,
-// some token ids, or none. What the ranks add up is then summed by `shoal_reduce`.
+// some token ids, or none. What the ranks add up is then summed by `shoal_reduce`. A rank that has
+// experts and nothing else runs them by `shoal_cpu_experts`.
 #pragma once
 #include <stdint.h>
 
@@ -14,7 +15,7 @@ extern "C" {
 #pragma GCC visibility push(default)
 #endif
 
-#define SHOAL_CPU_ABI 4
+#define SHOAL_CPU_ABI 5
 
 enum { SHOAL_F32 = 0, SHOAL_BF16 = 1, SHOAL_INT8 = 2, SHOAL_INT4 = 3, SHOAL_INT4_MIN = 4 };
 enum { SHOAL_KV_F32 = 0, SHOAL_KV_BF16 = 1, SHOAL_KV_INT8 = 2 };
@@ -31,14 +32,29 @@ typedef struct {
 // Sums `count` floats over all ranks, in place; not 0: it failed, and the pass ends.
 typedef int32_t (*shoal_reduce)(void* context, float* data, int64_t count);
 
+// Before the products of a layer's experts: x [num_tokens, hidden] are their inputs; ids and weights
+// [num_tokens, num_active] may be changed; `phase`, as of a share. Not 0: as above.
+typedef int32_t (*shoal_routed)(void* context, int32_t layer, int32_t num_tokens, int64_t phase,
+                                const float* x, int64_t* ids, float* weights);
+// After them: adds to `out` [num_tokens, hidden]. Not 0: as above.
+typedef int32_t (*shoal_returned)(void* context, int32_t num_tokens, float* out);
+
 // Some of the tokens that go to an expert: of n, those from (n start + phase) >> 16 on, up to
 // (n stop + phase) >> 16.
 typedef struct {
     int32_t expert, start, stop;
 } shoal_share;
 
+// Brings experts into memory, where not all are: sets `data` of the weights of those from `first` on
+// that have tokens (share i has those from list_starts[i] on, up to list_starts[i + 1]), of as many as
+// there is room for, and returns which one comes next; they stay until the next call. -1: it failed,
+// and the pass ends.
+struct shoal_experts;
+typedef int32_t (*shoal_bring)(void* context, const struct shoal_experts*, int32_t first,
+                               const int64_t* list_starts);
+
 // Experts of a layer that this rank has. Weights are gate_up and down of each share.
-typedef struct {
+typedef struct shoal_experts {
     const float* router;      // [num_experts, hidden]
     const float* shared_gate; // [hidden]; null: what the MLP beside the experts gives is added as it is
     const shoal_weight* weights;
@@ -46,6 +62,8 @@ typedef struct {
     int64_t* counts; // [num_experts] tokens of each are added to it; null: nobody counts
     int32_t num_shares;
     int32_t layer; // of the model: moves who gets what is left over of a share
+    shoal_bring bring; // null: all are in memory
+    void* bring_context;
 } shoal_experts;
 
 // Pointers may be null where the model has no such part; a weight's, where this rank has no heads
@@ -86,6 +104,9 @@ typedef struct {
     const float* final_norm;   // null: leave the hidden states as they are
     shoal_reduce reduce;       // null: there is one rank
     void* reduce_context;
+    shoal_routed routed;       // null: every rank chooses for itself, and keeps all tokens
+    shoal_returned returned;   // null: no tokens went to other ranks
+    void* experts_context;     // of both
 } shoal_model;
 
 // KV of a layer, blocks of 16 tokens: keys [block, KV head, head_dim, 16], values
@@ -127,9 +148,13 @@ typedef struct {
 } shoal_ends;
 
 // hidden: [num_tokens, hidden] fp32, out (and in without token ids). Returns 0, -1 without memory,
-// or -2 where a reduction failed.
+// or -2 where one of the model's functions failed.
 int32_t shoal_cpu_forward(shoal_context*, const shoal_model*, const shoal_layer_kv*,
                           const shoal_batch*, const shoal_ends*, float* hidden);
+// out [num_tokens, hidden] = what these experts add to tokens x whose experts were chosen elsewhere;
+// an id of num_experts is none. Shares have phase 0. Returns as above.
+int32_t shoal_cpu_experts(shoal_context*, const shoal_model*, const shoal_experts*, int32_t num_tokens,
+                          const float* x, const int64_t* ids, const float* weights, float* out);
 // out [num_tokens, rows] = x [num_tokens, cols] times the weight's transpose.
 int32_t shoal_cpu_linear(shoal_context*, const shoal_weight*, const float* x, int32_t num_tokens,
                          float* out);

@@ -3,11 +3,12 @@
     python benchmarks/gpu.py                 everything, on the first GPU
     python benchmarks/gpu.py --smoke         the script itself, on a CPU, in seconds
 
-Measured: memory bandwidth (copy and read), each weight format's product, decode attention, decode
-at batch 1/8/64 and prefill of 512/4096 tokens for a Llama 8B shape and SmolLM2's, transformers'
-eager generate. Weights are random. `share` is the time that reading weights and KV once would
-take at the measured bandwidth, over the time taken. A part that fails says so and the rest goes
-on. Everything is written to benchmarks/results/gpu_<device>_<date>.json.
+Measured: memory bandwidth (copy, read, from the host), each weight format's product, decode
+attention, decode at batch 1/8/64 and prefill of 512/4096 tokens for a Llama 8B shape, SmolLM2's and
+a mixture of 64 experts, transformers' eager generate. Weights are random. `share` is the time that
+reading weights and KV once would take at the measured bandwidth, over the time taken; of experts,
+as many weights as tokens that choose at random are expected to need. A part that fails says so and
+the rest goes on. Everything is written to benchmarks/results/gpu_<device>_<date>.json.
 """
 
 from __future__ import annotations
@@ -32,14 +33,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_host import measure_host_layers
 from gpu_models import (
     FORMATS,
     LLAMA_8B,
+    MOE_7B,
     SMOLLM2_135M,
     TINY,
+    TINY_MOE,
     bytes_read_in_decode,
+    decode_batch,
+    distinct_experts,
     random_decoder,
     random_weight,
+    some_tokens,
     transformers_model,
 )
 
@@ -124,8 +131,14 @@ def measure_bandwidth(run: Run) -> None:
     )
 
 
+def copy_layers(run: Run) -> None:
+    text, found = measure_host_layers(run.device, 1 << (16 if run.smoke else 28))
+    run.note("layers in host memory", text, **found)
+
+
 def check_kernels(run: Run) -> None:
-    tests = ["tests/reference/test_cuda_kernels.py", "tests/reference/test_cuda_decoder.py"]
+    names = ("test_cuda_kernels", "test_cuda_decoder", "test_cuda_experts")
+    tests = [f"tests/reference/{name}.py" for name in names]
     options = ["--collect-only"] if run.smoke else ["-m", "gpu"]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, *tests],
@@ -183,21 +196,6 @@ def rivals(num_tokens: int) -> dict[str, Callable[..., torch.Tensor]]:
     return {f"{num_tokens} vector": vector_linear, f"{num_tokens} tiles": tiles_linear}
 
 
-def decode_batch(batch: int, context: int, device: torch.device) -> tuple[RaggedBatch, int]:
-    """Rows that decode at `context`, and the blocks they need."""
-    per_row = -(-context // BLOCK_SIZE)
-    tables = torch.arange(batch * per_row, device=device).view(batch, per_row)
-    last = context - 1
-    made = RaggedBatch(
-        positions_T=torch.full((batch,), last, device=device),
-        slots_T=tables[:, -1] * BLOCK_SIZE + last % BLOCK_SIZE,
-        query_lens=(1,) * batch,
-        context_lens=(context,) * batch,
-        block_tables_RB=tables,
-    )
-    return made, batch * per_row
-
-
 def time_attention(run: Run, spec: ModelSpec, batch: int, context: int) -> None:
     made, num_blocks = decode_batch(batch, context, run.device)
     layers = allocate(spec, whole(spec), num_blocks, torch.bfloat16, run.device).cache.layers
@@ -218,7 +216,7 @@ def time_decode(
 ) -> None:
     """A decode step as the worker runs it: inputs copied, graph replayed, best token taken."""
     made, _ = decode_batch(batch, context, run.device)
-    token_ids = torch.zeros(batch, dtype=torch.int64, device=run.device)
+    token_ids = some_tokens(batch, decoder.spec, run.device)
     if decoder.fits_cuda_graphs:
         graphs = DecodeGraphs(decoder, kv, max_num_seqs=batch, max_model_len=context)
         graphs.sizes = (batch,)
@@ -229,18 +227,28 @@ def time_decode(
             lambda: decoder.logits(decoder.forward(token_ids, made, kv.cache)).argmax(-1)
         )
     kv_bytes = batch * context * token_bytes(decoder.spec, decoder.shard, torch.bfloat16)
-    share = (bytes_read_in_decode(decoder) + kv_bytes) / run.bandwidth / time_s
+    share = (bytes_read_in_decode(decoder, batch) + kv_bytes) / run.bandwidth / time_s
+    text = f"{time_s * 1e3:.2f} ms, {batch / time_s:,.0f} tok/s, share {share:.0%}"
+    more: dict[str, float] = {}
+    if decoder.expert_counts is not None:
+        decoder.expert_counts.zero_()
+        decoder.forward(token_ids, made, kv.cache)
+        used = float((decoder.expert_counts > 0).sum(1).float().mean())
+        more = {"experts_expected": distinct_experts(decoder.spec, batch), "experts_used": used}
+        text += f", experts {used:.1f} (expected {more['experts_expected']:.1f})"
     run.note(
         f"{name} decode, batch {batch}",
-        f"{time_s * 1e3:.2f} ms, {batch / time_s:,.0f} tok/s, share {share:.0%}",
+        text,
         step_s=time_s,
         tokens_per_s=batch / time_s,
         share=share,
+        **more,
     )
 
 
 def time_prefill(run: Run, name: str, decoder: Decoder, kv: KVPool, num_tokens: int) -> None:
     positions = torch.arange(num_tokens, device=run.device)
+    token_ids = some_tokens(num_tokens, decoder.spec, run.device)
 
     def prefill() -> None:
         made = RaggedBatch(
@@ -250,7 +258,7 @@ def time_prefill(run: Run, name: str, decoder: Decoder, kv: KVPool, num_tokens: 
             context_lens=(num_tokens,),
             block_tables_RB=torch.arange(-(-num_tokens // BLOCK_SIZE), device=run.device)[None],
         )
-        hidden = decoder.forward(torch.zeros_like(positions), made, kv.cache)
+        hidden = decoder.forward(token_ids, made, kv.cache)
         decoder.logits(hidden[-1:]).argmax(-1)
 
     time_s = run.seconds(prefill)
@@ -293,7 +301,7 @@ def time_transformers(run: Run, name: str, spec: ModelSpec) -> None:
         return
     few, many, context = (1, 3, 8) if run.smoke else (16, 48, 512)
     for batch in (1,) if run.smoke else (1, 8, 64):
-        prompt = torch.ones(batch, context, dtype=torch.int64, device=run.device)
+        prompt = some_tokens(batch * context, spec, run.device).view(batch, context)
 
         def generate(count: int, prompt: torch.Tensor = prompt) -> None:
             model.generate(
@@ -366,10 +374,11 @@ def main() -> None:
     if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         run.section("kernels", partial(use_cuda_kernels, run))
     label = "smoke" if args.smoke else torch.cuda.get_device_name(device)
-    models = {"llama-8b": LLAMA_8B, "smollm2-135m": SMOLLM2_135M}
+    models = {"llama-8b": LLAMA_8B, "smollm2-135m": SMOLLM2_135M, "moe-7b": MOE_7B}
     if args.smoke:
-        models = {"tiny": TINY}
+        models = {"tiny": TINY, "tiny-moe": TINY_MOE}
     run.section("bandwidth", partial(measure_bandwidth, run))
+    run.section("layers in host memory", partial(copy_layers, run))
     if not args.skip_tests:
         run.section("kernel tests", partial(check_kernels, run))
     rows, columns = (64, 128) if args.smoke else (14336, 4096)

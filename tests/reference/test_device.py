@@ -9,7 +9,12 @@ import torch
 from shoal.core.errors import ConfigError, DeviceError
 from shoal.core.model_spec import LayerSpec, ModelSpec, RopeSpec
 from shoal.core.split import Range, Split, shards, whole
-from shoal.worker.device import choose_device, choose_dtype, kv_budget_bytes
+from shoal.worker.device import (
+    choose_device,
+    choose_dtype,
+    kv_budget_bytes,
+    weights_budget_bytes,
+)
 from shoal.worker.kv_pool import allocate, num_blocks_for, token_bytes
 from shoal.worker.memory import free_memory_bytes
 
@@ -138,3 +143,13 @@ def test_a_shard_keeps_the_kv_of_its_own_heads_and_layers_only() -> None:
     assert num_blocks_for(SPEC, none, torch.float32, 1000) is None
     layers = allocate(SPEC, none, 3, torch.float32, CPU).cache.layers
     assert [tuple(kv.keys_NBHD.shape) for kv in layers] == [(3, 16, 0, 8)] * 2
+
+
+@pytest.mark.parametrize(("device", "share", "want"), [("cpu", 1.0, 800), ("cuda:0", 0.5, 180)])
+def test_weights_leave_room_for_kv_and_steps(
+    monkeypatch: pytest.MonkeyPatch, device: str, share: float, want: int
+) -> None:
+    monkeypatch.setattr("shoal.worker.device.free_memory_bytes", lambda _device: 1000)
+    reserved = 300 if device != "cpu" else 0
+    assert weights_budget_bytes(torch.device(device), share, reserved) == want
+    assert weights_budget_bytes(torch.device(device), share, 2000) == 0

@@ -24,7 +24,13 @@ def test_the_gpu_benchmark_runs_through(tmp_path: Path) -> None:
     found = json.loads(output.read_text())
     assert found["bandwidth_bytes_per_s"] > 0
     names = [name for name, _ in found["table"]]
-    for part in ("bandwidth", "kernel tests", "linear int4", "attention", "decode, batch 3"):
+    parts = ("bandwidth", "host memory", "kernel tests", "linear int4", "attention", "batch 3")
+    for part in parts:
         assert any(part in name for name in names), f"{part} is missing"
     for weight_format in ("bf16", "fp8", "int8", "int4"):
         assert found["sections"][f"tiny {weight_format} prefill 32"]["tokens_per_s"] > 0
+        assert found["sections"][f"tiny-moe {weight_format} prefill 32"]["tokens_per_s"] > 0
+    mixture = found["sections"]["tiny-moe bf16 decode, batch 3"]
+    assert mixture["experts_expected"] == pytest.approx(8 * (1 - (6 / 8) ** 3))
+    assert 2 <= mixture["experts_used"] <= 6
+    assert found["sections"]["tiny-moe transformers, batch 1"]["step_s"] > 0

@@ -16,6 +16,7 @@ from shoal.core.split import ExpertShare, Shard
 from shoal.kernels.cpu.arena import LANES, Arena, ArenaSize, PackedFormat
 from shoal.kernels.experts import ExpertWeights, rows_of, slots
 from shoal.kernels.quantized import GROUP_SIZE, QuantizedWeight
+from shoal.model.flat import Flat, FlatSize
 from shoal.model.parameters import (
     DecoderParameters,
     ExpertParameters,
@@ -29,14 +30,23 @@ from shoal.model.precision import Format, LayerFormats, WeightFormats
 
 
 class Allocator:
-    """Makes room for weights: plain tensors, or packed in an arena (of floats in `dtype`)."""
+    """Makes room for weights: plain tensors, or packed in an arena (of floats in `dtype`).
+
+    Args:
+        flat: where plain tensors lie together; None: each has memory of its own on the device.
+    """
 
     def __init__(
-        self, device: torch.device, dtype: torch.dtype, arena: Arena | ArenaSize | None = None
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        arena: Arena | ArenaSize | None = None,
+        flat: Flat | FlatSize | None = None,
     ) -> None:
         self._device = device
         self._dtype = dtype
         self._arena = arena
+        self._flat = flat
 
     @property
     def is_packed(self) -> bool:
@@ -50,7 +60,7 @@ class Allocator:
             return self._arena.take(packed_format(weight_format, self._dtype), rows, columns)
         if weight_format is None:
             return self._empty(self._dtype, rows, columns)
-        return _quantized(weight_format, rows, columns, granule, self._device)
+        return _quantized(weight_format, rows, columns, granule, self._empty)
 
     def bias(self, rows: int) -> Tensor:
         """Packed weights add fp32, a whole panel at a time."""
@@ -62,6 +72,8 @@ class Allocator:
         return self._empty(torch.float32, *shape)
 
     def _empty(self, dtype: torch.dtype, *shape: int) -> Tensor:
+        if self._flat is not None:
+            return self._flat.take(dtype, shape)
         return torch.empty(shape, device=self._device, dtype=dtype)
 
 
@@ -119,19 +131,22 @@ def allocate(
     formats: WeightFormats,
     allocator: Allocator,
     of_layer: Callable[[int], Allocator] | None = None,
+    of_experts: Callable[[int], Allocator] | None = None,
 ) -> DecoderParameters:
     """Uninitialised weights in the shapes of the shard, in the order they are read.
 
     Args:
         of_layer: makes room for a layer, counted from the shard's first; None: `allocator` does.
+        of_experts: for its experts; None: who makes room for the layer does.
     """
     layers = tuple(
-        _layer(
+        allocate_layer(
             spec,
             shard,
             formats.layers[index],
             index,
             of_layer(local) if of_layer else allocator,
+            of_experts(local) if of_experts else None,
         )
         for local, index in enumerate(range(shard.layers.start, shard.layers.stop))
     )
@@ -149,9 +164,15 @@ def allocate(
     )
 
 
-def _layer(
-    spec: ModelSpec, shard: Shard, formats: LayerFormats, layer: int, allocator: Allocator
+def allocate_layer(
+    spec: ModelSpec,
+    shard: Shard,
+    formats: LayerFormats,
+    layer: int,
+    allocator: Allocator,
+    of_experts: Allocator | None = None,
 ) -> LayerParameters:
+    """As `allocate`, one layer of the model."""
     shapes = weight_shapes(spec, shard, formats, layer, allocator.is_packed)
     whole_columns = {
         "qkv": spec.hidden_size,
@@ -191,7 +212,7 @@ def _layer(
         down_EF=weight("down"),
         down_bias_E=bias("down", spec.mlp_bias and shard.is_first),
         post_ffn_norm_E=norm(spec.post_norms),
-        experts=_experts(spec, shard, formats, layer, allocator),
+        experts=_experts(spec, shard, formats, layer, allocator, of_experts or allocator),
     )
 
 
@@ -221,7 +242,12 @@ def _latent(
 
 
 def _experts(
-    spec: ModelSpec, shard: Shard, formats: LayerFormats, layer: int, allocator: Allocator
+    spec: ModelSpec,
+    shard: Shard,
+    formats: LayerFormats,
+    layer: int,
+    allocator: Allocator,
+    of_experts: Allocator,
 ) -> ExpertParameters | None:
     if spec.experts is None or not spec.layers[layer].has_experts:
         return None
@@ -230,7 +256,7 @@ def _experts(
         spec,
         formats,
         shard.experts_of(layer),
-        allocator,
+        of_experts,
         router_XE=allocator.norm(spec.experts.num_experts, spec.hidden_size),
         shared_gate_E=allocator.norm(spec.hidden_size) if has_shared_gate else None,
     )
@@ -284,17 +310,15 @@ def _whole_panels(rows: int) -> int:
 
 
 def _quantized(
-    weight_format: Format, rows: int, columns: int, granule: int, device: torch.device
+    weight_format: Format, rows: int, columns: int, granule: int, empty: Callable[..., Tensor]
 ) -> QuantizedWeight:
     """Groups as small as any we keep; coarser ones of a checkpoint are repeated."""
     codes = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}.get(weight_format or "", torch.uint8)
     width = columns if weight_format in ("fp8", "int8") else columns // 2
     groups = columns // granule if granule > 1 else 1
     scale_dtype = torch.float32 if weight_format == "fp8" else torch.float16
-    scales = torch.empty(rows, groups, device=device, dtype=scale_dtype)
-    minimums = torch.empty_like(scales) if weight_format == "int4_min" else None
+    scales = empty(scale_dtype, rows, groups)
+    minimums = empty(scale_dtype, rows, groups) if weight_format == "int4_min" else None
     kind = "int4" if weight_format == "int4_min" else weight_format
     assert kind is not None
-    return QuantizedWeight(
-        kind, torch.empty(rows, width, device=device, dtype=codes), scales, minimums
-    )
+    return QuantizedWeight(kind, empty(codes, rows, width), scales, minimums)

@@ -36,6 +36,7 @@ from shoal.model.parameters import (
     held_head_columns,
 )
 from shoal.model.rope import attention_factor, inverse_frequencies
+from shoal.model.streaming import LayerSource
 from shoal.model.token_ranges import TokenRanges
 
 
@@ -50,6 +51,7 @@ class Decoder:
         shard: what of the model the weights are; None: all.
         group: the ranks that share its layers, where there are several.
         device, dtype: where and in what it computes; None: as the embedding.
+        stream: brings the weights of layers that are not all on the device; None: they are.
 
     Attributes:
         hidden_dtype: of hidden states that go in or out.
@@ -67,6 +69,7 @@ class Decoder:
         group: Group | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        stream: LayerSource | None = None,
     ) -> None:
         embedding_VE = parameters.embedding_VE
         if device is None or dtype is None:
@@ -79,6 +82,7 @@ class Decoder:
         self.precision = precision or str(dtype).removeprefix("torch.")
         assert group is not None or self.shard.num_ranks == 1, "several ranks need a group"
         self._group = group if self.shard.num_ranks > 1 else None
+        self.stream = stream
         self._parameters = parameters
         self._kernels = kernels
         self._token_ranges: TokenRanges | None = None
@@ -98,13 +102,15 @@ class Decoder:
 
     @property
     def weight_bytes(self) -> int:
-        """Memory its weights take."""
-        return self._parameters.size_bytes
+        """Memory of the device that its weights take."""
+        if self.stream is None:
+            return self._parameters.size_bytes
+        return self._parameters.size_bytes + self.stream.slot_bytes - self.stream.size_bytes
 
     @property
     def fits_cuda_graphs(self) -> bool:
         """Whether a CUDA graph can hold its decode steps, from token ids to logits."""
-        is_whole = self.shard == whole(self.spec)
+        is_whole = self.shard == whole(self.spec) and self.stream is None
         on_device = self.device.type == "cuda" and self._kernels.reads_lengths_on_device
         return is_whole and on_device
 
@@ -131,13 +137,40 @@ class Decoder:
         self._parameters = replace(self._parameters, layers=tuple(layers))
         self._mixtures.deal(layer, dealing)
 
+    def compare(self, arithmetic: str) -> None:
+        """Find out whether the ranks with hidden states choose experts alike; all come at once.
+
+        Args:
+            arithmetic: ranks that say the same make the same bits of the same numbers.
+        """
+        if self._mixtures is not None:
+            self._mixtures.compare(arithmetic)
+
     def serve(self, layers: Range | None = None) -> None:
         """A Step on a rank with experts only; the ranks with hidden states run `forward`."""
         layers = self.shard.layers if layers is None else layers
         for index in range(layers.start, layers.stop):
-            experts = self._parameters.layers[index - self.shard.layers.start].experts
+            experts = self._enter(index).experts
             if experts is not None and self._mixtures is not None:
                 self._mixtures.serve(experts)
+            self._leave(index)
+
+    def multiply(self, layer: int) -> None:
+        """One token by the large weights of a layer, here or not: what a decode step mostly is.
+
+        For whoever wants to know how long it takes.
+        """
+        parameters = self._parameters.layers[layer - self.shard.layers.start]
+        weights = [parameters.qkv_CE, parameters.o_EC, parameters.gate_up_FE, parameters.down_EF]
+        if parameters.latent is not None:
+            weights += [parameters.latent.q_CR, parameters.latent.kv_CR]
+        if (experts := parameters.experts) is not None and self.spec.experts is not None:
+            num_active = self.spec.experts.num_active
+            weights += [*experts.gate_up_FE[:num_active], *experts.down_EF[:num_active]]
+        for weight in weights:
+            if weight is not None and not isinstance(weight, PackedWeight):
+                x_1E = torch.zeros(1, weight.shape[1], dtype=self.dtype, device=self.device)
+                self._linear(x_1E, weight, None)
 
     def forward(
         self, inputs: Tensor, batch: RaggedBatch, kv: KVCache, layers: Range | None = None
@@ -164,8 +197,8 @@ class Decoder:
         norm_E = self._norm_before(layers.start, layers)
         normed_TE = x_TE if norm_E is None else self._norm(x_TE, norm_E)
         for index in range(layers.start, layers.stop):
-            layer, held = self.spec.layers[index], index - self.shard.layers.start
-            parameters, layer_kv = self._parameters.layers[held], kv.layers[held]
+            layer, parameters = self.spec.layers[index], self._enter(index)
+            layer_kv = kv.layers[index - self.shard.layers.start]
             o_TE = self._attention(
                 normed_TE, layer, parameters, batch, layer_kv, angles[layer.rope]
             )
@@ -173,6 +206,7 @@ class Decoder:
             down_TE = self._mlp(normed_TE, parameters, index, batch)
             norm_E = self._norm_before(index + 1, layers)
             x_TE, normed_TE = self._add_norm(x_TE, down_TE, norm_E)
+            self._leave(index)
         return normed_TE
 
     def logits(self, hidden_NE: Tensor) -> Tensor:
@@ -183,6 +217,16 @@ class Decoder:
         logits_NV = self._linear(hidden_NE, head_VE, None).float()
         cap = self.spec.final_softcap
         return logits_NV if cap is None else (logits_NV / cap).tanh_().mul_(cap)
+
+    def _enter(self, index: int) -> LayerParameters:
+        """A layer of the model, with its weights on the device until `_leave`."""
+        if self.stream is not None and index in self.stream.layers:
+            self.stream.acquire(index)
+        return self._parameters.layers[index - self.shard.layers.start]
+
+    def _leave(self, index: int) -> None:
+        if self.stream is not None and index in self.stream.layers:
+            self.stream.release(index)
 
     def _embed(self, token_ids_T: Tensor) -> Tensor:
         """Rows of the table; each rank has those of its token ids, and zeros for the others."""

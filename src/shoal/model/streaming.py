@@ -1,4 +1,4 @@
-"""Layers whose weights fit nowhere: they stay on disk, and are read just ahead of their use.
+"""Layers whose weights fit no memory: they stay on disk, and are read just ahead of their use.
 
     layers on disk     2        5        8        2 ...        spread evenly among the others
     slots          [ layer 2 ][ layer 5 ]                      memory for two (or a few) of them
@@ -15,18 +15,67 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
+from typing import Protocol
 
 from torch import Tensor
 
 from shoal.core.errors import DeviceError
 from shoal.model.layer_file import LayerFile
 
+NUM_SLOTS = 2
 _log = logging.getLogger(__name__)
+
+
+class LayerSource(Protocol):
+    """Brings the weights of some layers to where they run: `LayerStream`, `HostLayers`."""
+
+    layers: tuple[int, ...]
+    read_s: float
+    read_cpu_s: float
+
+    @property
+    def size_bytes(self) -> int: ...
+
+    @property
+    def slot_bytes(self) -> int: ...
+
+    def acquire(self, layer: int) -> None: ...
+
+    def release(self, layer: int) -> None: ...
 
 
 def spread(num_layers: int, count: int) -> tuple[int, ...]:
     """`count` of the layers, as evenly as whole numbers allow: others run while one is read."""
     return tuple((2 * i + 1) * num_layers // (2 * count) for i in range(count))
+
+
+def layers_beyond(
+    layers: Sequence[int], tables: int, memory_bytes: int | None, elsewhere: str
+) -> tuple[int, ...]:
+    """As few layers as need be; the others, the tables and the slots fit the memory.
+
+    Args:
+        layers, tables: their bytes.
+        memory_bytes: None: there is no limit.
+        elsewhere: where they stay; for people.
+
+    Raises:
+        DeviceError: they do not, whatever stays there.
+    """
+    if memory_bytes is None or tables + sum(layers) <= memory_bytes:
+        return ()
+    needed = tables
+    for count in range(1, len(layers) + 1):
+        chosen = spread(len(layers), count)
+        kept = sum(size for index, size in enumerate(layers) if index not in chosen)
+        needed = tables + kept + min(NUM_SLOTS, count) * max(layers)
+        if needed <= memory_bytes:
+            return chosen
+    raise DeviceError(
+        f"weights may take {memory_bytes / 1e6:.0f} MB; with every layer {elsewhere}, {NUM_SLOTS} "
+        f"of them in memory and the embeddings still take {needed / 1e6:.0f} MB; give more memory, "
+        "or use --quantize int4"
+    )
 
 
 class LayerStream:

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from shoal.comm import Group
 from shoal.core.errors import WeightsError
@@ -21,17 +20,17 @@ from shoal.core.options import Quantization
 from shoal.core.split import Range, Shard, whole
 from shoal.kernels import KernelSet
 from shoal.kernels.cpu.step import Session
-from shoal.model.allocation import Allocator, allocate
 from shoal.model.decoder import Decoder
 from shoal.model.expert_loader import ExpertLoader
-from shoal.model.fill import Progress, fill
+from shoal.model.fill import Progress
 from shoal.model.gguf_source import GGUFSource
 from shoal.model.names import TensorNames, gguf_names, hf_names
 from shoal.model.packed_cache import PackedCache
 from shoal.model.packed_decoder import PackedDecoder
 from shoal.model.packed_weights import PackedLoad, load_packed
-from shoal.model.parameters import DecoderParameters, granule_of
-from shoal.model.placements import placements, tensor_shapes
+from shoal.model.parameters import granule_of
+from shoal.model.placements import tensor_shapes
+from shoal.model.plain_weights import PlainLoad, add_one_to_norms, load_plain
 from shoal.model.precision import WeightFormats, choose_formats
 from shoal.model.safetensors_source import SafetensorsSource
 from shoal.model.sources import WeightSource
@@ -49,6 +48,7 @@ def load_decoder(
     quantize: Quantization = "none",
     fingerprint: str = "",
     weights_memory_bytes: int | None = None,
+    host_memory_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Decoder | PackedDecoder:
     """A decoder with the weights of a safetensors folder or .gguf file.
@@ -64,8 +64,9 @@ def load_decoder(
         kernels: a kernel set, or a session of the compiled CPU path.
         quantize: see `precision.py`.
         fingerprint: of the checkpoint; packed weights that took long are kept under it.
-        weights_memory_bytes: what packed weights may take; layers beyond it stay on disk. None: all
-            are in memory.
+        weights_memory_bytes: what weights may take of the device; layers beyond it stay in host
+            memory, or on disk (or experts alone) where that is the device. None: all are there.
+        host_memory_bytes: what layers beyond a GPU's memory may take. None: what they need.
         progress: called with (bytes read, bytes to read) as loading goes on.
 
     Raises:
@@ -96,10 +97,11 @@ def load_decoder(
         )
     if isinstance(kernels, Session):
         cache = PackedCache(fingerprint, path, (spec, formats, dtype, shard))
-        load = PackedLoad(spec, shard, formats, dtype, source, names, cache, kernels.native)
+        native = kernels.native
+        load = PackedLoad(spec, shard, formats, dtype, source, names, cache, native, loader)
         packed = load_packed(load, weights_memory_bytes, progress)
         if spec.norm_plus_one:
-            _add_one_to_norms(packed.parameters)
+            add_one_to_norms(packed.parameters.layers, packed.parameters.final_norm_E)
         packed_decoder = PackedDecoder(
             spec,
             packed.parameters,
@@ -109,23 +111,28 @@ def load_decoder(
             shard=shard,
             group=group,
             stream=packed.stream,
+            store=packed.store,
         )
         if loader is not None:
             packed_decoder.expert_loader = loader
         return packed_decoder
-    parameters = allocate(spec, shard, formats, Allocator(device, dtype))
-    fill(list(placements(spec, shard, parameters, names)), source, None, progress)
-    if spec.norm_plus_one:
-        _add_one_to_norms(parameters)
+    cache = PackedCache(fingerprint, path, (spec, formats, dtype, shard))
+    plain = load_plain(
+        PlainLoad(spec, shard, formats, device, dtype, source, names, cache),
+        weights_memory_bytes,
+        host_memory_bytes,
+        progress,
+    )
     decoder = Decoder(
         spec,
-        parameters,
+        plain.parameters,
         kernels,
         formats.label,
         shard=shard,
         group=group,
         device=device,
         dtype=dtype,
+        stream=plain.stream,
     )
     decoder.expert_loader = loader
     return decoder
@@ -168,13 +175,3 @@ def _check(
     unknown = [name for name in unknown if not names.is_ignored(name)]
     if unknown:
         _log.warning("%s: %d tensors are not used, %s the first", path, len(unknown), unknown[0])
-
-
-def _add_one_to_norms(parameters: DecoderParameters) -> None:
-    norms: list[Tensor | None] = [parameters.final_norm_E]
-    for layer in parameters.layers:
-        norms += [layer.attention_norm_E, layer.qk_norm_HD, layer.post_attention_norm_E]
-        norms += [layer.ffn_norm_E, layer.post_ffn_norm_E]
-    for norm in norms:
-        if norm is not None:
-            norm.add_(1.0)

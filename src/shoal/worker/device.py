@@ -21,7 +21,7 @@ _DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-_CPU_WEIGHTS_SHARE = 0.8
+_WEIGHTS_SHARE = {"cpu": 0.8, "cuda": 0.9}
 _CPU_KV_SHARE = 0.25
 _CPU_KV_BYTES = 1 << 30
 _CPU_KV_FULL_LENGTH = 2
@@ -92,14 +92,14 @@ def kv_budget_bytes(
     return min(int(free * _CPU_KV_SHARE), wanted)
 
 
-def weights_budget_bytes(device: torch.device, share: float) -> int | None:
-    """Memory for packed weights when the user names none; the rest is for KV and for Steps.
+def weights_budget_bytes(device: torch.device, share: float, reserved_bytes: int = 0) -> int:
+    """Memory for weights when the user names none; the rest is for KV and for Steps.
 
-    None: they are not on a CPU, where layers can be left on disk.
+    Args:
+        reserved_bytes: what is known to be wanted of the rest.
     """
-    if device.type != "cpu":
-        return None
-    return int(free_memory_bytes(device) * share * _CPU_WEIGHTS_SHARE)
+    free = int(free_memory_bytes(device) * share) - reserved_bytes
+    return max(0, int(free * _WEIGHTS_SHARE[device.type]))
 
 
 def _auto_device() -> torch.device:

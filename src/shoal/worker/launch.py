@@ -33,10 +33,11 @@ from shoal.worker.device import (
     kv_budget_bytes,
     weights_budget_bytes,
 )
-from shoal.worker.disk_layers import disk_layers_text
+from shoal.worker.disk_experts import disk_experts_text
+from shoal.worker.disk_layers import disk_layers_text, plain_layers_text
 from shoal.worker.kv_pool import allocate, num_blocks_for, token_bytes
 from shoal.worker.memory import free_memory_bytes
-from shoal.worker.peak import step_bytes
+from shoal.worker.peak import sampling_bytes, step_bytes
 from shoal.worker.runner import Worker
 
 _STEP_TOKENS = 2048  # of the largest Step on a GPU, unless the options say
@@ -60,6 +61,7 @@ class LaunchedWorker:
 
     worker: Worker
     num_blocks: int
+    kv_bytes: int
     max_model_len: int
     device: str
     device_type: str
@@ -93,6 +95,7 @@ def launch_worker(
     return LaunchedWorker(
         worker=loaded.worker,
         num_blocks=facts.num_blocks,
+        kv_bytes=facts.kv_bytes,
         max_model_len=max_model_len,
         device=facts.device,
         device_type=facts.device_type,
@@ -126,7 +129,7 @@ def load_worker(
         torch.set_num_threads(options.num_threads)
     choice = choose_device(options.device)
     shard = shard or whole(spec)
-    compute = choose_compute(options, spec, choice.device, exchanges=shard.exchanges)
+    compute = choose_compute(options, spec, choice.device)
     started_s = time.perf_counter()
     decoder = load_decoder(
         Path(options.model_path),
@@ -138,20 +141,23 @@ def load_worker(
         kernels=compute.kernels,
         quantize=compute.quantize,
         fingerprint=options.fingerprint,
-        weights_memory_bytes=options.weights_memory_bytes
-        or weights_budget_bytes(choice.device, options.device_share),
+        weights_memory_bytes=_weights_budget(options, spec, shard, choice.device),
+        host_memory_bytes=weights_budget_bytes(torch.device("cpu"), options.device_share),
         progress=progress,
     )
     say(f"precision  {_precision(decoder, compute)} on {choice.device} ({choice.label})")
     say(f"kernels    {compute.label}")
     seconds = time.perf_counter() - started_s
     say(f"weights    {size_text(decoder.weight_bytes)}, loaded in {seconds:.1f} s")
-    disk = ""
-    if isinstance(decoder, PackedDecoder) and isinstance(compute.kernels, Session):
-        num_threads = options.num_threads or torch.get_num_threads()
+    num_threads = options.num_threads or torch.get_num_threads()
+    if isinstance(decoder, Decoder):
+        disk = plain_layers_text(decoder, num_threads)
+    else:
+        assert isinstance(compute.kernels, Session), "a packed decoder runs in one"
         disk = disk_layers_text(decoder, compute.kernels, num_threads)
+        disk = disk or disk_experts_text(decoder, compute.kernels)
     if disk:
-        say(f"on disk    {disk}")
+        say(f"{'on disk' if choice.device.type == 'cpu' else 'on host'}    {disk}")
     num_blocks = _num_blocks(options, spec, decoder, compute.kv_dtype, is_alone=group is None)
     kv = allocate(spec, decoder.shard, num_blocks or 1, compute.kv_dtype, decoder.device)
     facts = Loaded(
@@ -166,7 +172,10 @@ def load_worker(
         disk=disk,
         **_expert_facts(options, decoder),
     )
-    return LoadedWorker(Worker(decoder, kv, routes=routes, group=group), decoder, facts)
+    worker = Worker(
+        decoder, kv, routes=routes, group=group, arithmetic=compute.arithmetic_on(choice)
+    )
+    return LoadedWorker(worker, decoder, facts)
 
 
 def warm_up(worker: Worker, *, route: int = 0, num_hops: int = 1, hop: int = 0) -> None:
@@ -177,6 +186,7 @@ def warm_up(worker: Worker, *, route: int = 0, num_hops: int = 1, hop: int = 0) 
     Args:
         route, num_hops, hop: one that the worker is on.
     """
+    worker.compare()
     start = SequenceStart(
         token_ids=(0, 0), prompt_len=2, sampling=SamplingParams(temperature=0.0), eos_token_ids=()
     )
@@ -201,6 +211,18 @@ def _expert_facts(options: EngineOptions, decoder: Decoder | PackedDecoder) -> d
         return {}
     free = int(free_memory_bytes(decoder.device) * options.device_share)
     return {"expert_bytes": size, "expert_room": free // 2 // size}
+
+
+def _weights_budget(
+    options: EngineOptions, spec: ModelSpec, shard: Shard, device: torch.device
+) -> int:
+    if options.weights_memory_bytes is not None:
+        return options.weights_memory_bytes
+    reserved = 0
+    if device.type == "cuda":  # elsewhere, what is kept free beside weights is ample
+        reserved = options.kv_cache_memory_bytes or 0
+        reserved += sampling_bytes(spec, options.max_num_seqs) if shard.has_head else 0
+    return weights_budget_bytes(device, options.device_share, reserved)
 
 
 def _precision(decoder: Decoder | PackedDecoder, compute: Compute) -> str:

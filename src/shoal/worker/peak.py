@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from shoal.core.model_spec import ModelSpec
 from shoal.core.step import BLOCK_SIZE
 from shoal.kernels import RaggedBatch
 from shoal.model.decoder import Decoder
@@ -46,6 +47,11 @@ def step_bytes(
     activations = torch.cuda.max_memory_allocated(device) - before
     del hidden_TD, batch, positions_T, kv
     torch.cuda.empty_cache()
-    sampling = max_num_seqs * spec.vocab_size * 4 * _LOGITS_COPIES
+    sampling = sampling_bytes(spec, max_num_seqs)
     graphs = len(graph_sizes(max_num_seqs)) * _GRAPH_BYTES if decoder.fits_cuda_graphs else 0
     return activations + sampling + graphs
+
+
+def sampling_bytes(spec: ModelSpec, max_num_seqs: int) -> int:
+    """Of the rows of one Step."""
+    return max_num_seqs * spec.vocab_size * 4 * _LOGITS_COPIES

@@ -61,12 +61,12 @@ class Served:
 
     server: ServerProcess
 
-    def stream(self, index: int) -> Running:
+    def stream(self, index: int, max_tokens: int = MAX_TOKENS) -> Running:
         body = {
             "model": "smollm2-135m",
             "prompt": f"Chapter {index}. {TEXT * 12}",
             "ignore_eos": True,
-            "max_tokens": MAX_TOKENS,
+            "max_tokens": max_tokens,
             "temperature": 0.8 if index % 2 else 0,
             "seed": index,
         }
@@ -155,6 +155,21 @@ def test_one_replica_reads_prompts_and_another_goes_on(
     assert [apart.stream(index).result() for index in (6, 7)] == want
     assert apart.cached("replica-1") >= 300  # the prompts' KV came from replica-0
     assert apart.cached("replica-0") == 0
+
+
+def test_a_prompt_goes_where_fewest_run_and_its_kv_follows(start_server: StartServer) -> None:
+    options = ("--data-parallel-size", "2", "--dtype", "float32", "--api-key", KEY)
+    served = Served(start_server(*options))
+    served.wait_for_both()
+    want = served.stream(8).result()
+    at_work = served.stream(9, max_tokens=100)
+    at_work.wait_for(1)
+    served.stream(10, max_tokens=1).result()  # says how long a prompt takes on replica-1
+    assert served.home() == "replica-0"
+    before = served.cached("replica-1")
+    assert served.stream(8).result() == want
+    assert served.cached("replica-1") - before >= 150
+    at_work.result()
 
 
 def test_only_who_has_a_key_moves_requests(served: Served) -> None:

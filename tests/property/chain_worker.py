@@ -88,10 +88,25 @@ class _Instance:
     def lose(self) -> None:
         self._slots.clear()
 
+    def forget(self, sequence_ids: Sequence[int]) -> None:
+        for sequence_id in sequence_ids:
+            self.known.pop(sequence_id, None)
+
+    def copy(self, block: int, layer: int, source: _Instance, source_block: int) -> None:
+        """KV of one layer of a block, from another instance."""
+        self._before.update(source._before)
+        for offset in range(BLOCK_SIZE):
+            value = source._slots[source_block * BLOCK_SIZE + offset, layer]
+            self._slots[block * BLOCK_SIZE + offset, layer] = value
+
+    def spoil(self, block: int, layer: int) -> None:
+        """KV of nothing, as of a copy that did not end."""
+        for offset in range(BLOCK_SIZE):
+            self._slots[block * BLOCK_SIZE + offset, layer] = -1 - offset
+
     def run(self, step: Step, hop: int, layers: Range, values: tuple[list[int], ...]) -> None:
         """Change `values` from what goes into the layers to what comes out."""
-        for sequence_id in step.released:
-            self.known.pop(sequence_id, None)
+        self.forget(step.released)
         for row, row_values in zip(step.rows, values, strict=True):
             if row.start_state is not None:
                 self.known[row.sequence_id] = row.start_state.sampling.seed
@@ -164,6 +179,10 @@ class ChainWorkers:
         assert all(row.num_tokens and len(row.block_ids) == len(route) for row in step.rows)
         assert step.num_hops is None or 0 < step.num_hops < len(route)
         assert step.num_hops is None or not any(row.samples for row in step.rows)
+        on_route = {hop.instance for hop in route[: step.num_hops]}
+        for number, instance in enumerate(self.instances):
+            if number not in on_route:  # as executors do
+                instance.forget(step.released)
         running = _Running(step, route)
         for hop in route[: running.num_hops]:
             self._queues[hop.instance, step.route].append(running)

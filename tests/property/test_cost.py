@@ -8,7 +8,16 @@ from collections.abc import Iterator, Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.policy.cost import STEP_TOKENS, Run, cheapest_work, route_cost
+from shoal.policy.cost import (
+    COPY_SHARE,
+    STEP_TOKENS,
+    OtherHop,
+    Run,
+    cheapest_work,
+    gain_of_moving,
+    hop_load,
+    route_cost,
+)
 
 
 def hops_needed(position: int, cached: Sequence[int]) -> int:
@@ -81,3 +90,24 @@ def test_load_counts_by_layers_and_by_capacity() -> None:
     idle = route_cost(work, [10, 20], [0, 0], [1.0, 1.0])
     assert idle == work.cost
     assert route_cost(work, [10, 20], [100, 30], [1.0, 0.5]) == idle + 10 * 100 + 20 * 30 / 0.5
+
+
+def test_moving_pays_if_enough_others_are_left_behind() -> None:
+    def gain(here: int, there: int, num_copied: int = 96) -> float:
+        less = hop_load(10, here, 1.0) - hop_load(10, there, 1.0)
+        hops = [OtherHop(20, 100), OtherHop(10, num_copied, num_copied, less)]
+        return gain_of_moving(hops, 101)
+
+    assert gain(400, 0) > 0
+    assert gain(400, 0) == gain(1400, 1000)
+    assert gain(400, 340) < 0, "it costs more than it gains"
+    assert gain(0, 0) == -(96 * 10 * COPY_SHARE) - (5 + STEP_TOKENS) * 30
+    # What is copied need not be computed again.
+    assert gain(400, 0) - gain(400, 0, 0) == 96 * 30 - 96 * 10 * COPY_SHARE
+
+
+@given(less=st.integers(-1000, 1000), total=st.integers(2, 200))
+def test_a_route_that_differs_in_load_alone_gains_no_more_than_that(less: int, total: int) -> None:
+    full = (total - 1) // 16 * 16
+    hops = [OtherHop(3, total - 1), OtherHop(5, full, full, less)]
+    assert gain_of_moving(hops, total) < less

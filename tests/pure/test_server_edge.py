@@ -29,6 +29,7 @@ HELLO = {"prompt": "hello", "max_tokens": 2}
         ("GET", "/admin/replicas"),
         ("POST", "/admin/replicas/a/drain"),
         ("POST", "/admin/replicas/a/resume"),
+        ("POST", "/admin/replicas/a/instances/1/drain"),
     ],
 )
 def test_nobody_drains_a_server_without_keys(method: str, path: str) -> None:

@@ -17,14 +17,17 @@ from shoal.core.split import Range
 from shoal.kernels import KVCache, LayerKV
 from shoal.wire.curve import make_keys
 from shoal.wire.mesh import Mesh, Payload
-from shoal.wire.worker_messages import DropPull, EndLease, LendBlocks, PullBlocks
-from shoal.worker import transfer
+from shoal.wire.worker_messages import DropPull, EndLease, LendBlocks, PullBlocks, StopPull
+from shoal.worker import lender, transfer
+from shoal.worker.kv_bytes import bytes_of
 from shoal.worker.transfer import KVPort
 
 NUM_LAYERS, NUM_HEADS, HEAD_DIM, NUM_BLOCKS = 6, 3, 8, 40
 NAMES = ("lender-0", "lender-1", "borrower")
 BORROWED = tuple(range(30, 5, -1))
 LENT = tuple(range(2, 2 + len(BORROWED)))
+PIECE = 6
+"""Blocks in a piece, in fp32."""
 DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn)
 
 
@@ -163,13 +166,13 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_blocks_arrive_bit_by_bit_whatever_the_cut(dtype: torch.dtype, heads_first: bool) -> None:
     with three_sides(dtype, heads_first=heads_first) as (first, second, borrower):
         for side in (first, second):
-            side.port.lend(LendBlocks(7, LENT))
-        kept = [each.clone() for each in transfer._bytes_of(borrower.cache.layers[0], False)]
+            side.port.lend(LendBlocks(7, LENT, len(LENT)))
+        kept = [each.clone() for each in bytes_of(borrower.cache.layers[0], False)]
         sources = [first.source(NAMES[0]), second.source(NAMES[1])]
         assert borrower.pull(sources) == len(BORROWED)
         assert all(equal_blocks([first, second], borrower))
         others = [block for block in range(NUM_BLOCKS) if block not in BORROWED]
-        now = transfer._bytes_of(borrower.cache.layers[0], False)
+        now = bytes_of(borrower.cache.layers[0], False)
         assert all(torch.equal(a[others], b[others]) for a, b in zip(kept, now, strict=True))
 
 
@@ -178,25 +181,97 @@ def test_a_lease_may_be_asked_for_before_it_is_known() -> None:
         borrower.begin([first.source(NAMES[0]), second.source(NAMES[1])])
         time.sleep(0.1)
         for side in (first, second):
-            side.port.lend(LendBlocks(7, LENT))
+            side.port.lend(LendBlocks(7, LENT, len(LENT)))
         assert borrower.reports.get(timeout=10) == (5, len(BORROWED))
         assert all(equal_blocks([first, second], borrower))
+
+
+def lend(sides: list[Side], num_ready: int, num_blocks: int = len(LENT)) -> None:
+    for side in sides:
+        side.port.lend(LendBlocks(7, LENT[:num_blocks], num_ready))
+
+
+def wait_for_blocks(sides: list[Side], borrower: Side, num_blocks: int) -> None:
+    end = time.monotonic() + 10
+    while equal_blocks(sides, borrower)[:num_blocks] != [True] * num_blocks:
+        assert time.monotonic() < end, f"{num_blocks} blocks did not come"
+        time.sleep(0.01)
+
+
+def test_what_is_asked_for_ahead_is_sent_as_it_becomes_ready(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(transfer, "_SILENCE_S", 0.6)
+    monkeypatch.setattr(lender, "_SAY_LATER_EVERY_S", 0.1)
+    with three_sides(torch.float32) as (first, second, borrower):
+        lenders = [first, second]
+        lend(lenders, 0)
+        borrower.begin([first.source(NAMES[0]), second.source(NAMES[1])])
+        time.sleep(1.5)  # its lenders say that it is still to come
+        assert borrower.reports.empty()
+        assert not any(equal_blocks(lenders, borrower))
+        lend(lenders, PIECE)
+        wait_for_blocks(lenders, borrower, PIECE)
+        lend(lenders, 2 * PIECE + 1)
+        wait_for_blocks(lenders, borrower, 2 * PIECE)
+        assert borrower.reports.empty()
+        lend(lenders, len(LENT))
+        assert borrower.reports.get(timeout=10) == (5, len(BORROWED))
+        assert all(equal_blocks(lenders, borrower))
+
+
+def test_what_is_never_computed_ends_a_pull() -> None:
+    with three_sides(torch.float32) as (first, second, borrower):
+        lenders = [first, second]
+        lend(lenders, 1)
+        borrower.begin([first.source(NAMES[0]), second.source(NAMES[1])])
+        lend(lenders, PIECE + 2, PIECE + 2)
+        assert borrower.reports.get(timeout=10) == (5, PIECE)
+        assert all(equal_blocks(lenders, borrower)[:PIECE])
+
+
+def test_a_pull_that_is_stopped_says_what_is_whole() -> None:
+    with three_sides(torch.float32) as (first, second, borrower):
+        lenders = [first, second]
+        lend(lenders, PIECE)
+        borrower.begin([first.source(NAMES[0]), second.source(NAMES[1])])
+        wait_for_blocks(lenders, borrower, PIECE)
+        # All of it was written, but for what the last of it told the loop.
+        borrower.chores.put(partial(borrower.port.take, StopPull(5)))
+        assert borrower.reports.get(timeout=10) == (5, PIECE)
+        lend(lenders, len(LENT))
+        time.sleep(0.3)
+        assert borrower.reports.empty()
+        assert not any(equal_blocks(lenders, borrower)[PIECE:])
+
+
+def test_a_labs_links_are_kv_s_too() -> None:
+    with three_sides(torch.float32) as (first, second, borrower):
+        lenders = [first, second]
+        second.port._mesh.set_link(NAMES[2], cut=True)
+        lend(lenders, len(LENT))
+        borrower.begin([first.source(NAMES[0]), second.source(NAMES[1])])
+        time.sleep(0.5)
+        assert borrower.reports.empty()
+        second.port._mesh.set_link(NAMES[2], bandwidth_bytes_per_s=10e6)
+        assert borrower.reports.get(timeout=10) == (5, len(BORROWED))
+        assert all(equal_blocks(lenders, borrower))
 
 
 def test_a_damaged_piece_ends_the_pull_before_it() -> None:
     with three_sides(torch.float32, lender=DamagingMesh) as (first, second, borrower):
         first.port._mesh.damage_after = 10  # type: ignore[attr-defined]
         for side in (first, second):
-            side.port.lend(LendBlocks(7, LENT))
+            side.port.lend(LendBlocks(7, LENT, len(LENT)))
         num_whole = borrower.pull([first.source(NAMES[0]), second.source(NAMES[1])])
-        assert 0 < num_whole < len(BORROWED)
+        assert num_whole == 3 * PIECE, "it sends three layers, so its tenth piece is of the fourth"
         assert all(equal_blocks([first, second], borrower)[:num_whole])
 
 
 def test_a_lease_that_ended_is_read_no_more() -> None:
     with three_sides(torch.float32) as (first, second, borrower):
         for side in (first, second):
-            side.port.lend(LendBlocks(7, LENT))
+            side.port.lend(LendBlocks(7, LENT, len(LENT)))
             side.chores.put(partial(side.port.take, EndLease(7)))
         time.sleep(0.1)
         assert borrower.pull([first.source(NAMES[0]), second.source(NAMES[1])]) == 0
@@ -209,7 +284,7 @@ def test_a_layer_or_head_that_nobody_has_is_noticed_at_once() -> None:
 
 def test_a_lender_that_says_nothing_is_given_up() -> None:
     with three_sides(torch.float32) as (first, second, borrower):
-        first.port.lend(LendBlocks(7, LENT))
+        first.port.lend(LendBlocks(7, LENT, len(LENT)))
         silent = KVSource(NAMES[1], "tcp://127.0.0.1:9 tcp://127.0.0.1:9", *span_of(second))
         started_s = time.monotonic()
         assert borrower.pull([first.source(NAMES[0]), silent]) == 0
@@ -223,11 +298,11 @@ def test_a_pull_that_was_dropped_writes_nothing_more() -> None:
         done = threading.Event()
         borrower.chores.put(done.set)
         assert done.wait(5)
-        kept = [each.clone() for each in transfer._bytes_of(borrower.cache.layers[0], False)]
+        kept = [each.clone() for each in bytes_of(borrower.cache.layers[0], False)]
         for side in (first, second):
-            side.port.lend(LendBlocks(7, LENT))
+            side.port.lend(LendBlocks(7, LENT, len(LENT)))
         time.sleep(0.3)
-        now = transfer._bytes_of(borrower.cache.layers[0], False)
+        now = bytes_of(borrower.cache.layers[0], False)
         assert all(torch.equal(a, b) for a, b in zip(kept, now, strict=True))
         assert borrower.reports.empty()
 

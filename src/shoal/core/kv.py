@@ -70,10 +70,16 @@ class KVHop:
 
 @dataclass(frozen=True, slots=True)
 class KVLoan:
-    """Blocks that are not written until the lease ends."""
+    """Blocks that may be read until the lease ends.
+
+    Attributes:
+        num_ready: of each hop, the first ones that are written, and not again; those after them
+            still are to be.
+    """
 
     lease_id: int
     hops: tuple[KVHop, ...]
+    num_ready: int
 
 
 @dataclass(frozen=True, slots=True)

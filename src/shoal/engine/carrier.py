@@ -7,9 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from shoal.core.kv import KVHop, KVLoan, KVOffer, KVPlace, KVSource
+from shoal.core.kv import KVHop, KVLoan, KVOffer, KVPlace, KVPull, KVSource
 from shoal.core.split import Range
-from shoal.engine.events import DropKV, EndLoan, KVEffect, LendKV, PullKV, TellPulled
+from shoal.engine.events import (
+    CopyKV,
+    DropKV,
+    EndLoan,
+    GrowLoan,
+    KVEffect,
+    LendKV,
+    PullKV,
+    StopKV,
+    TellPulled,
+)
 from shoal.executor.transfers import KVMover
 from shoal.wire.messages import Lent, Pulled
 
@@ -36,24 +46,35 @@ class KVCarrier:
                 if names:
                     self._mover.lend(loan)
                 self._tell(Lent(self._offer(loan, names)))
+            case GrowLoan(loan):
+                self._mover.lend(loan)
             case EndLoan(lease_id):
                 self._mover.end_lease(lease_id)
             case PullKV(pull):
                 self._mover.pull(pull)
+            case CopyKV(loan, first, hops):
+                self._mover.lend(loan)
+                sources = self._sources(loan)
+                self._mover.pull(KVPull(loan.lease_id, loan.lease_id, first, sources, hops))
+            case StopKV(pull_id):
+                self._mover.stop(pull_id)
             case DropKV(pull_id):
                 self._mover.drop(pull_id)
             case TellPulled(pull_id, num_blocks):
                 self._tell(Pulled(pull_id, num_blocks))
 
     def _offer(self, loan: KVLoan, names: tuple[bytes, ...]) -> KVOffer:
+        return KVOffer(loan.lease_id, self._digest, names, self._sources(loan))
+
+    def _sources(self, loan: KVLoan) -> tuple[KVSource, ...]:
+        """Who has what of a loan."""
         places = self._mover.places
-        sources = tuple(
+        return tuple(
             KVSource(place.worker, place.address, _common(hop, place), place.heads)
             for hop in loan.hops
             for place in places
             if place.instance == hop.instance
         )
-        return KVOffer(loan.lease_id, self._digest, names, sources)
 
 
 def _common(hop: KVHop, place: KVPlace) -> Range:

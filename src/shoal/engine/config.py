@@ -22,6 +22,8 @@ class EngineConfig:
             another; empty: its ranks share all of them, as of all instances where it is left out.
         routes: chains of instances that a request may take, all of one length; the default: all
             layers on instance 0.
+        kv_kinds: of each instance, what the bytes of its KV follow from beside tokens and weights:
+            it is copied between instances of one kind. "", or empty for all: it stays.
         max_model_len: prompt and output tokens of one request at most.
         vocab_size: token ids lie in [0, vocab_size).
         eos_token_ids: ids that end a generation unless it ignores EOS.
@@ -41,6 +43,7 @@ class EngineConfig:
     vocab_size: int
     routes: tuple[Route, ...] = _ONE_DEVICE
     rank_blocks: tuple[tuple[int, ...], ...] = ()
+    kv_kinds: tuple[str, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
@@ -84,6 +87,11 @@ class EngineConfig:
     def route_tokens(self, route: int) -> int:
         """Tokens that one sequence may have on a route: its smallest instance binds."""
         return min(self.instance_blocks[hop.instance] for hop in self.routes[route]) * BLOCK_SIZE
+
+    def can_copy(self, source: int, target: int) -> bool:
+        """Whether KV of one instance can be copied to another."""
+        kinds = self.kv_kinds
+        return bool(kinds) and kinds[source] != "" and kinds[source] == kinds[target]
 
     def _check_routes(self) -> None:
         for instance, num_blocks in enumerate(self.instance_blocks):

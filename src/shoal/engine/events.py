@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shoal.core.kv import KVArrived, KVLoan, KVOffer, KVPull
+from shoal.core.kv import KVArrived, KVHop, KVLoan, KVOffer, KVPull
 from shoal.core.request import ErrorInfo, GenerateRequest, Grammar, Output
 from shoal.core.step import InstancesReady, Step, StepFailure, StepResult
+from shoal.engine.blocks import BlockName
 from shoal.engine.sequence import GrammarMatcher
 
 
@@ -48,10 +49,25 @@ class GrammarFailed:
 
 @dataclass(frozen=True, slots=True)
 class Lend:
-    """Lend the KV of a request, for so long at most; answered by `LendKV`, if with nothing."""
+    """Lend the KV of a request, for so long at most; answered by `LendKV`, if with nothing.
+
+    Attributes:
+        ahead: also what of its prompt is still to be computed, as it comes; answered when the
+            request runs.
+    """
 
     lease_id: int
     request_id: str
+    ttl_s: float
+    ahead: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LendPrefix:
+    """Lend as many of these blocks, from the first on, as are here; answered by `LendKV`."""
+
+    lease_id: int
+    names: tuple[BlockName, ...]
     ttl_s: float
 
 
@@ -71,6 +87,28 @@ class Receive:
 
 
 @dataclass(frozen=True, slots=True)
+class DrainInstance:
+    """Sequences leave an instance, and no new ones come, while there is another way; or no more."""
+
+    instance: int
+    is_drained: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepsDecoded:
+    """Of a run (`EngineState.decode_run`): so many Steps after those that were in flight came back.
+
+    Attributes:
+        token_ids: of each of its requests, what all of these Steps sampled.
+        compute_s: of all of them together.
+    """
+
+    num_steps: int
+    token_ids: tuple[int, ...]
+    compute_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """All that was there has been handled: look at deadlines, hand out Steps."""
 
@@ -85,9 +123,12 @@ Event = (
     | StepFailure
     | InstancesReady
     | Lend
+    | LendPrefix
     | EndLease
     | Receive
     | KVArrived
+    | DrainInstance
+    | StepsDecoded
     | Tick
 )
 
@@ -127,6 +168,13 @@ class LendKV:
 
 
 @dataclass(frozen=True, slots=True)
+class GrowLoan:
+    """More of a loan's blocks are ready; or those that are not will never be, and are left out."""
+
+    loan: KVLoan
+
+
+@dataclass(frozen=True, slots=True)
 class EndLoan:
     """Let nobody read the blocks of a lease any more: the next Steps may write them."""
 
@@ -138,6 +186,27 @@ class PullKV:
     """Fill blocks with KV from elsewhere; send `KVArrived` when that is over."""
 
     pull: KVPull
+
+
+@dataclass(frozen=True, slots=True)
+class CopyKV:
+    """Fill blocks with KV of other instances of this replica; send `KVArrived` when that is over.
+
+    Attributes:
+        loan: what is copied; the copy is a pull of the same number.
+        first: of its blocks; each of `hops` gets as many from there on as it names.
+    """
+
+    loan: KVLoan
+    first: int
+    hops: tuple[KVHop, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StopKV:
+    """A pull has taken long enough: send `KVArrived` with what is whole."""
+
+    pull_id: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,5 +224,5 @@ class TellPulled:
     num_blocks: int
 
 
-KVEffect = LendKV | EndLoan | PullKV | DropKV | TellPulled
+KVEffect = LendKV | GrowLoan | EndLoan | PullKV | CopyKV | StopKV | DropKV | TellPulled
 Effect = RunStep | Emit | CompileGrammar | KVEffect

@@ -51,6 +51,11 @@ class Flight:
         self._of_route[batch.route] -= 1
         return batch
 
+    def skip(self, num_steps: int) -> None:
+        """So many Steps, while none is in flight, are as if they had been there."""
+        assert not self._batches, "Steps are in flight"
+        self.next_step_id += num_steps
+
     def abandon(self) -> list[Batch]:
         """All of them, oldest first; a new incarnation begins."""
         batches = list(self._batches.values())

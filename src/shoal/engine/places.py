@@ -1,7 +1,8 @@
 """Which route a waiting sequence takes: what is cached along it against what runs there.
 
-A route is usable while none of its instances is down. Its cost is `policy/cost.py`'s; a route that
-has no room now, or could never hold the whole sequence, is none. Knows nothing of Steps.
+A route is usable while none of its instances is down, and open while none is drained either; who
+fits on no open route takes another. Its cost is `policy/cost.py`'s; a route that has no room now,
+or could never hold the whole sequence, is none. Knows nothing of Steps.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from shoal.core.stats import InstanceStats
 from shoal.core.step import BLOCK_SIZE
 from shoal.engine.blocks import blocks_for
 from shoal.engine.config import EngineConfig
@@ -34,19 +36,29 @@ class Place:
 
 
 class Places:
-    """The routes, and which of them may be taken."""
+    """The routes, and which of them may be taken.
+
+    Attributes:
+        shares: KV blocks of each instance, as a share of the largest's.
+        down: instances that run no Steps.
+        drained: instances that are to have no sequences.
+    """
 
     def __init__(self, config: EngineConfig, pools: Pools) -> None:
         self._config = config
         self._pools = pools
         largest = max(config.instance_blocks)
-        self._shares = [num_blocks / largest for num_blocks in config.instance_blocks]
+        self.shares = [num_blocks / largest for num_blocks in config.instance_blocks]
         self._layers = [[len(hop.layers) for hop in route] for route in config.routes]
         self._instances = [[hop.instance for hop in route] for route in config.routes]
         self.down: set[int] = set()
+        self.drained: set[int] = set()
 
     def is_usable(self, route: int) -> bool:
         return self.down.isdisjoint(self._instances[route])
+
+    def is_open(self, route: int) -> bool:
+        return self.is_usable(route) and self.drained.isdisjoint(self._instances[route])
 
     @property
     def usable(self) -> list[int]:
@@ -56,12 +68,30 @@ class Places:
         """Of each hop."""
         return self._instances[route]
 
+    def stats(self, running: Sequence[TokenSequence]) -> tuple[InstanceStats, ...]:
+        """Of each instance on a route, where there are several."""
+        if len(self._instances) == 1:
+            return ()
+        stages = {each: stage for route in self._instances for stage, each in enumerate(route)}
+        counts = Counter(each for other in running for each in self._instances[other.route])
+        return tuple(
+            InstanceStats(
+                instance=instance,
+                stage=stages[instance],
+                is_down=instance in self.down,
+                is_drained=instance in self.drained,
+                num_running=counts[instance],
+            )
+            for instance in sorted(stages)
+        )
+
     def candidates(self, sequence: TokenSequence, running: Sequence[TokenSequence]) -> list[Place]:
         """Its places on usable routes that could hold all of it, the cheapest first."""
         routes = [
             route for route in self.usable if sequence.max_len <= self._config.route_tokens(route)
         ]
-        load = self._tokens(running) if len(routes) > 1 else Counter()
+        routes = [route for route in routes if self.is_open(route)] or routes
+        load = self.tokens(running) if len(routes) > 1 else Counter()
         return sorted((self._place(sequence, route, load) for route in routes), key=_by_cost)
 
     def has_room(
@@ -93,6 +123,14 @@ class Places:
                 held[instance] += len(hop.block_ids)
         return held
 
+    def tokens(self, running: Sequence[TokenSequence]) -> Counter[int]:
+        """Tokens of the sequences that run on each instance."""
+        tokens: Counter[int] = Counter()
+        for sequence in running:
+            for instance in self._instances[sequence.route]:
+                tokens[instance] += sequence.total_len
+        return tokens
+
     def _place(self, sequence: TokenSequence, route: int, load: Counter[int]) -> Place:
         found = self._found(sequence, route)
         layers, instances = self._layers[route], self._instances[route]
@@ -103,7 +141,7 @@ class Places:
             work,
             layers,
             [load[instance] for instance in instances],
-            [self._shares[instance] for instance in instances],
+            [self.shares[instance] for instance in instances],
         )
         return Place(route, found, work, cost)
 
@@ -119,14 +157,6 @@ class Places:
         """Free blocks of an instance that admitting a sequence would use up."""
         pool = self._pools.of_instance[instance]
         return wanted - sum(1 for block in found if not pool.is_free(block))
-
-    def _tokens(self, running: Sequence[TokenSequence]) -> Counter[int]:
-        """Tokens of the sequences that run on each instance."""
-        tokens: Counter[int] = Counter()
-        for sequence in running:
-            for instance in self._instances[sequence.route]:
-                tokens[instance] += sequence.total_len
-        return tokens
 
 
 def _by_cost(place: Place) -> float:

@@ -26,6 +26,7 @@ from shoal.engine.places import Place, Places
 from shoal.engine.pools import Pools
 from shoal.engine.sequence import HopBlocks, Status
 from shoal.engine.sequence import Sequence as TokenSequence
+from shoal.policy.cost import Work
 
 Rows = list[tuple[TokenSequence, StepRow]]
 
@@ -57,8 +58,8 @@ class Scheduler:
         self.running: list[TokenSequence] = []
         # Finished or preempted, their blocks still in use by Steps in flight.
         self.leaving: list[TokenSequence] = []
-        # Of each route: those whose sampler state its workers may forget.
-        self._released: list[list[int]] = [[] for _ in config.routes]
+        # Those whose sampler state workers may forget.
+        self._released: list[int] = []
         self._max_pending = config.max_steps_in_flight if config.num_stages == 1 else 1
         self._last_turns: Counter[tuple[int, int]] = Counter()
         self._num_turns = 0
@@ -93,7 +94,7 @@ class Scheduler:
             batch = self._batch(route, step_id, num_hops)
             for sequence in sequences:
                 # An earlier turn of this loop may have preempted it.
-                if sequence.status is Status.RUNNING and self._grow(sequence, batch.rows):
+                if sequence.status is Status.RUNNING and self.grow(sequence, batch.rows):
                     self._put(sequence, batch)
                 if not batch.budget:
                     break
@@ -137,9 +138,19 @@ class Scheduler:
     def preempt(self, sequence: TokenSequence) -> None:
         """Take its place from a running sequence; it waits, and is computed again."""
         self.num_preemptions += 1
+        sequence.is_paused = False
         self.running.remove(sequence)
         self._let_go(sequence)
         self.add(sequence)
+
+    def rebind(
+        self, sequence: TokenSequence, route: int, hops: tuple[HopBlocks, ...], work: Work
+    ) -> None:
+        """A running sequence goes on on another route; no Step of it is in flight."""
+        assert not sequence.in_flight, f"{sequence.in_flight} Steps of it are on the old route"
+        self._tell_workers_to_forget(sequence)
+        self.num_admissions += 1
+        sequence.bind(self.num_admissions, route, hops, work)
 
     def leave_unusable(self) -> None:
         """Those on routes that can't be taken now wait for another, if there is one."""
@@ -148,14 +159,14 @@ class Scheduler:
                 if not self.places.is_usable(sequence.route):
                     self.preempt(sequence)
 
-    def take_released(self, route: int) -> tuple[int, ...]:
-        """Sequences that a route's workers may forget; said once."""
-        released, self._released[route] = tuple(self._released[route]), []
+    def take_released(self) -> tuple[int, ...]:
+        """Sequences that all workers may forget; said once."""
+        released, self._released = tuple(self._released), []
         return released
 
     def forget_workers(self) -> None:
         """All workers forgot all sequences."""
-        self._released = [[] for _ in self._released]
+        self._released = []
 
     def check_integrity(self, held: Callable[[int], Iterable[list[int]]] = _nothing) -> None:
         """Every block is accounted for; for tests and idle time.
@@ -216,7 +227,7 @@ class Scheduler:
             suspect.status is Status.RUNNING
             and suspect.route == route
             and suspect.can_schedule(self._max_pending)
-            and self._grow(suspect, batch.rows)
+            and self.grow(suspect, batch.rows)
         ):
             self._put(suspect, batch)
         return batch
@@ -249,7 +260,7 @@ class Scheduler:
         batch.rows.append((sequence, row))
         batch.budget -= row.num_tokens
 
-    def _grow(self, sequence: TokenSequence, rows: Rows) -> bool:
+    def grow(self, sequence: TokenSequence, rows: Rows) -> bool:
         """Give a running sequence the block its next token needs, if there is one to be had."""
         missing = blocks_for(sequence.total_len) - len(sequence.hops[0].block_ids)
         if missing <= 0:
@@ -275,7 +286,7 @@ class Scheduler:
 
     def _displace(self) -> None:
         """Make room for a waiting request that is more urgent than running ones."""
-        if not self.waiting or self._find_place(self.waiting[0]) is not None:
+        if not self.waiting or self.find_place(self.waiting[0]) is not None:
             return
         urgent = self.waiting[0]
         victims = [s for s in self.running if s.request.priority > urgent.request.priority]
@@ -301,7 +312,7 @@ class Scheduler:
 
     def _admit(self, sequence: TokenSequence) -> bool:
         """Give a waiting sequence a route and the blocks of all its known tokens."""
-        if sequence.in_flight or (place := self._find_place(sequence)) is None:
+        if sequence.in_flight or (place := self.find_place(sequence)) is None:
             return False
         wanted, hops = blocks_for(sequence.total_len), []
         for pool, found in zip(self.pools.along(place.route), place.found, strict=True):
@@ -309,11 +320,7 @@ class Scheduler:
             fresh = pool.allocate(wanted - len(found))
             hops.append(HopBlocks([*found, *fresh], len(found), len(found)))
         self.num_admissions += 1
-        # A new name each time: its old workers may be told late that they may forget it.
-        sequence.sequence_id = self.num_admissions
-        sequence.route, sequence.hops = place.route, tuple(hops)
-        sequence.runs = place.work.runs[:-1]  # the last one is all the rest
-        sequence.num_scheduled = sequence.num_returned = place.work.start
+        sequence.bind(self.num_admissions, place.route, tuple(hops), place.work)
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = min(sequence.num_scheduled, sequence.prompt_len)
         self.waiting.remove(sequence)
@@ -321,7 +328,7 @@ class Scheduler:
         insort(self.running, sequence, key=_rank)
         return True
 
-    def _find_place(self, sequence: TokenSequence) -> Place | None:
+    def find_place(self, sequence: TokenSequence) -> Place | None:
         """The best route with room for it."""
         if len(self.running) >= self._config.max_num_seqs:
             return None
@@ -353,8 +360,11 @@ class Scheduler:
         for pool, hop in zip(self.pools.along(sequence.route), sequence.hops, strict=True):
             pool.release(hop.block_ids)
         sequence.hops = ()
+        self._tell_workers_to_forget(sequence)
+
+    def _tell_workers_to_forget(self, sequence: TokenSequence) -> None:
         if sequence.num_hops_told:
-            self._released[sequence.route].append(sequence.sequence_id)
+            self._released.append(sequence.sequence_id)
         sequence.num_hops_told = 0
 
     def _held(self, sequences: Iterable[TokenSequence], instance: int) -> Iterable[list[int]]:

@@ -16,7 +16,7 @@ from typing import Protocol
 from shoal.core.request import GenerateRequest, TokenLogprobs
 from shoal.core.step import BLOCK_SIZE, SequenceStart, StepRow, TokenRef
 from shoal.engine.blocks import BlockName, block_name
-from shoal.policy.cost import Run
+from shoal.policy.cost import Run, Work
 
 
 class GrammarMatcher(Protocol):
@@ -86,6 +86,7 @@ class Sequence:
         self.num_returned = 0
         self.num_pending = 0
         self.in_flight = 0
+        self.is_paused = False  # about to go on elsewhere: no more rows of it
         self.last_turn = 0
         self.num_hops_told = 0
         self.num_failures = 0
@@ -128,7 +129,7 @@ class Sequence:
         Args:
             max_pending: sampled tokens in flight that the row may follow.
         """
-        if self.num_to_compute == 0 or self.total_len >= self.max_len:
+        if self.num_to_compute == 0 or self.total_len >= self.max_len or self.is_paused:
             return False
         # A mask needs every token before it; everything else may run ahead.
         return self.num_pending <= (max_pending if self.matcher is None else 0)
@@ -144,6 +145,17 @@ class Sequence:
     @property
     def wants_prompt_logprobs(self) -> bool:
         return self.request.sampling.prompt_logprobs is not None
+
+    def bind(self, sequence_id: int, route: int, hops: tuple[HopBlocks, ...], work: Work) -> None:
+        """It runs on a route from now on, with these blocks.
+
+        Args:
+            sequence_id: a new one each time: its old workers may be told late to forget it.
+        """
+        self.sequence_id, self.route, self.hops = sequence_id, route, hops
+        self.runs = work.runs[:-1]  # the last one is all the rest
+        self.num_scheduled = self.num_returned = work.start
+        self.is_paused = False
 
     def make_row(self, num_tokens: int) -> StepRow:
         """A row of the next `num_tokens` tokens of its run; its blocks are there."""

@@ -22,9 +22,11 @@ from shoal.core.request import ErrorInfo, FinishReason, GenerateRequest, Output,
 from shoal.core.stats import EngineStats
 from shoal.core.step import InstancesReady, RowResult, StepFailure, StepResult, StepRow
 from shoal.engine.config import EngineConfig
+from shoal.engine.decode_run import DecodeRun, advance, find_run
 from shoal.engine.events import (
     Cancel,
     CompileGrammar,
+    DrainInstance,
     Effect,
     Emit,
     EndLease,
@@ -33,8 +35,10 @@ from shoal.engine.events import (
     GrammarReady,
     GrammarStarted,
     Lend,
+    LendPrefix,
     Receive,
     RunStep,
+    StepsDecoded,
     Submit,
     Tick,
 )
@@ -42,6 +46,7 @@ from shoal.engine.flight import Flight
 from shoal.engine.intake import already_over, new_sequence, refuse_if_wrong
 from shoal.engine.pace import CompletionPace
 from shoal.engine.recovery import recover
+from shoal.engine.route_moves import RouteMoves
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.sequence import GrammarMatcher, Sequence, Status
 from shoal.engine.transfers import Transfers
@@ -57,6 +62,7 @@ class EngineState:
         # Those that time alone may end: looked at with every Tick, so not all of them.
         self._timed: dict[str, Sequence] = {}
         self._transfers = Transfers(config, self._scheduler)
+        self._moves = RouteMoves(config, self._scheduler)
         self._flight = Flight(config)
         self._num_submitted = 0
         self._pace = CompletionPace()
@@ -76,7 +82,7 @@ class EngineState:
     def next_deadline(self) -> float | None:
         """When a Tick is due even if nothing happens."""
         deadlines = [sequence.next_deadline for sequence in self._timed.values()]
-        deadlines.append(self._transfers.next_deadline())
+        deadlines += [self._transfers.next_deadline(), self._moves.next_deadline()]
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def stats(self) -> EngineStats:
@@ -94,15 +100,26 @@ class EngineState:
             steps=self._counters["steps"],
             busy_s=self._busy_s,
             recovering=bool(self._scheduler.places.down),
+            route_moves=self._moves.num_moved,
+            copied_tokens=self._moves.num_copied_tokens,
+            instances=self._scheduler.places.stats(self._scheduler.running),
         )
+
+    def decode_run(self) -> DecodeRun | None:
+        """Steps that may be taken at once (`StepsDecoded`), after those in flight came back."""
+        if self._timed or self._transfers:
+            return None
+        return find_run(self._config, self._scheduler, self._flight)
 
     def check_integrity(self) -> None:
         """Raises AssertionError if the books don't balance; for tests and idle time."""
-        self._scheduler.check_integrity(self._transfers.held)
+        self._scheduler.check_integrity(
+            lambda instance: [*self._transfers.held(instance), *self._moves.held(instance)]
+        )
         known = {id(sequence) for sequence in self._sequences.values()}
         for sequence in [*self._scheduler.waiting, *self._scheduler.running]:
             assert id(sequence) in known
-        if not self._sequences and not self._flight and not self._transfers:
+        if not (self._sequences or self._flight or self._transfers or self._moves):
             assert all(p.num_free == p.num_blocks for p in self._scheduler.pools.of_instance)
 
     # --- events ---
@@ -123,20 +140,28 @@ class EngineState:
                 return self._step_done(event, now)
             case StepFailure():
                 return self._step_failed(event, now)
+            case StepsDecoded():
+                return self._steps_decoded(event)
             case InstancesReady(instances):
                 return self._instances_ready(instances)
-            case Lend(lease_id, request_id, ttl_s):
+            case Lend(lease_id, request_id, ttl_s, ahead):
                 sequence = self._sequences.get(request_id)
-                return self._transfers.lend(lease_id, sequence, now + ttl_s)
+                return self._transfers.loans.lend(lease_id, sequence, now + ttl_s, ahead=ahead)
+            case LendPrefix(lease_id, names, ttl_s):
+                return self._transfers.loans.lend_prefix(lease_id, names, now + ttl_s)
             case EndLease(lease_id):
-                return self._transfers.end_loan(lease_id)
+                return self._transfers.loans.end(lease_id)
             case Receive(offer, ttl_s):
                 return self._transfers.receive(offer, now + ttl_s)
             case KVArrived():
-                return self._transfers.arrived(event)
+                return [*self._moves.arrived(event), *self._transfers.arrived(event)]
+            case DrainInstance(instance, is_drained):
+                self._moves.drain(instance, is_drained)
+                return []
             case Tick():
                 expired = [*self._transfers.expire(now), *self._expire(now)]
-                return [*expired, *self._hand_out()]
+                moved = self._moves.advance(now)
+                return [*expired, *moved, *self._hand_out(), *self._transfers.loans.grow()]
 
     def _submit(self, request: GenerateRequest, now: float) -> list[Effect]:
         try:
@@ -189,6 +214,17 @@ class EngineState:
                 effects += self._take_row(sequence, row, row_result, now)
         return effects
 
+    def _steps_decoded(self, run: StepsDecoded) -> list[Effect]:
+        self._flight.skip(run.num_steps)
+        advance(self._scheduler, run.num_steps, run.token_ids)
+        self._counters["steps"] += run.num_steps
+        self._counters["output"] += run.num_steps * len(run.token_ids)
+        self._busy_s += run.compute_s
+        return [
+            Emit(Output(request_id=each.request.request_id, token_ids=(token_id,) * run.num_steps))
+            for each, token_id in zip(self._scheduler.running, run.token_ids, strict=True)
+        ]
+
     def _step_failed(self, failure: StepFailure, now: float) -> list[Effect]:
         """Abandon everything in flight; its requests go on from what they have."""
         if failure.incarnation != self._flight.incarnation:
@@ -200,7 +236,7 @@ class EngineState:
         self._scheduler.places.down.update(failure.down)
         everywhere = range(len(self._config.instance_blocks))
         recover(self._scheduler, abandoned, everywhere if failure.lost is None else failure.lost)
-        effects = self._transfers.end_all()
+        effects = [*self._transfers.end_all(), *self._moves.end_all()]
         for sequence in list(self._sequences.values()):
             if sequence.num_failures > self._config.max_step_failures:
                 error = RequestError(f"the model failed on this request: {failure.reason}")
@@ -210,6 +246,7 @@ class EngineState:
     def _instances_ready(self, instances: tuple[int, ...]) -> list[Effect]:
         self._scheduler.places.down.difference_update(instances)
         self._scheduler.leave_unusable()
+        self._moves.look_soon()
         return []
 
     def _expire(self, now: float) -> list[Effect]:
@@ -244,7 +281,7 @@ class EngineState:
                     continue
                 batch = scheduler.fill(route, flight.next_step_id)
                 if batch.rows:
-                    effects.append(RunStep(flight.hand_out(batch, scheduler.take_released(route))))
+                    effects.append(RunStep(flight.hand_out(batch, scheduler.take_released())))
         return effects
 
     # --- one request ---

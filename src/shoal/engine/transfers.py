@@ -1,7 +1,6 @@
 """KV that is lent to other engines, and KV that is on its way here.
 
-    lend      a running sequence's full blocks, as far as their KV came back: held until the
-              lease is ended, or runs out by itself
+    loans     what is lent is held until its lease ends (engine/loans.py)
     receive   free blocks are taken and filled; those that are whole when the pull is over are
               published by name, and let go: admission finds them like any cached prefix
 
@@ -13,87 +12,54 @@ nothing of workers, or of why KV moves.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from shoal.core.kv import KVArrived, KVHop, KVLoan, KVOffer, KVPull
-from shoal.core.step import BLOCK_SIZE
+from shoal.core.kv import KVArrived, KVHop, KVOffer, KVPull
 from shoal.engine.config import EngineConfig
-from shoal.engine.events import DropKV, Effect, EndLoan, LendKV, PullKV, TellPulled
+from shoal.engine.events import DropKV, Effect, PullKV, StopKV, TellPulled
+from shoal.engine.loans import Loans
 from shoal.engine.scheduler import Scheduler
-from shoal.engine.sequence import Sequence, Status
 
-
-@dataclass(frozen=True, slots=True)
-class _Loan:
-    deadline: float
-    hops: tuple[KVHop, ...]
+_STOP_GRACE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class _Pull:
     deadline: float
     route: int
+    first: int
     names: tuple[bytes, ...]
     hops: tuple[KVHop, ...]
+    is_stopped: bool = False
 
 
 class Transfers:
-    """Of one engine."""
+    """Of one engine.
+
+    Attributes:
+        loans: what others may read.
+    """
 
     def __init__(self, config: EngineConfig, scheduler: Scheduler) -> None:
         self._config = config
         self._pools = scheduler.pools
         self._scheduler = scheduler
-        self._loans: dict[int, _Loan] = {}
+        self.loans = Loans(config, scheduler)
         self._pulls: dict[int, _Pull] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._loans or self._pulls)
+        return bool(self.loans or self._pulls)
 
     def next_deadline(self) -> float | None:
         """When something of it ends by itself."""
-        both: list[_Loan | _Pull] = [*self._loans.values(), *self._pulls.values()]
-        return min((each.deadline for each in both), default=None)
+        deadlines = [self.loans.next_deadline(), *(each.deadline for each in self._pulls.values())]
+        return min((each for each in deadlines if each is not None), default=None)
 
     def held(self, instance: int) -> list[list[int]]:
         """Blocks of an instance that are lent or on their way; for tests and idle time."""
-        both: list[_Loan | _Pull] = [*self._loans.values(), *self._pulls.values()]
-        hops = (hop for each in both for hop in each.hops)
-        return [list(hop.block_ids) for hop in hops if hop.instance == instance]
-
-    # --- lending ---
-
-    def lend(self, lease_id: int, sequence: Sequence | None, until: float) -> list[Effect]:
-        """Lend what there is of a sequence, which may be nothing."""
-        if lease_id in self._loans:
-            return []
-        names, hops = self._full_blocks(sequence)
-        if names:
-            for hop in hops:
-                self._pools.of_instance[hop.instance].hold(hop.block_ids)
-            self._loans[lease_id] = _Loan(until, hops)
-        return [LendKV(KVLoan(lease_id, hops), names)]
-
-    def end_loan(self, lease_id: int) -> list[Effect]:
-        loan = self._loans.pop(lease_id, None)
-        if loan is None:
-            return []
-        self._let_go(loan.hops)
-        return [EndLoan(lease_id)]
-
-    def _full_blocks(
-        self, sequence: Sequence | None
-    ) -> tuple[tuple[bytes, ...], tuple[KVHop, ...]]:
-        if sequence is None or sequence.status is not Status.RUNNING:
-            return (), ()
-        num_tokens = min(sequence.num_returned, len(sequence.token_ids))
-        names = tuple(sequence.names(num_tokens // BLOCK_SIZE))
-        route = self._config.routes[sequence.route]
-        hops = tuple(
-            KVHop(at.instance, at.layers, tuple(hop.block_ids[: len(names)]))
-            for at, hop in zip(route, sequence.hops, strict=True)
-        )
-        return names, hops
+        hops = (hop for each in self._pulls.values() for hop in each.hops)
+        coming = [list(hop.block_ids) for hop in hops if hop.instance == instance]
+        return [*self.loans.held(instance), *coming]
 
     # --- receiving ---
 
@@ -113,7 +79,7 @@ class Transfers:
             KVHop(hop.instance, hop.layers, tuple(pool.allocate(count)))
             for hop, pool in zip(self._config.routes[route], self._pools.along(route), strict=True)
         )
-        self._pulls[pull_id] = _Pull(until, route, names, hops)
+        self._pulls[pull_id] = _Pull(until, route, first, names, hops)
         return [PullKV(KVPull(pull_id, pull_id, first, offer.sources, hops))]
 
     def arrived(self, event: KVArrived) -> list[Effect]:
@@ -125,7 +91,7 @@ class Transfers:
             named = zip(hop.block_ids[:count], pull.names[:count], strict=True)
             self._pools.publish(pull.route, index, named)
         self._let_go(pull.hops)
-        return [TellPulled(event.pull_id, min(event.num_blocks))]
+        return [TellPulled(event.pull_id, pull.first + min(event.num_blocks))]
 
     def _roomiest_route(self) -> int | None:
         usable = self._scheduler.places.usable
@@ -139,23 +105,24 @@ class Transfers:
     # --- ends ---
 
     def expire(self, now: float) -> list[Effect]:
-        effects: list[Effect] = []
-        for lease_id, loan in list(self._loans.items()):
-            if now >= loan.deadline:
-                effects += self.end_loan(lease_id)
+        effects = self.loans.expire(now)
         for pull_id, pull in list(self._pulls.items()):
             if now >= pull.deadline:
-                effects += self._drop(pull_id)
+                effects += self._drop(pull_id) if pull.is_stopped else self._stop(pull_id, now)
         return effects
 
     def end_all(self) -> list[Effect]:
         """Workers failed: what they wrote can't be trusted."""
-        effects: list[Effect] = []
-        for lease_id in list(self._loans):
-            effects += self.end_loan(lease_id)
+        effects = self.loans.end_all()
         for pull_id in list(self._pulls):
             effects += self._drop(pull_id)
         return effects
+
+    def _stop(self, pull_id: int, now: float) -> list[Effect]:
+        """What came in time is of use; workers say at once how much that is, unless they hang."""
+        pull = self._pulls[pull_id]
+        self._pulls[pull_id] = replace(pull, deadline=now + _STOP_GRACE_S, is_stopped=True)
+        return [StopKV(pull_id)]
 
     def _drop(self, pull_id: int) -> list[Effect]:
         self._let_go(self._pulls.pop(pull_id).hops)

@@ -30,20 +30,25 @@ class Capacity:
         instance_blocks: KV blocks of each instance.
         rank_blocks: of each instance, how many of them each rank has, one after another; empty
             where every rank has its heads of all.
+        block_bytes: of a KV block over all layers, on the roomiest route; 0: KV split by token
+            ranges, which stays where it is.
         max_model_len: tokens of one request at most.
         device, device_type, dtype: for people, and for defaults.
         digest: what, beside the checkpoint, the bytes of the KV follow from.
+        kv_kinds: the same of each instance; "" where its KV stays.
         lines: the same for people, worker by worker.
     """
 
     instance_blocks: tuple[int, ...]
     rank_blocks: tuple[tuple[int, ...], ...]
+    block_bytes: int
     max_model_len: int
     device: str
     device_type: str
     dtype: str
     digest: str
     lines: tuple[str, ...]
+    kv_kinds: tuple[str, ...] = ()
 
 
 def settle(replica: ReplicaPlan, options: EngineOptions, spec: ModelSpec, facts: Facts) -> Capacity:
@@ -63,11 +68,16 @@ def settle(replica: ReplicaPlan, options: EngineOptions, spec: ModelSpec, facts:
             rank_blocks(replica, instance, _ranks_of(facts, instance))
             for instance in range(len(replica.instances))
         ),
+        block_bytes=_block_bytes(replica, route, facts),
         max_model_len=max_model_len,
         device=", ".join(dict.fromkeys(each.device for each in kinds)),
         device_type="cuda" if all(each.device_type == "cuda" for each in kinds) else "cpu",
         dtype=", ".join(dict.fromkeys(each.dtype for each in kinds)),
         digest="+".join(dict.fromkeys(each.digest for each in kinds)),
+        kv_kinds=tuple(
+            _kv_kind(replica, _ranks_of(facts, instance))
+            for instance in range(len(replica.instances))
+        ),
         lines=(
             *(_worker_line(replica, spec, key, facts[key]) for key in sorted(facts)),
             *(
@@ -119,8 +129,23 @@ def _instance_blocks(
     return tuple(found.get(i, unbounded) for i in range(len(replica.instances)))
 
 
+def _kv_kind(replica: ReplicaPlan, ranks: Sequence[Loaded]) -> str:
+    """What the bytes of an instance's KV follow from; "" if it cannot be copied to another."""
+    digests = {each.digest for each in ranks if each.num_blocks is not None}
+    stays = any(each.split.kv == "tokens" for each in replica.instances)
+    return "" if stays or len(digests) != 1 else digests.pop()
+
+
 def _ranks_of(facts: Facts, instance: int) -> list[Loaded]:
     return [facts[key] for key in sorted(facts) if key[0] == instance]
+
+
+def _block_bytes(replica: ReplicaPlan, route: Route, facts: Facts) -> int:
+    instances = [hop.instance for hop in route]
+    if any(replica.instances[instance].split.kv == "tokens" for instance in instances):
+        return 0
+    ranks = (each for instance in instances for each in _ranks_of(facts, instance))
+    return sum(each.kv_bytes // each.num_blocks for each in ranks if each.num_blocks)
 
 
 def _room(route: Route, blocks: tuple[int, ...]) -> int:

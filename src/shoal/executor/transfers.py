@@ -17,9 +17,9 @@ from typing import Protocol
 from shoal.core.kv import KVArrived, KVLoan, KVPlace, KVPull
 from shoal.core.model_spec import ModelSpec
 from shoal.core.plan import ReplicaPlan
-from shoal.wire.worker_messages import DropPull, EndLease, LendBlocks, PullBlocks
+from shoal.wire.worker_messages import DropPull, EndLease, LendBlocks, PullBlocks, StopPull
 
-Order = LendBlocks | EndLease | PullBlocks | DropPull
+Order = LendBlocks | EndLease | PullBlocks | StopPull | DropPull
 
 
 class KVMover(Protocol):
@@ -29,11 +29,14 @@ class KVMover(Protocol):
     def places(self) -> tuple[KVPlace, ...]:
         """Workers that KV can be got from, where they are now."""
 
-    def lend(self, loan: KVLoan) -> None: ...
+    def lend(self, loan: KVLoan) -> None:
+        """Also what became of a loan since."""
 
     def end_lease(self, lease_id: int) -> None: ...
 
     def pull(self, pull: KVPull) -> None: ...
+
+    def stop(self, pull_id: int) -> None: ...
 
     def drop(self, pull_id: int) -> None: ...
 
@@ -69,8 +72,9 @@ class WorkerOrders:
     def lend(self, loan: KVLoan) -> None:
         self._lent[loan.lease_id] = tuple(hop.instance for hop in loan.hops)
         for hop in loan.hops:
+            order = LendBlocks(loan.lease_id, hop.block_ids, loan.num_ready)
             for worker in self._workers_of(hop.instance):
-                self._send(worker, LendBlocks(loan.lease_id, hop.block_ids))
+                self._send(worker, order)
 
     def end_lease(self, lease_id: int) -> None:
         for instance in self._lent.pop(lease_id, ()):
@@ -88,6 +92,11 @@ class WorkerOrders:
             )
             for worker in workers[hop.instance]:
                 self._send(worker, order)
+
+    def stop(self, pull_id: int) -> None:
+        if (stopped := self._pulls.get(pull_id)) is not None:
+            for worker in stopped.missing:
+                self._send(worker, StopPull(pull_id))
 
     def drop(self, pull_id: int) -> None:
         if (dropped := self._pulls.pop(pull_id, None)) is None:
@@ -137,6 +146,10 @@ class OneWorkerMover:
     def pull(self, pull: KVPull) -> None:
         with self._lock:
             self._orders.pull(pull)
+
+    def stop(self, pull_id: int) -> None:
+        with self._lock:
+            self._orders.stop(pull_id)
 
     def drop(self, pull_id: int) -> None:
         with self._lock:
@@ -210,6 +223,9 @@ class CrewMover:
             self._call(self._arrived, KVArrived(pull.pull_id, (0,) * len(pull.hops)))
         else:
             self._call(self.orders.pull, pull)
+
+    def stop(self, pull_id: int) -> None:
+        self._call(self.orders.stop, pull_id)
 
     def drop(self, pull_id: int) -> None:
         self._call(self.orders.drop, pull_id)

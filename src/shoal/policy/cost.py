@@ -14,6 +14,8 @@ that still have theirs are spared:
               hop 1  ................       hop 0 writes again what it has; from 8 on, all run
               hop 2  ########........
 
+A sequence that runs can go on on another route; its KV is copied there (`gain_of_moving`).
+
 Knows nothing of blocks, instances that fail, or how fast a device is.
 """
 
@@ -24,6 +26,8 @@ from dataclasses import dataclass
 
 STEP_TOKENS = 16
 """Tokens that cost as much as reading the weights once more."""
+COPY_SHARE = 1 / 8
+"""What copying a token's KV costs its workers, as a share of computing it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,38 @@ def cheapest_work(cached: Sequence[int], layers: Sequence[int], total: int) -> W
     return Work(pieces[0].stop, runs, cost)
 
 
+@dataclass(frozen=True, slots=True)
+class OtherHop:
+    """A hop of another route, for a sequence that runs.
+
+    Attributes:
+        layers: of the hop.
+        cached: positions whose KV will be there.
+        copied: how many of them must be copied there.
+        less_load: of other sequences, than on the hop that it would leave.
+    """
+
+    layers: int
+    cached: int
+    copied: int = 0
+    less_load: float = 0.0
+
+
+def gain_of_moving(hops: Sequence[OtherHop], total: int) -> float:
+    """What a sequence of `total` tokens gains by going on on another route; below 0 it loses.
+
+    That is the load of others that it is rid of, less what is copied, less what is computed again.
+    """
+    work = cheapest_work([hop.cached for hop in hops], [hop.layers for hop in hops], total)
+    copied = sum(hop.copied * hop.layers for hop in hops)
+    return sum(hop.less_load for hop in hops) - COPY_SHARE * copied - work.cost
+
+
+def hop_load(layers: int, tokens: int, capacity: float) -> float:
+    """What `tokens` tokens of others mean for a hop of so many layers."""
+    return layers * tokens / capacity
+
+
 def route_cost(
     work: Work, layers: Sequence[int], tokens: Sequence[int], capacities: Sequence[float]
 ) -> float:
@@ -79,7 +115,7 @@ def route_cost(
         capacities: of each hop's instance, as a share of the largest.
     """
     hops = zip(layers, tokens, capacities, strict=True)
-    return work.cost + sum(count * num / share for count, num, share in hops)
+    return work.cost + sum(hop_load(count, num, share) for count, num, share in hops)
 
 
 def _pieces(cached: Sequence[int], total: int) -> list[Run]:

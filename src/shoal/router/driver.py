@@ -28,6 +28,7 @@ from shoal.router.events import (
     EndLeaseAt,
     Event,
     LendAt,
+    LendPrefixAt,
     PullAt,
     ReplicaLost,
     ResumeReplica,
@@ -56,11 +57,15 @@ class ReplicaClient(Protocol):
 
     def cancel(self, request_id: str) -> None: ...
 
-    def lend(self, lease_id: int, request_id: str, ttl_s: float) -> None: ...
+    def lend(self, lease_id: int, request_id: str, ttl_s: float, *, ahead: bool) -> None: ...
+
+    def lend_prefix(self, lease_id: int, names: tuple[bytes, ...], ttl_s: float) -> None: ...
 
     def end_lease(self, lease_id: int) -> None: ...
 
     def receive(self, offer: KVOffer, ttl_s: float) -> None: ...
+
+    def drain_instance(self, instance: int, *, is_drained: bool) -> None: ...
 
     async def run(self, router: Router) -> None:
         """Keep the replica alive and tell the router its news, until cancelled."""
@@ -155,7 +160,7 @@ class Router:
     @property
     def ready(self) -> bool:
         """Whether a replica is alive and requests are admitted."""
-        return self._state.any_alive and not self._state.draining
+        return bool(self._state.alive) and not self._state.draining
 
     def stats(self) -> dict[str, EngineStats]:
         """What each replica last said of itself."""
@@ -176,6 +181,10 @@ class Router:
     def resume_replica(self, name: str) -> None:
         self.tell(ResumeReplica(name))
 
+    def drain_instance(self, name: str, instance: int, *, is_drained: bool) -> None:
+        """Let requests of a replica leave one of its instances, or come to it again."""
+        self._clients[name].drain_instance(instance, is_drained=is_drained)
+
     # --- for replica clients ---
 
     def tell(self, event: Event) -> None:
@@ -189,8 +198,10 @@ class Router:
                     self._clients[replica].send(request)
                 case CancelAt(replica, request_id):
                     self._clients[replica].cancel(request_id)
-                case LendAt(replica, move_id, request_id, ttl_s):
-                    self._clients[replica].lend(move_id, request_id, ttl_s)
+                case LendAt(replica, move_id, request_id, ttl_s, ahead):
+                    self._clients[replica].lend(move_id, request_id, ttl_s, ahead=ahead)
+                case LendPrefixAt(replica, move_id, names, ttl_s):
+                    self._clients[replica].lend_prefix(move_id, names, ttl_s)
                 case PullAt(replica, offer, ttl_s):
                     self._clients[replica].receive(offer, ttl_s)
                 case EndLeaseAt(replica, move_id):

@@ -28,12 +28,14 @@ from shoal.wire.channel import AsyncChannel, Codec
 from shoal.wire.kv_messages import KVKeys
 from shoal.wire.messages import (
     Cancel,
+    DrainInstance,
     EndLease,
     FromEngine,
     HostNet,
     Launch,
     LaunchFailed,
     LendKV,
+    LendPrefix,
     Lent,
     Loading,
     News,
@@ -87,6 +89,7 @@ class EngineClient:
         self._limits = limits or WatchdogLimits()
         self._launch = Launch(options, replica, dict(hosts or {}), kv_keys)
         self._complaint: str | None = None
+        self._drained: set[int] = set()  # instances; its successors must be told
         self._incarnation = 0
         self._channel: AsyncChannel[FromEngine, ToEngine] | None = None
         self._process, self._socket = self._start()
@@ -99,9 +102,13 @@ class EngineClient:
         if self._channel is not None:
             self._channel.send(Cancel(request_id))
 
-    def lend(self, lease_id: int, request_id: str, ttl_s: float) -> None:
+    def lend(self, lease_id: int, request_id: str, ttl_s: float, *, ahead: bool) -> None:
         if self._channel is not None:
-            self._channel.send(LendKV(lease_id, request_id, ttl_s))
+            self._channel.send(LendKV(lease_id, request_id, ttl_s, ahead))
+
+    def lend_prefix(self, lease_id: int, names: tuple[bytes, ...], ttl_s: float) -> None:
+        if self._channel is not None:
+            self._channel.send(LendPrefix(lease_id, names, ttl_s))
 
     def end_lease(self, lease_id: int) -> None:
         if self._channel is not None:
@@ -110,6 +117,14 @@ class EngineClient:
     def receive(self, offer: KVOffer, ttl_s: float) -> None:
         if self._channel is not None:
             self._channel.send(ReceiveKV(offer, ttl_s))
+
+    def drain_instance(self, instance: int, *, is_drained: bool) -> None:
+        if is_drained:
+            self._drained.add(instance)
+        else:
+            self._drained.discard(instance)
+        if self._channel is not None:
+            self._channel.send(DrainInstance(instance, is_drained))
 
     async def run(self, router: Router) -> None:
         """Follow the process and restart it when it dies, until it cannot load any more."""
@@ -173,6 +188,8 @@ class EngineClient:
                     case Ready(info):
                         watchdog = Watchdog(self._limits, time_s())
                         watching = asyncio.create_task(self._watch(watchdog))
+                        for instance in self._drained:
+                            channel.send(DrainInstance(instance, True))
                         router.tell(ReplicaReady(self.name, self._incarnation, info))
                     case LaunchFailed(reason):
                         self.failure = reason

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from shoal.core.kv import KVOffer
 from shoal.core.request import GenerateRequest, Output
 from shoal.core.stats import EngineInfo
+from shoal.engine.blocks import BlockName
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ class ReplicaOutputs:
 
 @dataclass(frozen=True, slots=True)
 class KVLent:
-    """A replica lends the KV of a request; without names, there is none."""
+    """A replica lends the KV that it was asked for; without names, there is none."""
 
     replica: str
     incarnation: int
@@ -139,11 +140,26 @@ class Deliver:
 
 @dataclass(frozen=True, slots=True)
 class LendAt:
-    """Ask a replica for the KV of a request, for so long at most."""
+    """Ask a replica for the KV of a request, for so long at most.
+
+    Attributes:
+        ahead: also for what of it is still to be computed.
+    """
 
     replica: str
     move_id: int
     request_id: str
+    ttl_s: float
+    ahead: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LendPrefixAt:
+    """Ask a replica for blocks that it may have, for so long at most."""
+
+    replica: str
+    move_id: int
+    names: tuple[BlockName, ...]
     ttl_s: float
 
 
@@ -164,4 +180,4 @@ class EndLeaseAt:
     move_id: int
 
 
-Effect = Send | CancelAt | Deliver | LendAt | PullAt | EndLeaseAt
+Effect = Send | CancelAt | Deliver | LendAt | LendPrefixAt | PullAt | EndLeaseAt

@@ -1,38 +1,26 @@
-"""Requests on their way from one replica to another, with their KV.
+"""Requests on their way from one replica to another, with their KV; and KV on its way to a request.
 
-    LENDING   the old replica is asked for the request's KV      LendAt    ─► KVLent
-    PULLING   the new one gets it, while the old one goes on     PullAt    ─► KVPulled
-    then      the old one is told to stop, the new one goes on from the last token delivered
+    LENDING   one replica is asked for KV              LendAt, LendPrefixAt  ─► KVLent
+    PULLING   another one gets it                      PullAt                ─► KVPulled
+    then      of a move: the old replica is told to stop, the new one goes on from the last token
+              delivered; of a prefix: the request is sent, and finds its beginning computed
 
-Nothing waits for the KV: whoever gets the request computes what is not there. So a move that takes
-too long is just made without it, or, if it was made for balance only, not made. Knows nothing of
-what a request is.
+A move may begin ahead, before there is a token: KV of a prompt then goes to who will go on with it
+while it is computed. Nothing depends on KV: whoever gets the request computes what is not there.
+So what takes too long is just done without it, or, if it was for balance only, not done. Knows
+nothing of what a request is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-from shoal.router.events import Effect, EndLeaseAt, LendAt
-from shoal.router.records import Entry, Replica, RouterConfig
+from shoal.router.events import Effect, EndLeaseAt, LendAt, LendPrefixAt
+from shoal.router.prefixes import Prefix
+from shoal.router.records import Entry, Move, Replica, RouterConfig, Why
 
 _LEASE_PER_TIMEOUT = 1.5
-
-
-@dataclass(frozen=True, slots=True)
-class Move:
-    """
-    Attributes:
-        is_needed: the old replica is to be rid of the request.
-    """
-
-    move_id: int
-    request_id: str
-    source: str
-    target: str
-    deadline: float
-    is_needed: bool
+_GRACE_S = 0.1
 
 
 class Moves:
@@ -58,32 +46,64 @@ class Moves:
     def get(self, move_id: int) -> Move | None:
         return self._moves.get(move_id)
 
+    def of(self, request_id: str) -> Move | None:
+        move_id = self._of_request.get(request_id)
+        return None if move_id is None else self._moves[move_id]
+
+    def target_of(self, request_id: str) -> str | None:
+        move = self.of(request_id)
+        return None if move is None else move.target
+
     def with_target(self, replica: str) -> list[Move]:
         return [move for move in self._moves.values() if move.target == replica]
 
+    def prefixes_from(self, replica: str) -> list[Move]:
+        """Requests that wait for what a replica has."""
+        return [m for m in self._moves.values() if m.source == replica and m.why == "prefix"]
+
     def overdue(self, now: float) -> list[Move]:
-        return [move for move in self._moves.values() if now >= move.deadline]
+        """Of who waits for a prefix: whose replica does not say itself that its time is up."""
+        return [
+            move
+            for move in self._moves.values()
+            if now >= move.deadline + (_GRACE_S if move.why == "prefix" and move.pulled_s else 0.0)
+        ]
 
     def begin(
-        self, request_id: str, source: str, target: str, now: float, *, is_needed: bool
+        self, request_id: str, source: str, target: str, now: float, why: Why
     ) -> list[Effect]:
-        self._num_begun += 1
-        move_id, timeout_s = self._num_begun, self._config.move_timeout_s
-        move = Move(move_id, request_id, source, target, now + timeout_s, is_needed)
-        self._moves[move_id], self._of_request[request_id] = move, move_id
-        sent_id = self._entries[request_id].sent_id
-        return [LendAt(source, move_id, sent_id, timeout_s * _LEASE_PER_TIMEOUT)]
+        is_ahead = why == "ahead"
+        timeout_s = self._config.push_timeout_s if is_ahead else self._config.move_timeout_s
+        move = self._add(request_id, source, target, now + timeout_s, why)
+        entry = self._entries[request_id]
+        entry.was_pushed |= is_ahead
+        ttl_s = timeout_s * _LEASE_PER_TIMEOUT
+        return [LendAt(source, move.move_id, entry.sent_id, ttl_s, is_ahead)]
+
+    def wait_for(self, request_id: str, prefix: Prefix, target: str, now: float) -> list[Effect]:
+        """A request is sent to `target` when it has what `prefix.source` has."""
+        patience_s = prefix.patience_s
+        move = self._add(request_id, prefix.source, target, now + patience_s, "prefix")
+        move.names = prefix.names
+        ttl_s = patience_s * _LEASE_PER_TIMEOUT
+        return [LendPrefixAt(prefix.source, move.move_id, prefix.names, ttl_s)]
+
+    def is_needed_now(self, move: Move, now: float) -> None:
+        """A request that is moved ahead has begun."""
+        move.why, move.deadline = "needed", now + self._config.move_timeout_s
 
     def end(self, request_id: str) -> list[Effect]:
-        """The request has moved, or will not."""
+        """The request has moved, or will not; or has what it waited for, or waits no more."""
         move_id = self._of_request.pop(request_id, None)
         if move_id is None:
             return []
         return [EndLeaseAt(self._moves.pop(move_id).source, move_id)]
 
-    def target_of(self, request_id: str) -> str | None:
-        move_id = self._of_request.get(request_id)
-        return None if move_id is None else self._moves[move_id].target
+    def _add(self, request_id: str, source: str, target: str, deadline: float, why: Why) -> Move:
+        self._num_begun += 1
+        move = Move(self._num_begun, request_id, source, target, deadline, why)
+        self._moves[move.move_id], self._of_request[request_id] = move, move.move_id
+        return move
 
     # --- who goes where ---
 
@@ -95,7 +115,9 @@ class Moves:
 
     def load(self, replica: Replica) -> int:
         """Requests that it has, or is about to have."""
-        coming = sum(move.target == replica.name for move in self._moves.values())
+        coming = sum(
+            move.target == replica.name and move.why != "prefix" for move in self._moves.values()
+        )
         return len(replica.outstanding) + coming
 
     def due(self) -> list[str]:
@@ -108,10 +130,28 @@ class Moves:
             and request_id not in self
         ]
 
+    def due_ahead(self) -> list[str]:
+        """Requests that will leave their replicas once they have begun, as many as may."""
+        return [
+            request_id
+            for replica in self._replicas.values()
+            if replica.role == "prefill"
+            for request_id in replica.outstanding
+            if self.is_due_ahead(request_id)
+        ]
+
+    def is_due_ahead(self, request_id: str) -> bool:
+        entry = self._entries[request_id]
+        if not self._config.moves_kv or not self._config.push_timeout_s or entry.replica is None:
+            return False
+        replica = self._replicas[entry.replica]
+        is_due = replica.role == "prefill" and not replica.is_drained and not entry.has_begun
+        return is_due and not entry.was_pushed and request_id not in self
+
     def for_balance(self) -> str | None:
         """A request of who has the most, if another has that many fewer."""
         gap, fit = self._config.balance_gap, self.fit(has_begun=True)
-        is_balancing = any(not move.is_needed for move in self._moves.values())
+        is_balancing = any(move.why == "balance" for move in self._moves.values())
         if not gap or not self._config.moves_kv or len(fit) < 2 or is_balancing:
             return None
         fullest = max(fit, key=lambda replica: len(replica.outstanding))
@@ -120,24 +160,31 @@ class Moves:
         begun = (each for each in reversed(fullest.outstanding) if self._entries[each].has_begun)
         return next((request_id for request_id in begun if request_id not in self), None)
 
-    def better_place(self, request_id: str) -> str | None:
-        """Where a request goes that leaves its replica; None: it stays for now."""
+    def better_place(self, request_id: str, *, ahead: bool = False) -> str | None:
+        """Where a request goes that leaves its replica; None: it stays for now.
+
+        Args:
+            ahead: where it will go once it has begun.
+        """
         entry = self._entries[request_id]
         if entry.replica is None:
             return None
         source = self._replicas[entry.replica]
-        leaving = sum(move.source == source.name for move in self._moves.values())
         others = [
             each
             for each in self._replicas.values()
             if each is not source and not each.is_drained and self._has_room(each)
         ]
-        targets = [each for each in others if each.is_meant_for(entry.has_begun)]
+        targets = [each for each in others if each.is_meant_for(entry.has_begun or ahead)]
         if source.is_drained:
             targets = targets or others
-        if not targets or leaving >= self._config.max_moves:
+        if not targets or self._num_leaving(source, ahead) >= self._config.max_moves:
             return None
         return min(targets, key=self.load).name
+
+    def _num_leaving(self, source: Replica, ahead: bool) -> int:
+        kinds = ("ahead",) if ahead else ("needed", "balance")
+        return sum(m.source == source.name and m.why in kinds for m in self._moves.values())
 
     def _has_room(self, replica: Replica) -> bool:
         """Whether it would not refuse one more."""

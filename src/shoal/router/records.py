@@ -1,13 +1,17 @@
-"""What a router keeps of its replicas and of its requests, and its limits."""
+"""What a router keeps of its replicas, requests and what moves; and its limits."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from shoal.core.plan import Role
 from shoal.core.request import GenerateRequest
 from shoal.core.stats import EngineInfo
+from shoal.engine.blocks import BlockName
+
+Why = Literal["needed", "balance", "ahead", "prefix"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +26,9 @@ class RouterConfig:
         roles: of replicas that are not for all of a request.
         moves_kv: replicas can exchange KV; otherwise requests move without it.
         move_timeout_s: how long KV may take to get from one to another.
-        max_moves: at once from one replica.
+        push_timeout_s: how long a prompt may take whose KV is sent on while it is computed; 0: it
+            is sent when it is complete.
+        max_moves: at once from one replica; as many prompts are sent on at once.
         balance_gap: how many more requests than another a replica has before one moves; 0: none.
     """
 
@@ -33,12 +39,18 @@ class RouterConfig:
     roles: Mapping[str, Role] = field(default_factory=dict)
     moves_kv: bool = False
     move_timeout_s: float = 10.0
+    push_timeout_s: float = 60.0
     max_moves: int = 4
     balance_gap: int = 4
 
 
 @dataclass(slots=True)
 class Replica:
+    """
+    Attributes:
+        token_s: that a token of a prompt takes, once that was seen.
+    """
+
     name: str
     role: Role = "any"
     is_drained: bool = False
@@ -46,6 +58,7 @@ class Replica:
     info: EngineInfo | None = None
     gone_for_good: bool = False
     outstanding: dict[str, None] = field(default_factory=dict)
+    token_s: float | None = None
 
     @property
     def alive(self) -> bool:
@@ -57,6 +70,14 @@ class Replica:
 
 @dataclass(slots=True)
 class Entry:
+    """
+    Attributes:
+        sent_s: when it was last sent to a replica; `was_alone`: which had nothing else then;
+            `was_pushed`: whose KV of it was asked for ahead, which is tried once.
+        names: of its full blocks, as far as they were asked for, at replicas whose KV is
+            `named_for`.
+    """
+
     request: GenerateRequest
     deadline: float | None
     output_ids: list[int]
@@ -64,11 +85,35 @@ class Entry:
     homeless_since: float = 0.0
     num_attempts: int = 0
     num_moves: int = 0
+    sent_s: float = 0.0
+    was_alone: bool = False
+    was_pushed: bool = False
+    named_for: str | None = None
+    names: list[BlockName] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """That are known of it."""
+        return len(self.request.prompt_ids) + len(self.output_ids)
 
     @property
     def has_begun(self) -> bool:
         """Whether tokens of it have been delivered."""
         return len(self.output_ids) > len(self.request.output_ids)
+
+    def rest(self, now: float) -> GenerateRequest:
+        """What its replica is sent: to go on from the last token that was delivered."""
+        sampling = self.request.sampling
+        if self.has_begun:
+            # They came with the first token.
+            sampling = replace(sampling, prompt_logprobs=None)
+        return replace(
+            self.request,
+            request_id=self.sent_id,
+            sampling=sampling,
+            output_ids=tuple(self.output_ids),
+            timeout_s=None if self.deadline is None else max(self.deadline - now, 0.001),
+        )
 
     @property
     def sent_id(self) -> str:
@@ -76,3 +121,27 @@ class Entry:
         a request that left it is not taken for what it says when the request is back."""
         request_id = self.request.request_id
         return f"{request_id}~{self.num_moves}" if self.num_moves else request_id
+
+
+@dataclass(slots=True)
+class Move:
+    """
+    Attributes:
+        why: the old replica is to be rid of the request; or it is only for balance; or that will
+            be once the request has begun; or the request waits, at `target`, for KV alone.
+        names: of blocks that are asked for, of a prefix.
+        pulled_s: since when KV is got.
+        num_offered: blocks.
+        is_here: of a move ahead: all of it has come.
+    """
+
+    move_id: int
+    request_id: str
+    source: str
+    target: str
+    deadline: float
+    why: Why
+    names: tuple[bytes, ...] = ()
+    pulled_s: float = 0.0
+    num_offered: int = 0
+    is_here: bool = False

@@ -1,9 +1,11 @@
 """The router: which replica serves a request, and what happens when that replica is lost.
 
 `handle(event, now)` returns effects; no I/O, no clock. A request goes to the live replica
-with the fewest outstanding ones, and may move to another while it runs: off a replica that is
-drained, from one that starts requests (role prefill) to one that goes on with them, or to even
-out what each has (`router/moves.py`). What it has produced is remembered, so that a lost replica's
+with the fewest outstanding ones (of equals, that which has most of its prompt already), and may
+move to another while it runs: off a replica that is drained, from one that starts requests (role
+prefill) to one that goes on with them, or to even out what each has (`router/moves.py`). If
+another replica has computed much of its prompt, it waits until that is here
+(`router/prefixes.py`). What it has produced is remembered, so that a lost replica's
 requests go on elsewhere from their last token, none lost or repeated. While no replica is
 alive, requests wait, bounded in number and time. Every request gets exactly one Output with
 `finish`.
@@ -14,9 +16,10 @@ from __future__ import annotations
 import dataclasses
 import random
 
-from shoal.core.errors import QueueFullError, RequestError, RequestTimeoutError, UnavailableError
-from shoal.core.request import ErrorInfo, GenerateRequest, Output
+from shoal.core.errors import RequestError
+from shoal.core.request import GenerateRequest, Output
 from shoal.core.stats import EngineInfo
+from shoal.router import refusals
 from shoal.router.events import (
     Abandon,
     Cancel,
@@ -38,8 +41,9 @@ from shoal.router.events import (
     Submit,
     Tick,
 )
-from shoal.router.moves import Move, Moves
-from shoal.router.records import Entry, Replica, RouterConfig
+from shoal.router.moves import Moves
+from shoal.router.prefixes import Prefixes
+from shoal.router.records import Entry, Move, Replica, RouterConfig, Why
 
 
 class RouterState:
@@ -58,6 +62,7 @@ class RouterState:
         self._sent: dict[str, str] = {}  # sent_id → request_id, of those that moved
         self._entries: dict[str, Entry] = {}
         self._moves = Moves(config, self._replicas, self._entries)
+        self._prefixes = Prefixes(config.moves_kv and len(config.replicas) > 1)
         self._homeless: dict[str, None] = {}
         self._draining = False
         self._last_info: EngineInfo | None = None
@@ -79,18 +84,13 @@ class RouterState:
         alive = [replica.info for replica in self._replicas.values() if replica.info is not None]
         return min(alive, key=lambda info: info.max_model_len, default=self._last_info)
 
-    @property
-    def any_alive(self) -> bool:
-        """Whether a request would be served now."""
-        return any(replica.alive for replica in self._replicas.values())
-
     def outstanding(self) -> dict[str, int]:
         """Requests at each replica."""
         return {name: len(replica.outstanding) for name, replica in self._replicas.items()}
 
     @property
     def alive(self) -> frozenset[str]:
-        """Replicas that run."""
+        """Replicas that run; if there is one, a request would be served now."""
         return frozenset(each.name for each in self._replicas.values() if each.alive)
 
     @property
@@ -150,7 +150,7 @@ class RouterState:
     def _submit(self, request: GenerateRequest, now: float) -> list[Effect]:
         refusal = self._refusal(request)
         if refusal is not None:
-            return [_failed(request.request_id, refusal)]
+            return [refusals.failed(request.request_id, refusal)]
         if request.sampling.seed is None:
             seeded = dataclasses.replace(request.sampling, seed=self._rng.getrandbits(63))
             request = dataclasses.replace(request, sampling=seeded)
@@ -182,10 +182,13 @@ class RouterState:
             return []
         replica.info = None
         replica.gone_for_good = event.final
+        self._prefixes.forget(event.replica)
         orphans, replica.outstanding = list(replica.outstanding), {}
         effects: list[Effect] = []
         for move in self._moves.with_target(event.replica):
             effects += self._moves.end(move.request_id)
+        for move in self._moves.prefixes_from(event.replica):
+            effects += self._conclude(move, now)
         for request_id in orphans:
             entry = self._entries[request_id]
             entry.replica = None
@@ -193,17 +196,13 @@ class RouterState:
             bound_for = self._moves.target_of(request_id)
             effects += self._moves.end(request_id)
             if entry.num_attempts >= self._config.max_attempts:
-                error = RequestError(
-                    f"the replicas serving this request were lost {entry.num_attempts} times, "
-                    f"last: {event.reason}",
-                    code="replica_lost",
-                )
+                error = refusals.lost_too_often(entry.num_attempts, event.reason)
                 effects += self._fail(request_id, error)
             else:
                 effects += self._place(request_id, now, bound_for)
         if self._hopeless:
             for request_id in list(self._homeless):
-                effects += self._fail(request_id, _no_replica(event.reason))
+                effects += self._fail(request_id, refusals.no_replica(event.reason))
         return effects
 
     def _outputs(self, event: ReplicaOutputs, now: float) -> list[Effect]:
@@ -220,14 +219,18 @@ class RouterState:
                 continue  # of an earlier stay there
             if entry.num_moves:
                 output = dataclasses.replace(output, request_id=request_id)
-            if output.num_cached_tokens is not None and entry.has_begun:
-                # Said already, by a replica that was lost since or in an earlier output.
-                output = dataclasses.replace(output, num_cached_tokens=None)
+            if output.num_cached_tokens is not None:
+                self._prefixes.note_computed(replica, entry, output.num_cached_tokens, now)
+                if entry.has_begun:
+                    # Said already, by a replica that was lost since or in an earlier output.
+                    output = dataclasses.replace(output, num_cached_tokens=None)
             entry.output_ids += output.token_ids
             if output.finish is not None:
+                if output.error is None:
+                    self._prefixes.note(replica, entry)
                 effects += self._forget(request_id)
-            elif replica.role == "prefill" and request_id not in self._moves:
-                effects += self._begin_move(request_id, now)
+            elif replica.role == "prefill":
+                effects += self._leave(request_id, now)
             outputs.append(output)
         return [Deliver(outputs), *effects]
 
@@ -237,44 +240,67 @@ class RouterState:
         """Moves that take too long, then those that are due."""
         effects: list[Effect] = []
         for move in self._moves.overdue(now):
-            if move.is_needed:
-                effects += self._hand_over(move, now)
+            if move.why in ("needed", "prefix"):
+                effects += self._conclude(move, now)
             else:
                 effects += self._moves.end(move.request_id)
         for request_id in self._moves.due():
-            effects += self._begin_move(request_id, now)
+            effects += self._begin_move(request_id, now, "needed")
+        for request_id in self._moves.due_ahead():
+            effects += self._begin_move(request_id, now, "ahead")
         if not effects and (chosen := self._moves.for_balance()) is not None:
-            effects = self._begin_move(chosen, now, is_needed=False)
+            effects = self._begin_move(chosen, now, "balance")
         return effects
 
-    def _begin_move(self, request_id: str, now: float, *, is_needed: bool = True) -> list[Effect]:
+    def _begin_move(self, request_id: str, now: float, why: Why) -> list[Effect]:
         """Off its replica, to a better one; nothing happens if there is none."""
-        source, target = self._entries[request_id].replica, self._moves.better_place(request_id)
+        source = self._entries[request_id].replica
+        target = self._moves.better_place(request_id, ahead=why == "ahead")
         if source is None or target is None:
             return []
         if self._config.moves_kv:
-            return self._moves.begin(request_id, source, target, now, is_needed=is_needed)
+            return self._moves.begin(request_id, source, target, now, why)
         return self._send_over(request_id, source, target, now)
+
+    def _leave(self, request_id: str, now: float) -> list[Effect]:
+        """Its replica only starts requests, and has started this one."""
+        move = self._moves.of(request_id)
+        if move is None:
+            return self._begin_move(request_id, now, "needed")
+        if move.why == "ahead":
+            self._moves.is_needed_now(move, now)
+        return self._conclude(move, now) if move.is_here else []
 
     def _lent(self, event: KVLent, now: float) -> list[Effect]:
         move = self._moves.get(event.offer.lease_id)
         if move is None or move.source != event.replica:
             return [EndLeaseAt(event.replica, event.offer.lease_id)]
+        move.pulled_s, move.num_offered = now, len(event.offer.names)
+        self._prefixes.lacks(move.source, move.names[move.num_offered :])
         if event.offer.names:
-            return [PullAt(move.target, event.offer, self._config.move_timeout_s)]
-        return self._hand_over(move, now)
+            return [PullAt(move.target, event.offer, max(move.deadline - now, 0.0))]
+        return self._conclude(move, now)
 
     def _pulled(self, event: KVPulled, now: float) -> list[Effect]:
         move = self._moves.get(event.move_id)
         if move is None or move.target != event.replica:
             return []
-        return self._hand_over(move, now)
+        if move.why != "ahead":  # that takes as long as computing it
+            entry, target = self._entries[move.request_id], self._replicas[move.target]
+            self._prefixes.note_got(entry, move, target, event.num_blocks, now)
+        move.is_here = event.num_blocks == move.num_offered
+        return self._conclude(move, now)
 
-    def _hand_over(self, move: Move, now: float) -> list[Effect]:
-        return [
-            *self._moves.end(move.request_id),
-            *self._send_over(move.request_id, move.source, move.target, now),
-        ]
+    def _conclude(self, move: Move, now: float) -> list[Effect]:
+        """All came that will."""
+        if move.why == "ahead" and move.is_here:
+            return []  # until it has begun
+        effects = self._moves.end(move.request_id)
+        if move.why == "ahead":
+            return effects
+        if move.why == "prefix":
+            return [*effects, *self._send(move.request_id, now)]
+        return [*effects, *self._send_over(move.request_id, move.source, move.target, now)]
 
     def _send_over(self, request_id: str, source: str, target: str, now: float) -> list[Effect]:
         """From now on what the old replica says of it counts no more."""
@@ -288,45 +314,29 @@ class RouterState:
         return [cancel, *self._place(request_id, now, target)]
 
     def _abandon(self) -> list[Effect]:
-        error = UnavailableError("the server is shutting down", code="shutting_down")
-        effects: list[Effect] = []
-        for request_id in list(self._entries):
-            effects += self._fail(request_id, error)
-        return effects
+        error = refusals.shutting_down("shutting_down")
+        return [effect for each in list(self._entries) for effect in self._fail(each, error)]
 
     def _expire(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
         for request_id, entry in list(self._entries.items()):
             if entry.deadline is not None and now >= entry.deadline:
-                error = RequestTimeoutError(
-                    f"the request ran past its limit of {entry.request.timeout_s:g} s; raise the "
-                    f"limit or lower max_tokens",
-                    code="timeout",
-                )
-                effects += self._fail(request_id, error)
+                effects += self._fail(request_id, refusals.out_of_time(entry.request))
             elif request_id in self._homeless and now >= self._homeless_deadline(entry):
-                effects += self._fail(request_id, _no_replica("none became ready in time"))
+                effects += self._fail(request_id, refusals.no_replica("none became ready in time"))
         return effects
 
     # --- one request ---
 
     def _refusal(self, request: GenerateRequest) -> RequestError | None:
         if self._draining:
-            return UnavailableError(
-                "the server is shutting down", code="draining", retry_after_s=5.0
-            )
+            return refusals.shutting_down("draining", retry_after_s=5.0)
         if request.request_id in self._entries:
-            return RequestError(
-                f"request id {request.request_id!r} is in use", code="duplicate_request_id"
-            )
+            return refusals.id_in_use(request.request_id)
         if self._hopeless:
-            return _no_replica("every replica has failed for good")
-        if not self.any_alive and len(self._homeless) >= self._config.max_homeless:
-            return QueueFullError(
-                f"no replica is ready yet and {len(self._homeless)} requests already wait",
-                code="queue_full",
-                retry_after_s=1.0,
-            )
+            return refusals.no_replica("every replica has failed for good")
+        if not self.alive and len(self._homeless) >= self._config.max_homeless:
+            return refusals.too_many_wait(len(self._homeless))
         return None
 
     @property
@@ -337,7 +347,7 @@ class RouterState:
         return entry.homeless_since + self._config.homeless_timeout_s
 
     def _place(self, request_id: str, now: float, wanted: str | None = None) -> list[Effect]:
-        """Send it to the live replica with the fewest outstanding requests, or let it wait.
+        """Bind it to the live replica with the fewest outstanding requests, or let it wait.
 
         Args:
             wanted: where its KV is; taken if requests may be sent there.
@@ -349,24 +359,30 @@ class RouterState:
             self._homeless[request_id] = None
             return []
         has_kv = [each for each in fit if each.name == wanted]
-        replica = min(has_kv or fit, key=self._moves.load)
+        replica = min(
+            has_kv or fit,
+            key=lambda each: (self._moves.load(each), -self._prefixes.held(each, entry)),
+        )
         replica.outstanding[request_id] = None
         entry.replica = replica.name
-        sampling = entry.request.sampling
-        if entry.has_begun:
-            # They came with the first token.
-            sampling = dataclasses.replace(sampling, prompt_logprobs=None)
-        request = dataclasses.replace(
-            entry.request,
-            request_id=entry.sent_id,
-            sampling=sampling,
-            output_ids=tuple(entry.output_ids),
-            timeout_s=None if entry.deadline is None else max(entry.deadline - now, 0.001),
-        )
-        return [Send(replica.name, request)]
+        prefix = self._prefixes.worth_getting(entry, replica, list(self._replicas.values()))
+        if prefix is not None and not has_kv:
+            return self._moves.wait_for(request_id, prefix, replica.name, now)
+        return self._send(request_id, now)
+
+    def _send(self, request_id: str, now: float) -> list[Effect]:
+        """To the replica that it is bound to."""
+        entry = self._entries[request_id]
+        replica = self._replicas[entry.replica or ""]
+        entry.sent_s, entry.was_alone = now, len(replica.outstanding) == 1
+        entry.was_pushed = False
+        effects: list[Effect] = [Send(replica.name, entry.rest(now))]
+        if self._moves.is_due_ahead(request_id):
+            effects += self._begin_move(request_id, now, "ahead")
+        return effects
 
     def _fail(self, request_id: str, error: RequestError) -> list[Effect]:
-        return [*self._withdraw(request_id), _failed(request_id, error)]
+        return [*self._withdraw(request_id), refusals.failed(request_id, error)]
 
     def _withdraw(self, request_id: str) -> list[Effect]:
         entry = self._entries[request_id]
@@ -380,13 +396,3 @@ class RouterState:
         if entry.replica is not None:
             del self._replicas[entry.replica].outstanding[request_id]
         return self._moves.end(request_id)
-
-
-def _no_replica(reason: str) -> UnavailableError:
-    return UnavailableError(
-        f"no replica of the model is available: {reason}", code="no_replica", retry_after_s=5.0
-    )
-
-
-def _failed(request_id: str, error: RequestError) -> Deliver:
-    return Deliver([Output(request_id=request_id, finish="error", error=ErrorInfo.of(error))])

@@ -92,6 +92,10 @@ class Router(Protocol):
 
     def resume_replica(self, name: str) -> None: ...
 
+    def drain_instance(self, name: str, instance: int, *, is_drained: bool) -> None:
+        """Move what runs on an instance of a replica to its stand-ins; or use it again."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerContext:

@@ -3,17 +3,23 @@
     GET  /admin/replicas
     POST /admin/replicas/NAME/drain      its requests move to others, with their KV
     POST /admin/replicas/NAME/resume
+    POST /admin/replicas/NAME/instances/N/drain, resume
+                                         the same of an instance that has a stand-in
 
 Only for who holds an API key: without one a page in a browser could post here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Literal
+
 import msgspec
 from fastapi import APIRouter
 from starlette.responses import Response
 
 from shoal.core.request import ErrorInfo
+from shoal.core.stats import EngineStats, InstanceStats
 from shoal.server.config import ServerContext
 from shoal.server.errors import error_response
 
@@ -60,15 +66,53 @@ def replica_routes(context: ServerContext) -> APIRouter:
         router.resume_replica(name)
         return _shown(context)
 
+    @routes.post("/admin/replicas/{name}/instances/{instance}/{what}", response_class=Response)
+    async def of_instance(name: str, instance: int, what: Literal["drain", "resume"]) -> Response:
+        if (refused := refusal(name)) is not None:
+            return refused
+        known = {each.instance: each for each in router.stats()[name].instances}
+        if instance not in known:
+            message = f"{name} has no instance {instance} that another one could stand in for."
+            return error_response(ErrorInfo(status=404, code="no_such_instance", message=message))
+        if what == "drain" and not _has_stand_in(known[instance], known.values()):
+            message = f"No other instance of its stage runs; start or resume one before {instance}."
+            return error_response(ErrorInfo(status=409, code="last_instance", message=message))
+        router.drain_instance(name, instance, is_drained=what == "drain")
+        return _shown(context)
+
     return routes
 
 
+def _has_stand_in(instance: InstanceStats, others: Iterable[InstanceStats]) -> bool:
+    return any(
+        each.stage == instance.stage and not each.is_down and not each.is_drained
+        for each in others
+        if each is not instance
+    )
+
+
+def _instances(stats: EngineStats) -> dict[str, object]:
+    """Of a replica with several routes, as it last said."""
+    found = {
+        str(each.instance): {
+            "stage": each.stage,
+            "alive": not each.is_down,
+            "drained": each.is_drained,
+            "requests": each.num_running,
+        }
+        for each in stats.instances
+    }
+    return {"instances": found} if found else {}
+
+
 def _shown(context: ServerContext) -> Response:
+    stats = context.router.stats()
     found = {
         name: {
             "alive": each.is_alive,
             "drained": each.is_drained,
             "requests": each.num_requests,
+            **_instances(stats[name]),
         }
         for name, each in context.router.replicas().items()
     }

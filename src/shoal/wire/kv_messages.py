@@ -3,8 +3,11 @@
     borrower → lender   Want      a layer's heads of some blocks of a lease
     lender → borrower   Piece     their bytes, and a checksum of them
                         Lacking   there is no such lease (any more)
+                        Later     they are still to be computed; said from time to time
+    lender → itself     Look      something was lent: it may be what somebody waits for
 
-Each `Want` has one answer, so the borrower sets the pace. Knows nothing of what is in the bytes.
+Each `Want` has one `Piece` or `Lacking`, so the borrower sets the pace. Knows nothing of what is
+in the bytes.
 """
 
 from __future__ import annotations
@@ -68,10 +71,21 @@ class Piece(msgspec.Struct, tag=True, frozen=True):
 
 
 class Lacking(msgspec.Struct, tag=True, frozen=True):
+    """`first`: of the blocks that were asked for."""
+
+    pull_id: int
+    first: int
+
+
+class Later(msgspec.Struct, tag=True, frozen=True):
     pull_id: int
 
 
-KVMessage = Want | Piece | Lacking
+class Look(msgspec.Struct, tag=True, frozen=True):
+    pass
+
+
+KVMessage = Want | Piece | Lacking | Later | Look
 
 
 def make_kv_keys(replicas: Mapping[str, ReplicaPlan | None]) -> dict[str, KVKeys]:

@@ -1,6 +1,6 @@
 """Messages between a router and the engine process it started.
 
-    router → engine   Launch, then Submit | Cancel | LendKV | EndLease | ReceiveKV;
+    router → engine   Launch, then Submit | Cancel | LendKV | LendPrefix | EndLease | ReceiveKV;
                       leaving is closing
     engine → router   Loading*, then Ready | LaunchFailed, then (News | Lent | Pulled)*
 
@@ -77,10 +77,24 @@ class Cancel(msgspec.Struct, tag=True, frozen=True):
 
 
 class LendKV(msgspec.Struct, tag=True, frozen=True):
-    """Let others read the KV of a request, for so long at most; answered by `Lent`."""
+    """Let others read the KV of a request, for so long at most; answered by `Lent`.
+
+    Attributes:
+        ahead: also what of it is still to be computed, as it comes.
+    """
 
     lease_id: int
     request_id: str
+    ttl_s: float
+    ahead: bool = False
+
+
+class LendPrefix(msgspec.Struct, tag=True, frozen=True):
+    """Let others read the blocks of these names, from the first on, as far as they are there;
+    answered by `Lent`."""
+
+    lease_id: int
+    names: tuple[bytes, ...]
     ttl_s: float
 
 
@@ -97,7 +111,14 @@ class ReceiveKV(msgspec.Struct, tag=True, frozen=True):
     ttl_s: float
 
 
-ToEngine = Launch | Submit | Cancel | LendKV | EndLease | ReceiveKV
+class DrainInstance(msgspec.Struct, tag=True, frozen=True):
+    """Let requests leave an instance, or come to it again."""
+
+    instance: int
+    is_drained: bool
+
+
+ToEngine = Launch | Submit | Cancel | LendKV | LendPrefix | EndLease | ReceiveKV | DrainInstance
 
 
 class Loading(msgspec.Struct, tag=True, frozen=True):

@@ -1,7 +1,8 @@
 """Messages between an executor and the worker processes it started, and among workers.
 
     executor → worker   LaunchWorker, HoldBlocks, Connect, then Run | Release | Reset | Connect
-                        | Lab | Deal | LendBlocks | EndLease | PullBlocks | DropPull;
+                        | Lab | Deal | LendBlocks | EndLease
+                        | PullBlocks | StopPull | DropPull;
                         StoreValue whenever its rendezvous asks; leaving is closing
     worker → executor   Bound, Loading*, Loaded | LaunchFailed, after Connect Warm,
                         then Beat*, Done, Failed, ResetDone, Pulled,
@@ -131,10 +132,15 @@ class StoreValue(msgspec.Struct, tag=True, frozen=True):
 
 
 class LendBlocks(msgspec.Struct, tag=True, frozen=True):
-    """Other workers may read these blocks; nobody writes them until `EndLease`."""
+    """Other workers may read these blocks until `EndLease`; said again when more are ready.
+
+    Attributes:
+        num_ready: the first ones, which nobody writes any more; the others still are written.
+    """
 
     lease_id: int
     block_ids: tuple[int, ...]
+    num_ready: int
 
 
 class EndLease(msgspec.Struct, tag=True, frozen=True):
@@ -154,6 +160,12 @@ class PullBlocks(msgspec.Struct, tag=True, frozen=True):
     sources: tuple[KVSource, ...]
     layers: Range
     block_ids: tuple[int, ...]
+
+
+class StopPull(msgspec.Struct, tag=True, frozen=True):
+    """Ask for nothing more, and report what of a pull is whole."""
+
+    pull_id: int
 
 
 class DropPull(msgspec.Struct, tag=True, frozen=True):
@@ -176,6 +188,7 @@ ToWorker = (
     | LendBlocks
     | EndLease
     | PullBlocks
+    | StopPull
     | DropPull
 )
 
@@ -201,7 +214,7 @@ class Loaded(msgspec.Struct, tag=True, frozen=True, kw_only=True):
         weight_bytes, kv_bytes: what it holds.
         device, device_type, dtype, kernels: for people.
         digest: what, beside the checkpoint, the bytes of its KV follow from.
-        disk: what layers on disk cost, for people; "": all are in memory.
+        disk: what layers on disk or in host memory cost, for people; "": all are on the device.
         expert_bytes: of one expert; 0: it has none.
         expert_room: how many more experts there is room for, over all of its layers.
     """

@@ -46,12 +46,14 @@ from shoal.wire.worker_messages import (
     Lab,
     LaunchWorker,
     LendBlocks,
+    Link,
     PaceFacts,
     PullBlocks,
     Pulled,
     Release,
     Reset,
     Run,
+    StopPull,
     StoreValue,
     ToWorker,
     Warm,
@@ -229,7 +231,7 @@ class _WorkerProcess:
             case LendBlocks():
                 if self._kv_port is not None:
                     self._kv_port.lend(message)
-            case EndLease() | PullBlocks() | DropPull():
+            case EndLease() | PullBlocks() | StopPull() | DropPull():
                 if runner is not None and self._kv_port is not None:
                     runner.post(Chore(partial(self._kv_port.take, message)))
             case Deal():
@@ -249,11 +251,19 @@ class _WorkerProcess:
             case Lab():
                 self._speed.set(message.speed)
                 for peer, link in message.links.items():
-                    self._mesh.set_link(peer, link.bandwidth_bytes_per_s, link.latency_s, link.cut)
+                    self._slow(peer, link)
             case StoreValue(key, value):
                 self._rendezvous.take(key, value)
             case LaunchWorker():
                 log.error("a second LaunchWorker is ignored")
+
+    def _slow(self, peer: str, link: Link) -> None:
+        """Also the way that KV takes, each way for itself."""
+        pace = link.bandwidth_bytes_per_s, link.latency_s, link.cut
+        self._mesh.set_link(peer, *pace)
+        if self._kv_mesh is not None:
+            replica, _, _ = self._kv_mesh.name.rpartition("/")
+            self._kv_mesh.set_link(f"{replica}/{peer}", *pace)
 
     def _reset(self, incarnation: int) -> None:
         with self._lock:

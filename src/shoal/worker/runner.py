@@ -77,6 +77,7 @@ class Worker:
     Args:
         routes: that Steps name; None: there is one, and all of it is here.
         group: the ranks that share the layers held here; None: this one has all of them.
+        arithmetic: ranks that say the same make the same bits of the same numbers.
     """
 
     def __init__(
@@ -86,8 +87,10 @@ class Worker:
         *,
         routes: tuple[Route, ...] | None = None,
         group: Group | None = None,
+        arithmetic: str = "",
     ) -> None:
         self._decoder = decoder
+        self._arithmetic = arithmetic
         self._kv = kv
         self._routes = routes or ((Hop(0, decoder.shard.layers),),)
         self._group = group
@@ -104,6 +107,10 @@ class Worker:
         """
         self._held = blocks
         self._host_batches = HostBatches(blocks)
+
+    def compare(self) -> None:
+        """Find out what its instance's ranks do differently; all come at once, before a Step."""
+        self._decoder.compare(self._arithmetic)
 
     @torch.inference_mode()
     def record_graphs(self, *, max_num_seqs: int, max_model_len: int) -> int:
@@ -169,7 +176,6 @@ class Worker:
             torch.cuda.set_device(self._kv.device)  # each thread has its own
         self.release(step.released)
         if not self.has_stream:
-            assert isinstance(self._decoder, Decoder), "others have no ranks with experts only"
             self._decoder.serve(self._layers(step, hop))
             return LaunchedStep(step, None, {}, started_s, self._kv.device)
         num_hops = len(self._routes[step.route])

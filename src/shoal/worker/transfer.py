@@ -6,14 +6,16 @@
                       ─── Piece ─►    checked, then written between two Steps
     end_lease                       report(blocks that are whole, from the first on)
 
-What does not come, or comes wrong, ends a pull early: the blocks before it are whole, the rest is
-computed. A thread of its own reads and answers; blocks are written by the worker's loop only, in
-order with its Steps, so that a pull that was dropped writes nothing any more. Knows nothing of
-names, requests or engines.
+Pieces may be asked for before they are computed; they are then sent as soon as they are
+(worker/lender.py). Where a piece does not come, or comes wrong, a pull ends: the blocks before it
+are whole, the rest is computed. A thread of its own reads and answers; blocks are written by the
+worker's loop only, in order with its Steps, so that a pull that was dropped writes nothing any
+more. Knows nothing of names, requests or engines.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -29,40 +31,53 @@ from torch import Tensor
 from shoal.core.errors import WireError
 from shoal.core.kv import KVSource
 from shoal.core.split import Range
-from shoal.kernels import KVCache, LayerKV
-from shoal.wire.kv_messages import KVMessage, Lacking, Part, Piece, Want
+from shoal.kernels import KVCache
+from shoal.wire.kv_messages import KVMessage, Lacking, Later, Look, Part, Piece, Want
 from shoal.wire.mesh import Mesh
-from shoal.wire.worker_messages import DropPull, EndLease, LendBlocks, PullBlocks
+from shoal.wire.worker_messages import DropPull, EndLease, LendBlocks, PullBlocks, StopPull
+from shoal.worker.kv_bytes import KVBytes
+from shoal.worker.lender import Lender
 
 log = logging.getLogger(__name__)
 
 _PIECE_BYTES = 1 << 20  # as a borrower asks for them: a Step does not wait long
-_MAX_PIECE_BYTES = 16 << 20
-_MAX_ASKED = 8
+_PIECE_BLOCKS = 16  # fewer than a chunk of a prompt: what is computed need not wait for more
+_ASKED_BYTES = 8 << 20
+_MIN_ASKED, _MAX_ASKED = 8, 64
 _SILENCE_S = 2.0
 _LOOK_EVERY_S = 0.25
-_EARLY_S, _RETRY_S = 0.5, 0.01
 
 Chore = Callable[[], None]
-KVOrder = EndLease | PullBlocks | DropPull
+KVOrder = EndLease | PullBlocks | StopPull | DropPull
 """What a worker does in order with its Steps."""
 
 
 @dataclass(slots=True)
 class _Pull:
+    """
+    Attributes:
+        stop: blocks from here on will not come.
+        max_asked: pieces that may be on their way, or wait to be written.
+    """
+
     order: PullBlocks
+    stop: int
     wanted: deque[tuple[str, Part]]
+    max_asked: int
     heard_s: float
     asked: dict[Part, str] = field(default_factory=dict)
     arrived: set[Part] = field(default_factory=set)
+
+    @property
+    def is_over(self) -> bool:
+        return not self.wanted and not self.asked and not self.arrived
 
     @property
     def num_whole(self) -> int:
         """Blocks that nothing is missing of, from the first on."""
         missing = [part.first for part in self.asked]
         missing += [part.first for _, part in self.wanted] + [part.first for part in self.arrived]
-        first = self.order.first
-        return min(missing, default=first + len(self.order.block_ids)) - first
+        return min([*missing, self.stop]) - self.order.first
 
 
 class KVPort:
@@ -87,19 +102,14 @@ class KVPort:
         post: Callable[[Chore], None],
         report: Callable[[int, int], None],
     ) -> None:
-        self._kv = kv
-        self._heads_first = heads_first
-        self._layers = layers
-        self._heads = heads
+        self._kv = KVBytes(kv, layers, heads, heads_first=heads_first)
         self._mesh = mesh
         self._post = post
         self._report = report
-        self._lock = threading.Lock()  # of the leases and pulls
-        self._leases: dict[int, tuple[int, ...]] = {}
+        self._lender = Lender(self._kv, self._send)
+        self._lock = threading.Lock()  # of the pulls
         self._pulls: dict[int, _Pull] = {}
         self._known: dict[str, str] = {}
-        # Asked before the order to lend was here: it comes by another way.
-        self._early: list[tuple[str, Want, float]] = []
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[KVMessage] = msgspec.msgpack.Decoder(KVMessage)
 
@@ -112,18 +122,22 @@ class KVPort:
 
     def lend(self, order: LendBlocks) -> None:
         """Let blocks be read from now on; from any thread."""
-        with self._lock:
-            self._leases[order.lease_id] = order.block_ids
+        if self._lender.lend(order):
+            with contextlib.suppress(WireError):  # so much is there that nobody sleeps
+                self._mesh.send(self._mesh.name, self._encoder.encode(Look()))
 
     def take(self, order: KVOrder) -> None:
         """Do as the executor says; only the worker's loop calls this."""
         match order:
             case EndLease(lease_id):
-                # Whoever reads holds the lock: after this nobody does.
-                with self._lock:
-                    self._leases.pop(lease_id, None)
+                self._lender.end(lease_id)
             case PullBlocks():
                 self._begin(order)
+            case StopPull(pull_id):
+                with self._lock:
+                    stopped = self._pulls.get(pull_id)
+                if stopped is not None:
+                    self._finish(stopped)
             case DropPull(pull_id):
                 with self._lock:
                     self._pulls.pop(pull_id, None)
@@ -139,7 +153,10 @@ class KVPort:
         if not parts:
             self._report(order.pull_id, len(order.block_ids))
             return
-        pull = _Pull(order, deque(parts), time.monotonic())
+        window = _ASKED_BYTES // (self._kv.block_bytes * self._piece_blocks)
+        max_asked = min(max(window, _MIN_ASKED), _MAX_ASKED)
+        stop = order.first + len(order.block_ids)
+        pull = _Pull(order, stop, deque(parts), max_asked, time.monotonic())
         with self._lock:
             self._pulls[order.pull_id] = pull
         self._ask(pull)
@@ -148,13 +165,13 @@ class KVPort:
         """What is wanted of whom: all layers of some blocks, then those of the next ones."""
         spans: list[tuple[str, int, Range]] = []
         for layer in range(order.layers.start, order.layers.stop):
-            found = _covering(self._heads, layer, order.sources)
+            found = _covering(self._kv.heads, layer, order.sources)
             if found is None:
                 return None
             spans += [(worker, layer, heads) for worker, heads in found]
         if not spans:
             return []
-        step = max(1, _PIECE_BYTES // self._block_bytes())
+        step = self._piece_blocks
         last = order.first + len(order.block_ids)
         return [
             (
@@ -171,17 +188,15 @@ class KVPort:
             for worker, layer, heads in spans
         ]
 
-    def _block_bytes(self) -> int:
-        """Of one layer."""
-        return max(
-            1, sum(each[0].numel() for each in _bytes_of(self._kv.layers[0], self._heads_first))
-        )
+    @property
+    def _piece_blocks(self) -> int:
+        return min(max(1, _PIECE_BYTES // self._kv.block_bytes), _PIECE_BLOCKS)
 
     def _ask(self, pull: _Pull) -> None:
         """For as many pieces as may be on their way."""
         while True:
             with self._lock:
-                is_full = len(pull.asked) + len(pull.arrived) >= _MAX_ASKED
+                is_full = len(pull.asked) + len(pull.arrived) >= pull.max_asked
                 if not pull.wanted or is_full or self._pulls.get(pull.order.pull_id) is not pull:
                     return
                 worker, part = pull.wanted.popleft()
@@ -196,15 +211,26 @@ class KVPort:
             if pull is None or pull.asked.get(piece.part) != sender:
                 return
             pull.heard_s = time.monotonic()
-        if piece.part.checksum(payload) != piece.checksum or len(payload) != self._size(piece.part):
+        is_whole = piece.part.checksum(payload) == piece.checksum
+        if not is_whole or len(payload) != self._kv.size(piece.part):
             log.error("KV of layer %d from %s is damaged: left out", piece.part.layer, sender)
-            self._finish(pull)
+            self._leave_out(pull, piece.part.first)
             return
         with self._lock:
             del pull.asked[piece.part]
             pull.arrived.add(piece.part)
         numbers = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
         self._post(partial(self._write, pull, piece.part, numbers))
+
+    def _leave_out(self, pull: _Pull, first: int) -> None:
+        """Blocks from `first` on will not come; those before it still may."""
+        with self._lock:
+            pull.stop = max(min(pull.stop, first), pull.order.first)
+            pull.wanted = deque(each for each in pull.wanted if each[1].first < first)
+            pull.asked = {part: sent for part, sent in pull.asked.items() if part.first < first}
+            is_over = pull.is_over
+        if is_over:
+            self._finish(pull)
 
     def _write(self, pull: _Pull, part: Part, payload: Tensor) -> None:
         """In the worker's loop: no Step runs, and no pull is dropped meanwhile."""
@@ -213,28 +239,14 @@ class KVPort:
             if self._pulls.get(order.pull_id) is not pull:
                 return
         first = part.first - order.first
-        blocks = list(order.block_ids[first : first + part.stop - part.first])
-        start, stop = part.head_start - self._heads.start, part.head_stop - self._heads.start
-        offset = 0
-        for kept in _bytes_of(self._kv.layers[part.layer - self._layers.start], self._heads_first):
-            taken = kept[:, start:stop]
-            size = taken[0].numel() * len(blocks)
-            new = payload[offset : offset + size].view(len(blocks), *taken.shape[1:])
-            taken[blocks] = new.to(taken.device)
-            offset += size
+        self._kv.write(part, order.block_ids[first : first + part.stop - part.first], payload)
         with self._lock:
             pull.arrived.discard(part)
-            is_over = not pull.wanted and not pull.asked and not pull.arrived
+            is_over = pull.is_over
         if is_over:
             self._finish(pull)
         else:
             self._ask(pull)
-
-    def _size(self, part: Part) -> int:
-        heads = slice(part.head_start - self._heads.start, part.head_stop - self._heads.start)
-        layer = self._kv.layers[part.layer - self._layers.start]
-        block = sum(each[0, heads].numel() for each in _bytes_of(layer, self._heads_first))
-        return (part.stop - part.first) * block
 
     def _finish(self, pull: _Pull) -> None:
         with self._lock:
@@ -244,8 +256,7 @@ class KVPort:
             num_whole = pull.num_whole
         self._report(pull.order.pull_id, num_whole)
 
-    def _give_up_silent(self) -> None:
-        now = time.monotonic()
+    def _give_up_silent(self, now: float) -> None:
         with self._lock:
             # Pieces that wait to be written are our own delay, not the lender's.
             silent = [
@@ -257,64 +268,45 @@ class KVPort:
             log.error("pull %d: no KV came for %g s", pull.order.pull_id, _SILENCE_S)
             self._finish(pull)
 
-    # --- the lender ---
-
-    def _answer(self, sender: str, want: Want, until: float) -> None:
-        payload = self._read(want)
-        if payload is None:
-            if time.monotonic() < until:
-                self._early.append((sender, want, until))
-            else:
-                self._send(sender, want.address, Lacking(want.pull_id))
-            return
-        piece = Piece(want.pull_id, want.part, want.part.checksum(payload))
-        self._send(sender, want.address, piece, payload)
-
-    def _read(self, want: Want) -> bytes | None:
-        part = want.part
-        layer, start = part.layer - self._layers.start, part.head_start - self._heads.start
-        stop = part.head_stop - self._heads.start
-        with self._lock:
-            blocks = self._leases.get(want.lease_id, ())
-            is_here = 0 <= layer < len(self._layers) and 0 <= start < stop <= len(self._heads)
-            if not is_here or not 0 <= part.first < part.stop <= len(blocks):
-                return None
-            if part.stop - part.first > 1 and self._size(part) > _MAX_PIECE_BYTES:
-                return None
-            chosen = list(blocks[part.first : part.stop])
-            kept = [
-                each[:, start:stop][chosen]
-                for each in _bytes_of(self._kv.layers[layer], self._heads_first)
-            ]
-            return b"".join(each.cpu().numpy().tobytes() for each in kept)
-
     # --- its thread ---
 
     def _serve(self) -> None:
+        look_at = 0.0
         while True:
             try:
-                arrived = self._mesh.receive(_RETRY_S if self._early else _LOOK_EVERY_S)
+                arrived = self._mesh.receive(_LOOK_EVERY_S)
                 if arrived is not None:
                     self._take(*arrived)
             except (WireError, msgspec.DecodeError) as error:
                 log.error("a message about KV is left out: %s", error)
-            early, self._early = self._early, []
-            for sender, want, until in early:
-                self._answer(sender, want, until)
-            self._give_up_silent()
+            if (now := time.monotonic()) >= look_at:
+                look_at = now + _LOOK_EVERY_S
+                self._lender.look(now)
+                self._give_up_silent(now)
 
     def _take(self, sender: str, header: bytes, payload: memoryview) -> None:
         match message := self._decoder.decode(header):
             case Want():
-                self._answer(sender, message, time.monotonic() + _EARLY_S)
+                self._lender.answer(sender, message, time.monotonic())
             case Piece():
                 self._take_piece(sender, message, payload)
-            case Lacking(pull_id):
-                with self._lock:
-                    pull = self._pulls.get(pull_id)
-                if pull is not None and sender in pull.asked.values():
-                    log.warning("pull %d: %s lends these blocks no more", pull_id, sender)
-                    self._finish(pull)
+            case Lacking(pull_id, first):
+                if (pull := self._asked_of(sender, pull_id)) is not None:
+                    log.warning(
+                        "pull %d: %s lends no more from block %d on", pull_id, sender, first
+                    )
+                    self._leave_out(pull, first)
+            case Later(pull_id):
+                if (pull := self._asked_of(sender, pull_id)) is not None:
+                    pull.heard_s = time.monotonic()
+            case Look():
+                self._lender.look(time.monotonic())
+
+    def _asked_of(self, sender: str, pull_id: int) -> _Pull | None:
+        """A pull, if this peer was asked for something of it."""
+        with self._lock:
+            pull = self._pulls.get(pull_id)
+            return pull if pull is not None and sender in pull.asked.values() else None
 
     def _send(self, peer: str, address: str, message: KVMessage, payload: bytes = b"") -> None:
         try:
@@ -341,22 +333,3 @@ def _covering(
             found.append((source.worker, Range(done, stop)))
             done = stop
     return found if done >= heads.stop else None
-
-
-def _bytes_of(layer: LayerKV, heads_first: bool) -> list[Tensor]:
-    """Keys, values and their scales, each [blocks, heads, ...] in bytes.
-
-    Whoever exchanges KV arranges blocks alike: the kernels are part of what names them.
-    """
-    kept = [layer.keys_NBHD, layer.values_NBHD]
-    scales = (layer.key_scales_NBH, layer.value_scales_NBH)
-    kept += [each[..., None] for each in scales if each is not None]
-    if heads_first:
-        return [_heads_first(each).view(torch.uint8) for each in kept]
-    return [each.view(torch.uint8).transpose(1, 2) for each in kept]
-
-
-def _heads_first(tensor: Tensor) -> Tensor:
-    """The same memory, as kernels see it that keep all 16 tokens of a head side by side."""
-    num_blocks, num_slots, num_heads, size = tensor.shape
-    return tensor.view(num_blocks, num_heads, num_slots * size)

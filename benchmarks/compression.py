@@ -33,9 +33,9 @@ import httpx
 LAB = """\
 model: {model}
 stages:
-  - {{layers: 0-10, devices: [{{device: cpu, host: a, threads: 1}}]}}
-  - {{layers: 10-21, devices: [{{device: cpu, host: b, threads: 1}}]}}
-  - {{layers: 21-30, devices: [{{device: cpu, host: c, threads: 1}}]}}
+  - {{layers: 0-10, devices: [{{device: cpu, host: a, threads: {threads}}}]}}
+  - {{layers: 10-21, devices: [{{device: cpu, host: b, threads: {threads}}}]}}
+  - {{layers: 21-30, devices: [{{device: cpu, host: c, threads: {threads}}}]}}
 links:
   default: {{bandwidth: {bandwidth}}}
 """
@@ -50,7 +50,8 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--quantize", default="none")
     parser.add_argument("--bandwidth", default="20Mbit")
-    parser.add_argument("--chunk", type=int, default=128)
+    parser.add_argument("--chunk", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--windows", type=int, default=6)
     parser.add_argument("--output", type=Path, default=None, help="a file for the JSON")
@@ -59,7 +60,7 @@ def main() -> None:
     flags += ("--max-num-seqs", "16", "--kv-cache-memory-bytes", str(128 << 20))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "lab.yaml"
-        file.write_text(LAB.format(model=args.model, bandwidth=args.bandwidth))
+        file.write_text(LAB.format(**vars(args)))
         try:
             urls = [_up(arm, file, flags) for arm in ARMS]
             pairs = [[_ttft_ms(url, seed) for url in urls] for seed in range(args.rounds + 1)][1:]
@@ -69,7 +70,8 @@ def main() -> None:
                 _output(sys.executable, "-m", "shoal", "lab", "down", "--name", arm)
     report = {
         "command": f"python benchmarks/compression.py --quantize {args.quantize} --bandwidth "
-        f"{args.bandwidth} --chunk {args.chunk} --rounds {args.rounds} --windows {args.windows}",
+        f"{args.bandwidth} --chunk {args.chunk} --threads {args.threads} --rounds {args.rounds} "
+        f"--windows {args.windows}",
         "commit": _output("git", "-C", str(Path(__file__).parent), "describe", "--always"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "ttft_ms": {

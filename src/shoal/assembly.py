@@ -38,6 +38,7 @@ from shoal.executor.inproc import InprocExecutor
 from shoal.executor.shares import rank_options
 from shoal.executor.transfers import KVMover, OneWorkerMover, Order
 from shoal.model.spec import read_spec
+from shoal.policy.batching import step_tokens
 from shoal.wire.kv_messages import ONLY_WORKER, KVKeys
 from shoal.wire.messages import HostNet
 
@@ -46,11 +47,6 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 Progress = Callable[[int, int], None]
-
-_CPU_STEP_TOKENS = 512
-_CUDA_STEP_TOKENS = 2048
-# Chunks of one long prompt are on several stages at once only if there are several.
-_PIPELINE_STEP_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +92,11 @@ def load_engine(
     start = partial(_start_workers, kv_keys=kv_keys, in_threads=in_threads)
     workers = start(options, spec, replica, hosts or {}, say=say, progress=progress)
     capacity = workers.capacity
+    moves_kv = workers.mover is not None and tell_kv is not None
     config = EngineConfig(
         instance_blocks=capacity.instance_blocks,
         rank_blocks=capacity.rank_blocks,
+        kv_kinds=capacity.kv_kinds if moves_kv else (),
         max_model_len=capacity.max_model_len,
         vocab_size=spec.vocab_size,
         eos_token_ids=spec.eos_token_ids,
@@ -133,6 +131,8 @@ def load_engine(
         max_waiting=config.max_waiting,
         device=capacity.device,
         dtype=capacity.dtype,
+        kv_digest=config.model_digest,
+        kv_block_bytes=capacity.block_bytes if carrier and config.prefix_caching else 0,
         load_s=time.perf_counter() - started_s,
     )
     return LoadedEngine(loop, workers.executor, info)
@@ -186,6 +186,7 @@ def _start_worker(
     capacity = Capacity(
         instance_blocks=(launched.num_blocks,),
         rank_blocks=((),),
+        block_bytes=launched.kv_bytes // launched.num_blocks,
         max_model_len=launched.max_model_len,
         device=launched.device,
         device_type=launched.device_type,
@@ -292,7 +293,8 @@ class _LazyGrammars:
 
 
 def _step_tokens(options: EngineOptions, capacity: Capacity, replica: ReplicaPlan | None) -> int:
-    default = _CUDA_STEP_TOKENS if capacity.device_type == "cuda" else _CPU_STEP_TOKENS
-    if capacity.device_type == "cpu" and replica is not None and len(replica.stages) > 1:
-        default = _PIPELINE_STEP_TOKENS
-    return options.max_num_batched_tokens or max(default, options.max_num_seqs)
+    return options.max_num_batched_tokens or step_tokens(
+        is_cuda=capacity.device_type == "cuda",
+        num_stages=1 if replica is None else len(replica.stages),
+        max_num_seqs=options.max_num_seqs,
+    )

@@ -41,6 +41,8 @@ _COUNTERS: tuple[tuple[str, str, Reading], ...] = (
     ("prefix_cache_hits", "Prompt tokens whose KV was found cached", lambda s: s.cached_tokens),
     ("generation_tokens", "Output tokens", lambda s: s.output_tokens),
     ("num_preemptions", "Sequences preempted for want of KV", lambda s: s.preemptions),
+    ("route_moves", "Sequences that went on on another route", lambda s: s.route_moves),
+    ("copied_tokens", "Tokens whose KV went along with them", lambda s: s.copied_tokens),
     ("engine_steps", "Steps run", lambda s: s.steps),
     ("engine_busy_seconds", "Seconds the workers computed", lambda s: s.busy_s),
 )

@@ -25,7 +25,7 @@ ALLOWED: dict[str, str] = {
     "executor": "worker policy wire core",
     "worker": "model comm kernels kvstore wire core",
     "model": "comm kernels core",
-    "cluster": "kernels comm core",
+    "cluster": "plan_file kernels comm core",
     "planner": "policy cluster core",
     "sim": "router engine planner policy core",
     "comm": "core",
@@ -50,7 +50,7 @@ EXCEPTIONS = {
 
 WITHOUT_TORCH = {
     *("core", "text", "wire", "router", "engine", "server", "observe", "policy"),
-    *("plan_file", "lab", "cluster"),
+    *("plan_file", "lab", "cluster", "planner", "sim"),
 }
 TORCH = {"torch", "triton", "transformers"}
 
@@ -74,6 +74,7 @@ STATE_MACHINES = {
         "scheduler",
         "sequence",
         "blocks",
+        "decode_run",
         "events",
         "flight",
         "intake",
@@ -81,6 +82,10 @@ STATE_MACHINES = {
         "pools",
         "recovery",
         "transfers",
+    },
+    "sim": {
+        *("cost", "pipeline", "replica", "driver", "faults", "prompts", "setup", "from_plan"),
+        *("records", "report", "page", "plots", "instance_seconds"),
     },
     "router": {"state", "events", "moves", "records"},
 }
@@ -277,6 +282,8 @@ def test_docs_show_the_same_table() -> None:
         "lab",
         "cluster",
         "policy",
+        "planner",
+        "sim",
         "cli.main",
     ],
 )

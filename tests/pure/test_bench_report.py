@@ -11,9 +11,10 @@ import pytest
 from rich.console import Console
 
 from shoal.cli.bench_prompts import PromptSource, token_id_source
-from shoal.cli.bench_report import latencies_of, meets, parse_slo, percentile, render, summarise
+from shoal.cli.bench_report import latencies_of, meets, render, summarise
 from shoal.cli.loadgen import LoadConfig, RequestRecord
 from shoal.core.errors import ConfigError
+from shoal.core.latency import parse_slo, percentile
 from shoal.core.workload import Arrival
 
 

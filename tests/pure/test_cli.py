@@ -65,6 +65,9 @@ GOLDEN = {
     "up": "--interface --address --name --help",
     "join": "--token --interface --address --name --help",
     "down": "--help",
+    "plan": "--cluster --workload --rate --input-tokens --isl --output-tokens --osl "
+    "--max-model-len --slo --objective --cost-unit --precision --kv-cache-precision "
+    "--max-num-seqs --engine --what-if --explain --emit --json --output --help",
     "models": "--json --help",
     "models pull": "--revision --hf-token --help",
     "models remove": "--yes --help",

@@ -22,8 +22,8 @@ DOCS = sorted(
     ]
 )
 COMMANDS = (
-    *("serve", "chat", "generate", "models", "bench", "eval", "quantize", "lab"),
-    *("up", "join", "down"),
+    *("serve", "chat", "generate", "models", "bench", "simulate", "eval", "quantize", "lab"),
+    *("up", "join", "down", "plan"),
 )
 SUFFIXES = (".py", ".md", ".sh", ".toml", ".txt", ".yaml")
 

@@ -18,14 +18,15 @@ import typer
 from rich.console import Console
 
 from shoal.cli.bench_prompts import CHARS_PER_TOKEN, PromptSource, token_id_source, word_source
-from shoal.cli.bench_report import parse_slo, render, summarise
+from shoal.cli.bench_report import render, summarise
 from shoal.cli.loadgen import LoadConfig, RequestRecord, first_model, run_load, warm_up
+from shoal.cli.workloads import chosen_workload
 from shoal.core.errors import ConfigError
-from shoal.core.workload import Workload, poisson_workload, read_workload
+from shoal.core.latency import parse_slo
+from shoal.core.workload import Workload
 
 # A client later than this at sending measures itself as much as the server.
 _LAG_WORTH_A_NOTE_S = 0.05
-_NO_LIMIT = 2**31 - 1
 
 
 def bench(
@@ -73,8 +74,13 @@ def bench(
     if chat and vocab_size is not None:
         raise ConfigError("--vocab-size is for token-id prompts; --chat takes text: drop one")
     bounds = parse_slo(slo) if slo else {}
-    load = _workload(
-        workload, rate, num_requests, input_tokens, output_tokens, Random(seed)
+    load = chosen_workload(
+        workload,
+        rate,
+        num_requests=num_requests,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        rng=Random(seed),
     ).stretched(time_scale)
     config = LoadConfig(
         model=model or "",
@@ -155,28 +161,6 @@ async def measure(
         **summary,
         "notes": _notes(summary, config, source, interrupted),
     }
-
-
-def _workload(
-    path: Path | None,
-    rate: float | None,
-    num_requests: int | None,
-    input_tokens: int | None,
-    output_tokens: int | None,
-    rng: Random,
-) -> Workload:
-    if (path is None) == (rate is None):
-        raise ConfigError("a load needs one of --workload FILE and --rate R; give exactly one")
-    if path is None:
-        assert rate is not None
-        lengths = [(input_tokens or 512, output_tokens or 128)]
-        return poisson_workload(
-            rate_per_s=rate, num_requests=num_requests or 100, lengths=lengths, rng=rng
-        )
-    workload = read_workload(path, rng).clipped(
-        max_prompt_tokens=input_tokens or _NO_LIMIT, max_output_tokens=output_tokens or _NO_LIMIT
-    )
-    return workload if num_requests is None else workload.first(num_requests)
 
 
 def _notes(

@@ -7,8 +7,6 @@ the gaps between pieces. Knows nothing of HTTP.
 from __future__ import annotations
 
 import itertools
-import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shoal.cli.loadgen import RequestRecord
-from shoal.core.errors import ConfigError
-
-METRICS = ("ttft", "tpot", "itl", "e2e")
+from shoal.core.latency import METRICS, is_within, statistics
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,34 +46,12 @@ def latencies_of(record: RequestRecord) -> Latencies | None:
     )
 
 
-def parse_slo(text: str) -> dict[str, float]:
-    """Seconds for each metric of ``ttft=2s,tpot=50ms`` (also e2e)."""
-    slo: dict[str, float] = {}
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(ttft|tpot|e2e)\s*=\s*(\d+(?:\.\d+)?)\s*(ms|s)\s*", part)
-        if match is None:
-            raise ConfigError(
-                f"SLO has {part.strip()!r}; it needs ttft=, tpot= or e2e= and a time in s or ms, "
-                f"as in --slo ttft=2s,tpot=50ms"
-            )
-        slo[match[1]] = float(match[2]) * (0.001 if match[3] == "ms" else 1.0)
-    return slo
-
-
 def meets(latencies: Latencies | None, slo: Mapping[str, float]) -> bool:
     """Whether a request succeeded within every bound; a single token has no TPOT to miss."""
     if latencies is None:
         return False
     got = {"ttft": latencies.ttft_s, "tpot": latencies.tpot_s, "e2e": latencies.e2e_s}
-    return all((value := got[name]) is None or value <= bound for name, bound in slo.items())
-
-
-def percentile(ordered: Sequence[float], percent: float) -> float:
-    """Of values in ascending order, interpolated linearly (numpy's default)."""
-    place = (len(ordered) - 1) * percent / 100
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+    return is_within(got, slo)
 
 
 def summarise(
@@ -123,8 +97,8 @@ def summarise(
             "output_tokens_per_s": _per_s(output_tokens, duration_s),
             "prompt_tokens_per_s": _per_s(prompt_tokens, duration_s),
         },
-        "latency_s": {name: _statistics(values[name]) for name in METRICS},
-        "send_lag_s": _statistics([record.sent_s - record.scheduled_s for record in records]),
+        "latency_s": {name: statistics(values[name]) for name in METRICS},
+        "send_lag_s": statistics([record.sent_s - record.scheduled_s for record in records]),
         "delayed_by_concurrency_limit": sum(record.waited_for_slot for record in records),
     }
     if slo:
@@ -170,14 +144,6 @@ def render(report: Mapping[str, Any]) -> RenderableType:
     ]
     lines += [f"note: {note}" for note in report["notes"]]
     return Group(table, *(Text(line) for line in lines))
-
-
-def _statistics(values: Sequence[float]) -> dict[str, float] | None:
-    if not values:
-        return None
-    ordered = sorted(values)
-    percentiles = {f"p{percent}": percentile(ordered, percent) for percent in (50, 95, 99)}
-    return {"mean": math.fsum(ordered) / len(ordered), **percentiles, "max": ordered[-1]}
 
 
 def _kind(record: RequestRecord) -> str:

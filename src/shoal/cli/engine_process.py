@@ -20,18 +20,22 @@ from shoal.core.errors import RequestError, ShoalError, WireError
 from shoal.core.request import ErrorInfo, Output
 from shoal.core.stats import EngineStats
 from shoal.engine.events import Cancel as CancelEvent
+from shoal.engine.events import DrainInstance as DrainInstanceEvent
 from shoal.engine.events import EndLease as EndLeaseEvent
 from shoal.engine.events import Lend, Receive
+from shoal.engine.events import LendPrefix as LendPrefixEvent
 from shoal.engine.events import Submit as SubmitEvent
 from shoal.wire.channel import Codec, ThreadChannel
 from shoal.wire.loading import LoadingReport
 from shoal.wire.messages import (
     Cancel,
+    DrainInstance,
     EndLease,
     FromEngine,
     Launch,
     LaunchFailed,
     LendKV,
+    LendPrefix,
     Loading,
     News,
     Ready,
@@ -110,8 +114,12 @@ def _listen(messages: Iterator[ToEngine], loaded: Future[LoadedEngine]) -> None:
                     loaded.result().loop.post(SubmitEvent(request))
                 case Cancel(request_id):
                     loaded.result().loop.post(CancelEvent(request_id))
-                case LendKV(lease_id, request_id, ttl_s):
-                    loaded.result().loop.post(Lend(lease_id, request_id, ttl_s))
+                case LendKV(lease_id, request_id, ttl_s, ahead):
+                    loaded.result().loop.post(Lend(lease_id, request_id, ttl_s, ahead))
+                case LendPrefix(lease_id, names, ttl_s):
+                    loaded.result().loop.post(LendPrefixEvent(lease_id, names, ttl_s))
+                case DrainInstance(instance, is_drained):
+                    loaded.result().loop.post(DrainInstanceEvent(instance, is_drained))
                 case EndLease(lease_id):
                     loaded.result().loop.post(EndLeaseEvent(lease_id))
                 case ReceiveKV(offer, ttl_s):

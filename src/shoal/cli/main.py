@@ -23,6 +23,8 @@ COMMANDS = {
     "generate": "shoal.cli.generate:generate",
     "models": "shoal.cli.models:app",
     "bench": "shoal.cli.bench:bench",
+    "plan": "shoal.cli.plan:plan",
+    "simulate": "shoal.cli.simulate:simulate",
     "eval": "shoal.cli.eval:eval_model",
     "quantize": "shoal.cli.quantize:quantize",
     "lab": "shoal.cli.lab:app",

@@ -213,7 +213,7 @@ WeightsMemoryBytes = Annotated[
     int | None,
     _option(
         "--weights-memory-bytes",
-        "Memory for weights; layers beyond it are read from disk in every step.",
+        "Memory for weights; layers beyond it come from disk (GPU: from the host) in every step.",
         _ENGINE,
         min=1,
     ),

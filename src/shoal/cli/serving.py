@@ -177,7 +177,8 @@ def start_engines(settings: ServeSettings) -> list[EngineClient]:
     command = [sys.executable, "-m", "shoal.cli.engine_process"]
     options = _shared_out(settings)
     replicas = {f"replica-{index}": plan for index, plan in enumerate(settings.replicas)}
-    kv_keys = make_kv_keys(replicas) if count > 1 else {}
+    has_routes = any(plan is not None and len(plan.routes) > 1 for plan in settings.replicas)
+    kv_keys = make_kv_keys(replicas) if count > 1 or has_routes else {}
     return [
         EngineClient(
             name,

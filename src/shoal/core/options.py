@@ -32,8 +32,8 @@ class EngineOptions:
         kernels: "auto": the fastest this machine has.
         max_model_len: None: what the checkpoint was made for, if the KV cache holds it.
         kv_cache_memory_bytes: None: a share of the device's free memory.
-        weights_memory_bytes: that weights may take; layers beyond it are read from disk in every
-            step. None: most of what is free.
+        weights_memory_bytes: that weights may take; layers beyond it come from disk, or from host
+            memory to a GPU, in every step. None: most of what is free.
         num_threads: of the CPU; None: all of them.
         device_share: how much of the device's free memory is this engine's.
         activation_format: of hidden states between stages, and of sums that cross a network.

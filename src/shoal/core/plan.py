@@ -47,7 +47,8 @@ class InstancePlan:
     Attributes:
         layers: that it holds; a route may use a part of them.
         kv_cache_memory_bytes: of each rank; None: what it has to spare.
-        weights_memory_bytes: of each rank; layers beyond it stay on disk. None: what is free.
+        weights_memory_bytes: of each rank; layers beyond it stay on disk, or in the memory of a
+            GPU's host. None: what is free.
         quantize, dtype: None: as the engine's options say.
     """
 

@@ -15,6 +15,8 @@ class EngineInfo:
         max_num_seqs: rows in one Step at most.
         max_num_batched_tokens: tokens in one Step at most.
         max_waiting: requests that may queue.
+        kv_digest: of KV, which replicas can exchange if it is the same.
+        kv_block_bytes: of one block, over all layers; 0: it stays where it is.
         device, dtype: for people.
         load_s: seconds from process start until ready.
     """
@@ -26,7 +28,20 @@ class EngineInfo:
     max_waiting: int
     device: str
     dtype: str
+    kv_digest: str = ""
+    kv_block_bytes: int = 0
     load_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceStats:
+    """How an instance of a replica with several routes stands; `num_running` have KV on it."""
+
+    instance: int
+    stage: int
+    is_down: bool
+    is_drained: bool
+    num_running: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +49,9 @@ class EngineStats:
     """Gauges now, and counters since the engine began.
 
     `num_blocks`, `num_blocks_used` are of the instance whose share in use is the largest;
-    `recovering`: an instance is down, so that no Step coming back is no sign of a hang.
+    `recovering`: an instance is down, so that no Step coming back is no sign of a hang;
+    `route_moves`, `copied_tokens`: sequences that went on on another route, and tokens whose KV
+    went along; `instances`: where there are several routes.
     """
 
     num_running: int = 0
@@ -48,6 +65,9 @@ class EngineStats:
     steps: int = 0
     busy_s: float = 0.0
     recovering: bool = False
+    route_moves: int = 0
+    copied_tokens: int = 0
+    instances: tuple[InstanceStats, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,12 +133,8 @@ class Field:
         Raises:
             ConfigError: not a mapping, a key that may not be there, or one that stands twice.
         """
-        if not isinstance(self.node, yaml.MappingNode):
-            needed = f"a mapping with keys of {', '.join(keys)}" if keys else "a mapping"
-            raise self.wrong(needed)
         found: dict[str, Field] = {}
-        for key_node, value_node in self.node.value:
-            key = Field(self.file, "the key", key_node)
+        for key, value in self.pairs(keys):
             name = key.text()
             if keys is not None and name not in keys:
                 raise key.error(f"unknown key {key.shown}; {_remedy(name, keys)}")
@@ -146,8 +142,22 @@ class Field:
                 raise key.error(
                     f"{name} stands there twice (first in line {found[name].line}); remove one"
                 )
-            found[name] = Field(self.file, name, value_node)
+            found[name] = value
         return found
+
+    def pairs(self, keys: Sequence[str] | None = None) -> list[tuple[Field, Field]]:
+        """Keys and values of a mapping, as they stand there; `keys`: for the error.
+
+        Raises:
+            ConfigError: not a mapping.
+        """
+        if not isinstance(self.node, yaml.MappingNode):
+            needed = f"a mapping with keys of {', '.join(keys)}" if keys else "a mapping"
+            raise self.wrong(needed)
+        return [
+            (Field(self.file, "the key", key), Field(self.file, str(key.value), value))
+            for key, value in self.node.value
+        ]
 
     def items(self, most: int, least: int = 1) -> list[Field]:
         """Of a list that is not empty, unless `least` is 0.

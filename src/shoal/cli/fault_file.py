@@ -1,0 +1,52 @@
+"""Events of a simulation from a YAML file: what happens to replicas, and when.
+
+    - {at: 60, replica: replica-0, slow: 0.5}               # runs at half its speed
+    - {at: 90, replica: replica-0, instance: 1, lose: yes}  # an instance, counted over all stages
+    - {at: 120, replica: replica-0, instance: 1, join: yes}
+
+Knows nothing of what follows from them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shoal.plan_file.fields import Field, read_fields
+from shoal.sim import Fault
+from shoal.sim.faults import FaultKind
+
+_KINDS: tuple[FaultKind, ...] = ("slow", "lose", "join")
+_MAX_EVENTS, _MAX_S, _MAX_INSTANCES = 10_000, 1e9, 4096
+
+
+def read_faults(path: Path) -> tuple[Fault, ...]:
+    """
+    Raises:
+        ConfigError: with file and line.
+    """
+    return tuple(_fault(each) for each in read_fields(path).items(_MAX_EVENTS, least=0))
+
+
+def _fault(place: Field) -> Fault:
+    entries = place.entries(("at", "replica", "instance", *_KINDS))
+    for needed in ("at", "replica"):
+        if needed not in entries:
+            raise place.error(
+                f"there is no key {needed}; an event needs at, replica and what it is"
+            )
+    said = [kind for kind in _KINDS if kind in entries]
+    if len(said) != 1:
+        raise place.error(
+            f"an event has one of {', '.join(_KINDS)}, this has {len(said)}; write slow: 0.5, "
+            "lose: yes or join: yes"
+        )
+    (kind,) = said
+    if kind != "slow":
+        entries[kind].choice(("yes", "true"))
+    return Fault(
+        at_s=entries["at"].number(0.0, _MAX_S),
+        replica=entries["replica"].text(),
+        kind=kind,
+        instance=entries["instance"].integer(0, _MAX_INSTANCES) if "instance" in entries else None,
+        speed=entries["slow"].number(0.001, 1000.0) if kind == "slow" else 1.0,
+    )

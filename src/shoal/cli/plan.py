@@ -1,0 +1,192 @@
+"""`shoal plan MODEL --cluster F`: which devices should run what, and why; nothing is loaded.
+
+Reads flags and files, wires cluster, goal, search and report together; decides nothing itself.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Annotated, cast, get_args
+
+import typer
+
+from shoal.cli.model_shape import spec_of
+from shoal.cli.options import Json
+from shoal.cluster.cluster_file import read_cluster
+from shoal.core.cluster import Precision
+from shoal.core.errors import ConfigError
+from shoal.core.latency import parse_slo
+from shoal.core.workload import read_workload
+from shoal.plan_file import dump_plan
+from shoal.planner.engines import emit as emit_for
+from shoal.planner.explain import report, text
+from shoal.planner.goal import CostUnit, Goal, Slo, lengths_of, objective_of, rate_of
+from shoal.planner.profiles import Problem
+from shoal.planner.search import Outcome, find_plan
+from shoal.planner.to_plan import to_plan
+from shoal.planner.what_if import changed, left_out, one_more, runner_ups
+
+
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="a known shape (llama-3.1-70b), a folder with config.json, or what `serve` takes",
+        ),
+    ],
+    cluster: Annotated[Path, typer.Option(metavar="FILE", help="devices and links")],
+    workload: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="a trace: its mean rate and lengths")
+    ] = None,
+    rate: Annotated[float | None, typer.Option(help="requests per second to carry")] = None,
+    input_tokens: Annotated[
+        float, typer.Option("--input-tokens", "--isl", help="of a request, on average")
+    ] = 1024,
+    output_tokens: Annotated[
+        float, typer.Option("--output-tokens", "--osl", help="of a request, on average")
+    ] = 256,
+    max_model_len: Annotated[
+        int, typer.Option(min=0, help="of the longest request: its KV must fit")
+    ] = 0,
+    slo: Annotated[str | None, typer.Option(help="bounds of means: ttft=2s,tpot=50ms")] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="latency, goodput or cost; latency if there is a rate")
+    ] = None,
+    cost_unit: Annotated[str, typer.Option(help="of cost: usd, devices or watts")] = "usd",
+    precision: Annotated[
+        str, typer.Option(help="of weights, those that may be taken: bfloat16,fp8,int8,int4")
+    ] = "bfloat16",
+    kv_cache_precision: Annotated[str, typer.Option(help="of KV")] = "bfloat16",
+    max_num_seqs: Annotated[
+        int, typer.Option(min=1, help="requests that a replica takes at once")
+    ] = 256,
+    engine: Annotated[
+        str, typer.Option(help="whose constants the cost model takes: shoal, vllm, ...")
+    ] = "shoal",
+    what_if: Annotated[
+        list[str] | None,
+        typer.Option(help="'without a.0' or 'a.0 at 50%', compared with the plan; may be repeated"),
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="where time goes, runner-ups, one more device")
+    ] = False,
+    emit: Annotated[
+        str | None, typer.Option(help="print the nearest vllm, sglang or llama.cpp command")
+    ] = None,
+    as_json: Json = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="write the plan here")
+    ] = None,
+) -> None:
+    """Find the plan for a model on a cluster, with the reasons; nothing is loaded."""
+    goal = _goal(
+        Goal(
+            rate_per_s=rate,
+            input_tokens=input_tokens,
+            output_tokens=output_tokens,
+            max_tokens=max_model_len,
+            slo=_slo(slo),
+            cost_unit=_cost_unit(cost_unit),
+            precisions=tuple(_precision(each.strip()) for each in precision.split(",")),
+            kv_precision=_precision(kv_cache_precision),
+            max_concurrency=max_num_seqs,
+        ),
+        workload,
+        objective,
+    )
+    problem = Problem(spec_of(model), read_cluster(cluster), goal, engine)
+    found = find_plan(problem)
+    made = to_plan(found.choices, problem.cluster, model)
+    full = report(
+        found,
+        list(left_out(found)),
+        list(one_more(found)) if explain else (),
+        list(runner_ups(found)) if explain else (),
+    )
+    full["what_if"] = [_compared(found, each) for each in what_if or ()]
+    if output is not None:
+        _write(output, dump_plan(made))
+    if emit is not None:
+        print("\n".join(emit_for(made, emit, model)))
+    elif as_json:
+        print(json.dumps({"model": model, **full, "plan": dump_plan(made)}, indent=2))
+    else:
+        print("\n".join(text(full, explained=explain)))
+        for each in full["what_if"]:
+            print(each["text"])
+
+
+def _goal(goal: Goal, workload: Path | None, objective: str | None) -> Goal:
+    """With what the trace says, where flags don't, and the objective that fits."""
+    if workload is not None:
+        trace = read_workload(workload, Random(0))
+        mean_input, mean_output, longest = lengths_of(trace)
+        goal = replace(
+            goal,
+            rate_per_s=goal.rate_per_s or rate_of(trace),
+            input_tokens=mean_input,
+            output_tokens=mean_output,
+            max_tokens=max(goal.max_tokens, longest),
+        )
+    default = "goodput" if goal.rate_per_s is None else "latency"
+    return replace(goal, objective=objective_of(objective or default))
+
+
+def _compared(found: Outcome, change: str) -> dict[str, object]:
+    """A plan for the changed cluster, beside the one found."""
+    problem = replace(found.problem, cluster=changed(found.problem.cluster, change))
+    try:
+        other = find_plan(problem)
+    except ConfigError as error:
+        return {"change": change, "possible": False, "text": f"what if {change}: {error}"}
+    rate = other.capacity_per_s / found.capacity_per_s - 1
+    tpot = other.mean("tpot") / found.mean("tpot") - 1
+    words = (
+        f"what if {change}: {other.capacity_per_s:.3g} requests/s ({rate:+.0%}), "
+        f"TPOT {other.mean('tpot') * 1e3:.1f} ms ({tpot:+.0%})"
+    )
+    return {
+        "change": change,
+        "possible": True,
+        "requests_per_s": other.capacity_per_s,
+        "ttft_s": other.mean("ttft"),
+        "tpot_s": other.mean("tpot"),
+        "unmet": list(other.unmet),
+        "text": "; not met: ".join((words, *other.unmet)),
+    }
+
+
+def _slo(slo: str | None) -> Slo:
+    bounds = parse_slo(slo) if slo else {}
+    if "e2e" in bounds:
+        raise ConfigError("--slo e2e is not planned for; give ttft= and tpot=")
+    return Slo(ttft_s=bounds.get("ttft"), tpot_s=bounds.get("tpot"))
+
+
+def _precision(name: str) -> Precision:
+    if name not in get_args(Precision):
+        raise ConfigError(
+            f"the precision is {name!r}; it must be one of {', '.join(get_args(Precision))}"
+        )
+    return cast(Precision, name)
+
+
+def _cost_unit(name: str) -> CostUnit:
+    if name not in get_args(CostUnit):
+        raise ConfigError(
+            f"--cost-unit is {name!r}; it must be one of {', '.join(get_args(CostUnit))}"
+        )
+    return cast(CostUnit, name)
+
+
+def _write(path: Path, content: str) -> None:
+    try:
+        path.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"-o {path}: {error.strerror}; name a file that can be written"
+        ) from error

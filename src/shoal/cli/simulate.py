@@ -1,0 +1,184 @@
+"""`shoal simulate PLAN --cluster F --workload F`: what a plan would give, with nothing loaded.
+
+Reads flags and files, wires plan, cluster, load and report together; simulates nothing itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from random import Random
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from shoal.cli.fault_file import read_faults
+from shoal.cli.model_shape import spec_of
+from shoal.cli.workloads import chosen_workload
+from shoal.cluster.cluster_file import read_cluster
+from shoal.core.errors import ConfigError
+from shoal.core.latency import parse_slo
+from shoal.core.workload import Workload
+from shoal.plan_file import read_plan
+from shoal.sim import ReplicaSetup, Simulation, html_page, summarise
+from shoal.sim.from_plan import Limits, precision_of, replica_setups
+
+
+def simulate(
+    plan: Annotated[Path, typer.Argument(help="plan file: what `shoal plan` writes")],
+    cluster: Annotated[Path, typer.Option(help="cluster file: its devices and links")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="default: what the plan names; a folder needs config.json only"),
+    ] = None,
+    workload: Annotated[
+        Path | None, typer.Option(help="trace: Azure, ServeGen, Mooncake or shoal's JSONL")
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="without a trace: mean Poisson arrivals per second")
+    ] = None,
+    num_requests: Annotated[
+        int | None, typer.Option(min=1, help="at most this many requests (with --rate: 100)")
+    ] = None,
+    input_tokens: Annotated[
+        int | None, typer.Option(min=1, help="prompt length; of a trace: the longest")
+    ] = None,
+    output_tokens: Annotated[
+        int | None, typer.Option(min=1, help="output length; of a trace: the longest")
+    ] = None,
+    time_scale: Annotated[
+        float, typer.Option(help="multiplies arrival times: 0.5 is twice the load")
+    ] = 1.0,
+    events: Annotated[
+        Path | None, typer.Option(help="YAML: slow-downs, deaths and joins of replicas")
+    ] = None,
+    slo: Annotated[str | None, typer.Option(help="goodput's bounds: ttft=2s,tpot=50ms")] = None,
+    seed: Annotated[int, typer.Option(help="of arrivals")] = 0,
+    precision: Annotated[
+        str, typer.Option(help="of weights, where the plan says nothing")
+    ] = "bfloat16",
+    kv_cache_precision: Annotated[str, typer.Option(help="of KV")] = "bfloat16",
+    engine: Annotated[
+        str, typer.Option(help="whose constants the cost model takes: shoal, vllm, ...")
+    ] = "shoal",
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="as of `shoal serve`")] = 64,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+    max_model_len: Annotated[int | None, typer.Option(min=1)] = None,
+    max_waiting: Annotated[int, typer.Option(min=0)] = 256,
+    enable_prefix_caching: Annotated[bool, typer.Option()] = True,
+    stepwise: Annotated[
+        bool, typer.Option("--stepwise", help="take every Step by itself: slower, the same result")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
+    html: Annotated[Path | None, typer.Option(help="also write a page with plots here")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="also write the JSON report here")
+    ] = None,
+) -> None:
+    """Predict TTFT, TPOT, goodput and utilisation of a plan under a load."""
+    load = chosen_workload(
+        workload,
+        rate,
+        num_requests=num_requests,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        rng=Random(seed),
+    ).stretched(time_scale)
+    limits = Limits(
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_model_len=max_model_len,
+        max_waiting=max_waiting,
+        prefix_caching=enable_prefix_caching,
+        precision=precision_of(precision),
+        kv_precision=precision_of(kv_cache_precision),
+        engine=engine,
+    )
+    file = read_plan(plan)
+    name = model or file.model
+    if name is None:
+        raise ConfigError(f"{plan} names no model; add `model:` there, or give --model")
+    spec = spec_of(name)
+    setups = replica_setups(file.resolve(spec), spec, read_cluster(cluster), limits)
+    simulation = Simulation(
+        load,
+        setups,
+        Random(seed),
+        faults=read_faults(events) if events else (),
+        max_homeless=max_waiting,
+        runs=not stepwise,
+    )
+    report = _report(simulation, load, setups, parse_slo(slo) if slo else {}, f"{name} by {plan}")
+    if html is not None:
+        _write(html, html_page(report), "--html")
+    text = json.dumps(report, indent=1)
+    if output is not None:
+        _write(output, text + "\n", "--output")
+    if as_json:
+        typer.echo(text)
+    else:
+        Console().print(_rendered(report))
+
+
+def _report(
+    simulation: Simulation,
+    load: Workload,
+    setups: tuple[ReplicaSetup, ...],
+    slo: Mapping[str, float],
+    title: str,
+) -> dict[str, Any]:
+    records = simulation.run()
+    summary = summarise(records, setups, simulation.stats(), slo)
+    notes = [f"{setup.name}: times may be off by {setup.cost.error:.0%}" for setup in setups]
+    if any(setup.role != "any" for setup in setups):
+        notes.append("requests move from prefill to decode replicas without their KV here")
+    if left := summary["requests"]["never_ended"]:
+        notes.append(f"{left} requests had nowhere to go on when the simulation ended")
+    return {"title": title, "workload": load.name, **summary, "notes": notes}
+
+
+def _rendered(report: Mapping[str, Any]) -> RenderableType:
+    table = Table(title=f"{report['title']}: {report['workload']}", title_justify="left")
+    for column in ("ms", "mean", "p50", "p95", "p99"):
+        table.add_column(column, justify="left" if column == "ms" else "right")
+    for name, found in report["latency_s"].items():
+        cells = (
+            ["-"] * 4
+            if found is None
+            else [f"{found[column] * 1000:,.1f}" for column in ("mean", "p50", "p95", "p99")]
+        )
+        table.add_row(name.upper(), *cells)
+    requests, throughput = report["requests"], report["throughput"]
+    lines = [
+        f"{requests['succeeded']} of {requests['planned']} requests succeeded, "
+        f"{requests['refused']} refused, {requests['failed']} failed, in "
+        f"{report['duration_s']:,.1f} s",
+        f"throughput: {throughput['requests_per_s']:.2f} requests/s, "
+        f"{throughput['output_tokens_per_s']:,.1f} output tokens/s",
+    ]
+    if goodput := report.get("goodput"):
+        bounds = ", ".join(f"{k.upper()} <= {v * 1000:g} ms" for k, v in goodput["slo_s"].items())
+        lines.append(
+            f"goodput: {goodput['share']:.1%} of requests, "
+            f"{goodput['requests_per_s']:.2f} requests/s ({bounds})"
+        )
+    lines += [
+        f"{each['name']}: busy {', '.join(f'{share:.0%}' for share in each['utilisation'])}, "
+        f"{each['preemptions']} preemptions, {each['cached_tokens']:,} prompt tokens cached"
+        for each in report["replicas"]
+    ]
+    lines += [f"note: {note}" for note in report["notes"]]
+    return Group(table, *(Text(line) for line in lines))
+
+
+def _write(path: Path, text: str, flag: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {path}: {error.strerror}; choose another {flag}"
+        ) from error

@@ -1,0 +1,272 @@
+"""A cluster file: what a probe writes and people edit, from measured entries and catalogue names.
+
+    hosts:
+      - name: a
+        devices: 8x H100-SXM nvlink             # from the catalogue, and what joins them
+      - name: b
+        devices:                                # several kinds, or measured ones
+          - 2x RTX-4090
+          - {kind: RTX-3090, memory: 22GiB, bandwidth: 850GB/s, flops: {bfloat16: 65T}}
+        link: pcie4                             # or {latency: 10us, bandwidth: 22GB/s}
+        all_reduce: {2: {16KiB: 12us, 1MiB: 60us}}          # ranks: size: time
+        disk: 3GB/s
+    network: {latency: 20us, bandwidth: 100Gbit/s}          # between hosts
+    links: [{between: [a, b], latency: 50us, bandwidth: 10Gbit/s}]      # or devices: a.0
+    constants: [{kind: RTX-4090, engine: shoal, precision: int8, eta: 0.8, layer: 40us, mfu: 0.5}]
+
+One host needs no more than `devices: 2x RTX-4090 pcie4`. Devices are called a.0, a.1, and a.cpu.
+`cluster24.ini` files of Helix are read as well. Knows nothing of how anything is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import cast, get_args
+
+from shoal.cluster import catalogue
+from shoal.cluster.device_fields import DeviceDraft, draft_devices
+from shoal.cluster.helix import read_helix
+from shoal.cluster.units import rate_bytes_per_s, size_bytes, text, time_s
+from shoal.core.cluster import (
+    AllReduceTable,
+    Between,
+    Cluster,
+    Constants,
+    Device,
+    Host,
+    Link,
+    Points,
+    Precision,
+    check_points,
+)
+from shoal.core.errors import ConfigError
+from shoal.plan_file.fields import Field, read_fields
+
+MAX_HOSTS, MAX_DEVICES, MAX_LINKS, MAX_POINTS, MAX_CONSTANTS = 1024, 4096, 65536, 256, 256
+
+_HOST_KEYS = ("name", "devices", "link", "all_reduce", "disk")
+_LINK_KEYS = ("latency", "bandwidth", "points")
+_CONSTANT_KEYS = ("kind", "engine", "precision", "eta", "layer", "mfu", "error")
+_ENGINES = ("shoal", "vllm", "trtllm", "sglang", "llama.cpp")
+_LEAST_RATE, _MOST_RATE = 1e5, 1e13
+_FITTED_ERROR = 0.1
+
+
+def read_cluster(path: Path) -> Cluster:
+    """A cluster from a YAML file, or from an .ini file of Helix.
+
+    Raises:
+        ConfigError: with file and line, where a line is to blame.
+    """
+    if path.suffix == ".ini":
+        return read_helix(path)
+    root = read_fields(path)
+    entries = root.entries((*_HOST_KEYS, "hosts", "network", "links", "constants"))
+    hosts = _hosts(entries, root)
+    devices: list[Device] = []
+    made: list[Host] = []
+    for place, name, drafts, given in hosts:
+        own = _named(drafts, name)
+        made.append(_host(place, name, drafts, given))
+        devices += own
+    if len(devices) > MAX_DEVICES:
+        raise root.error(f"the cluster has {len(devices)} devices; {MAX_DEVICES} at most")
+    network = _link(entries["network"], "network") if "network" in entries else None
+    links = entries["links"].items(MAX_LINKS, least=0) if "links" in entries else []
+    fitted = entries["constants"].items(MAX_CONSTANTS) if "constants" in entries else []
+    own_constants = tuple(_constants(each, devices) for each in fitted)
+    try:
+        return Cluster(
+            hosts=tuple(made),
+            devices=tuple(devices),
+            network=network,
+            links=tuple(_between(each) for each in links),
+            constants=(*own_constants, *catalogue.known_constants()),
+        )
+    except ConfigError as error:
+        if str(error).startswith(f"{path}:"):
+            raise
+        raise ConfigError(f"{path}: {error}") from error
+
+
+_HostDraft = tuple[Field, str, list[DeviceDraft], Mapping[str, Field]]
+
+
+def _hosts(entries: Mapping[str, Field], root: Field) -> list[_HostDraft]:
+    if "hosts" not in entries:
+        if "devices" not in entries:
+            raise root.error(
+                "there are neither hosts nor devices; write devices: 2x RTX-4090 pcie4"
+            )
+        return [_host_draft(root, {"name": None, **entries})]
+    for key in _HOST_KEYS:
+        if key in entries:
+            raise entries[key].error(f"{key} stands beside hosts; write it inside a host")
+    return [
+        _host_draft(each, each.entries(_HOST_KEYS)) for each in entries["hosts"].items(MAX_HOSTS)
+    ]
+
+
+def _host_draft(place: Field, entries: Mapping[str, Field | None]) -> _HostDraft:
+    given = {name: each for name, each in entries.items() if each is not None}
+    if "name" not in entries:
+        raise place.error("there is no key name; give the host one: name: a")
+    if "devices" not in given:
+        raise place.error("there is no key devices; name some: devices: 2x RTX-4090 pcie4")
+    name = given["name"].text() if "name" in given else "local"
+    return place, name, draft_devices(given["devices"]), given
+
+
+def _named(drafts: Sequence[DeviceDraft], host: str) -> list[Device]:
+    """Numbered in the order in which they are written."""
+    devices: list[Device] = []
+    num_gpus = 0
+    for draft in drafts:
+        for _ in range(draft.count):
+            if draft.is_cpu:
+                number, place = "cpu", "cpu"
+            else:
+                number, place = str(num_gpus), f"cuda:{num_gpus}"
+                num_gpus += 1
+            name = f"{host}.{number}" if draft.name is None or draft.count > 1 else draft.name
+            devices.append(draft.device(name, host, place))
+    return devices
+
+
+def _host(
+    place: Field, name: str, drafts: Sequence[DeviceDraft], given: Mapping[str, Field]
+) -> Host:
+    link = _host_link(place, name, drafts, given)
+    tables = tuple(_tables(given["all_reduce"])) if "all_reduce" in given else ()
+    kinds = {draft.kind for draft in drafts}
+    if not tables and link is not None and len(kinds) == 1 and not link.points:
+        tables = catalogue.all_reduce_tables(kinds.pop(), link.kind)
+    host = Host(name=name, link=link, all_reduce=tables)
+    if "disk" not in given:
+        return host
+    disk = rate_bytes_per_s(given["disk"], 1e6, 1e12)
+    return Host(name=name, link=link, all_reduce=tables, disk_bytes_per_s=disk)
+
+
+def _host_link(
+    place: Field, name: str, drafts: Sequence[DeviceDraft], given: Mapping[str, Field]
+) -> Link | None:
+    """As it is named for the host, or beside the one group of devices that there is."""
+    said = [draft for draft in drafts if draft.link is not None]
+    if "link" in given:
+        if said:
+            raise given["link"].error(
+                f"link stands beside {said[0].link} at the devices; remove one of the two"
+            )
+        return _named_link(given["link"], drafts)
+    if len(drafts) == 1 and drafts[0].link is not None:
+        assert drafts[0].known is not None, "only a catalogue's device says its link"
+        return drafts[0].known.link(drafts[0].link)
+    if sum(draft.count for draft in drafts) == 1:
+        return None
+    if len(said) == len(drafts) and len({draft.link for draft in said}) == 1:
+        links = [each.known.link(cast(str, each.link)) for each in said if each.known]
+        return min(links, key=_rate)
+    raise place.error(
+        f"nothing says what joins the devices of host {name}; say it: link: pcie4, or "
+        "link: {latency: 10us, bandwidth: 22GB/s}"
+    )
+
+
+def _named_link(field: Field, drafts: Sequence[DeviceDraft]) -> Link:
+    if field.is_mapping:
+        return _link(field, "measured")
+    name = field.choice(catalogue.LINK_NAMES)
+    known = [draft.known for draft in drafts if draft.known is not None]
+    if not known:
+        raise field.error(
+            f"link is {name!r}, but no device of the host is in the catalogue; give its latency "
+            "and bandwidth: {latency: 10us, bandwidth: 22GB/s}"
+        )
+    try:
+        return min((each.link(name) for each in known), key=_rate)
+    except ConfigError as error:
+        raise field.error(str(error)) from error
+
+
+def _link(field: Field, kind: str) -> Link:
+    return _link_of(field, field.entries(_LINK_KEYS), kind)
+
+
+def _between(field: Field) -> Between:
+    entries = field.entries(("between", *_LINK_KEYS))
+    if "between" not in entries:
+        raise field.error("there is no key between; name two hosts or devices: between: [a, b]")
+    ends = entries["between"].items(2)
+    if len(ends) != 2:
+        raise entries["between"].error("between names one end; name two: [a, b]")
+    return Between(ends[0].text(), ends[1].text(), _link_of(field, entries, "measured"))
+
+
+def _link_of(field: Field, entries: Mapping[str, Field], kind: str) -> Link:
+    for key in ("latency", "bandwidth"):
+        if key not in entries:
+            raise field.error(
+                f"{field.name} has no {key}; say both: {{latency: 20us, bandwidth: 100Gbit/s}}"
+            )
+    latency = time_s(entries["latency"], 1e-8, 10.0)
+    rate = rate_bytes_per_s(entries["bandwidth"], _LEAST_RATE, _MOST_RATE)
+    points = _points(entries["points"]) if "points" in entries else ()
+    link = Link(latency_s=latency, bytes_per_s=rate, kind=kind, points=points)
+    if points and not 0.2 < points[-1][0] / rate / points[-1][1] < 5:
+        raise entries["points"].error(
+            f"{text(points[-1][0], 'B')} in {text(points[-1][1], 's')} is no "
+            f"{text(rate, 'B/s')}, which bandwidth says; check both units"
+        )
+    return link
+
+
+def _points(field: Field) -> Points:
+    pairs = field.pairs()
+    if not 1 <= len(pairs) <= MAX_POINTS:
+        raise field.error(f"{field.name} has {len(pairs)} points; give 1 to {MAX_POINTS}")
+    points = tuple(sorted((size_bytes(size), time_s(time)) for size, time in pairs))
+    try:
+        check_points(field.name, points)
+    except ConfigError as error:
+        raise field.error(str(error)) from error
+    return points
+
+
+def _tables(field: Field) -> list[AllReduceTable]:
+    found = []
+    for ranks, each in field.entries().items():
+        if not ranks.isdigit() or not 2 <= int(ranks) <= MAX_DEVICES:
+            raise each.error(f"all_reduce has {ranks!r} ranks; it must be a whole number from 2 on")
+        found.append(AllReduceTable(num_ranks=int(ranks), points=_points(each)))
+    return found
+
+
+def _constants(field: Field, devices: Sequence[Device]) -> Constants:
+    entries = field.entries(_CONSTANT_KEYS)
+    for key in _CONSTANT_KEYS[:-1]:
+        if key not in entries:
+            raise field.error(
+                f"constants have no {key}; they need {', '.join(_CONSTANT_KEYS[:-1])}"
+            )
+    kind = entries["kind"].text()
+    like = next((each for each in devices if each.kind == kind), None)
+    if like is None:
+        raise entries["kind"].error(f"the cluster has no device of kind {kind!r}; remove them")
+    return Constants(
+        kind=kind,
+        engine=entries["engine"].choice(_ENGINES),
+        precision=cast(Precision, entries["precision"].choice(get_args(Precision))),
+        eta=entries["eta"].number(0.01, 1.5),
+        layer_s=time_s(entries["layer"], 1e-8, 0.1),
+        mfu=entries["mfu"].number(0.01, 1.5),
+        error=entries["error"].number(0.0, 10.0) if "error" in entries else _FITTED_ERROR,
+        bandwidth_bytes_per_s=like.bandwidth_bytes_per_s,
+        flops_per_s=like.flops_per_s("bfloat16"),
+        source=f"{field.file}:{field.line}",
+    )
+
+
+def _rate(link: Link) -> float:
+    return link.bytes_per_s

@@ -1,0 +1,21 @@
+"""Cluster + ModelSpec + Workload + SLO → Plan, with reasons; nothing is loaded, no torch.
+
+    goal.py        what is asked for
+    splits.py      heads and FFN columns of a layer over unequal ranks
+    profiles.py    a tensor-parallel group: times and memory of its layers, split by split
+    fill.py        layers over the stages of a pipeline
+    pipeline.py    what a pipeline of groups gives: TPOT, TTFT, requests per second
+    service.py     the most and the quickest that it can do
+    chains.py      every pipeline of a few devices
+    small.py       the best plan of few devices: all of them are looked at
+    inventory.py   many devices, by what they are and which are free
+    program.py     a linear program: the most from what there is, and its prices
+    large.py       a good plan of many devices, and a bound on any better one
+    search.py      one of both; where a wish can't be met, the nearest plan
+    what_if.py     left out and why; a device less, slower, or more; what other wishes give
+    to_plan.py     the outcome as a Plan
+    explain.py     the outcome for people
+    engines.py     the nearest configuration of other engines, and what they can't express
+
+Knows nothing of files, sockets or how anything is measured.
+"""

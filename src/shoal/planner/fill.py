@@ -1,0 +1,127 @@
+"""Layers over the stages of a pipeline, so that a token's period is shortest.
+
+    time of a stage    t_s = n_s a_s + c_s      n_s layers, 1 <= n_s <= most_s, of one option
+    period             max(sum of t_s + hops,  M max of t_s / k_s)
+
+with M micro-batches in flight and k_s instances that share a stage's work. For a limit X on
+t_s / k_s the least sum is had by filling the stages with the cheapest layers first; a larger X
+makes the sum smaller and the second term larger, so the best X is where they meet (bisection). A
+stage that can hold its layers in several ways takes the fastest that has room. Of equal periods the
+one with the most even stages is taken: it carries more when there is more to do. Knows nothing of
+devices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_CLOSE = 1e-4
+"""Limits that are so near to each other give the same layers."""
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A way to hold layers: seconds of each, seconds beside them, and room."""
+
+    layer_s: float
+    fixed_s: float
+    most_layers: int
+
+    def time_s(self, num_layers: int) -> float:
+        return num_layers * self.layer_s + self.fixed_s
+
+
+@dataclass(frozen=True, slots=True)
+class StageTimes:
+    """A stage's options, and the instances that share its work."""
+
+    options: tuple[Option, ...]
+    num_instances: int = 1
+
+    @property
+    def most_layers(self) -> int:
+        return max(each.most_layers for each in self.options)
+
+    def choose(self, num_layers: int) -> int | None:
+        """The fastest option that has room; None: there is none."""
+        if len(self.options) == 1:
+            return 0 if self.options[0].most_layers >= num_layers else None
+        fitting = [i for i, each in enumerate(self.options) if each.most_layers >= num_layers]
+        return min(fitting, key=lambda i: self.options[i].time_s(num_layers), default=None)
+
+    def time_s(self, num_layers: int) -> float:
+        """With the fastest option; without end where none has room."""
+        chosen = self.choose(num_layers)
+        return math.inf if chosen is None else self.options[chosen].time_s(num_layers)
+
+    def within(self, limit_s: float) -> int:
+        """Layers that it runs in a time."""
+        limit_s *= 1 + _ROUNDING
+        most = 0
+        for each in self.options:
+            left_s = limit_s - each.fixed_s
+            if left_s >= each.layer_s * each.most_layers:
+                most = max(most, each.most_layers)
+            elif left_s > 0:
+                most = max(most, int(left_s / each.layer_s))
+        return most
+
+
+def fill(
+    stages: Sequence[StageTimes], num_layers: int, num_micro_batches: int, hops_s: float
+) -> tuple[int, ...] | None:
+    """Layers of each stage, at least 1; None: they have no room for all."""
+    if len(stages) > num_layers or sum(each.most_layers for each in stages) < num_layers:
+        return None
+    if any(each.most_layers < 1 for each in stages):
+        return None
+    if len(stages) == 1:
+        return (num_layers,)
+    order = sorted(range(len(stages)), key=lambda index: stages[index].time_s(1))
+    best = _filled([each.most_layers for each in stages], order, num_layers)
+    assert best is not None, "room was counted above"
+    path, slowest = periods(stages, best, num_micro_batches, hops_s)
+    best_s = max(path, slowest)
+    tight, loose = 0.0, slowest / num_micro_batches
+    while loose - tight > _CLOSE * loose:
+        middle = (tight + loose) / 2
+        found = _filled(
+            [each.within(middle * each.num_instances) for each in stages], order, num_layers
+        )
+        if found is None:
+            tight = middle
+            continue
+        path, slowest = periods(stages, found, num_micro_batches, hops_s)
+        is_as_good = max(path, slowest) <= best_s * (1 + _ROUNDING)
+        if is_as_good:
+            best, best_s = found, min(best_s, max(path, slowest))
+        if is_as_good or slowest > path:
+            # What it came to is less than what it was allowed.
+            loose = min(middle, slowest / num_micro_batches)
+        else:
+            tight = middle
+    return tuple(best)
+
+
+def periods(
+    stages: Sequence[StageTimes], layers: Sequence[int], num_micro_batches: int, hops_s: float
+) -> tuple[float, float]:
+    """A token's way through all stages, and what the slowest takes for all micro-batches."""
+    times = [each.time_s(n) for n, each in zip(layers, stages, strict=True)]
+    slowest = max(t / each.num_instances for t, each in zip(times, stages, strict=True))
+    return sum(times) + hops_s, num_micro_batches * slowest
+
+
+def _filled(room: Sequence[int], order: Sequence[int], num_layers: int) -> list[int] | None:
+    """One layer for each stage, the others to the first in order; None: no room."""
+    if min(room) < 1:
+        return None
+    layers, left = [1] * len(room), num_layers - len(room)
+    for index in order:
+        more = min(room[index] - 1, left)
+        layers[index] += more
+        left -= more
+    return None if left else layers

@@ -1,0 +1,255 @@
+"""`find_plan`: the plan for a goal, or the nearest one there is and what stands in the way.
+
+Few devices: all plans are looked at (`small.py`). Many: `large.py`. A wish that can't be met is
+lowered in this order: the rate, then the SLO, then the precision of weights. Knows nothing of text
+for people beyond the reasons it gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from shoal.core.cluster import Precision
+from shoal.core.errors import ConfigError
+from shoal.core.split import Range, shards, split_by_weights
+from shoal.planner.chains import Bench
+from shoal.planner.goal import Goal, Slo
+from shoal.planner.large import LargeSearch
+from shoal.planner.pipeline import Operation
+from shoal.planner.profiles import Problem, numbers_for
+from shoal.planner.service import keeps, peak, quickest
+from shoal.planner.small import MOST_DEVICES, Choice, SmallSearch
+from shoal.policy.cost_model.memory import weight_bytes
+from shoal.policy.cost_model.numbers import Numbers
+
+_FEWER_BITS: tuple[Precision, ...] = ("fp8", "int8", "int4")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What was found.
+
+    Attributes:
+        choices: replicas; `operation` of each is at the most it carries.
+        at_rate: each at its share of the goal's rate; as in `choices` without a rate.
+        bound: no plan of those looked at has more requests per second (goodput), or less latency or
+            price (the others).
+        is_exact: all plans were looked at.
+        num_looked_at: kinds of replicas in the search; 0: all.
+        unmet: wishes that this plan does not meet, and what binds.
+        prices: requests per second that one more device would bring, by its kind.
+    """
+
+    problem: Problem
+    choices: tuple[Choice, ...]
+    at_rate: tuple[Operation, ...]
+    bound: float
+    is_exact: bool
+    num_looked_at: int = 0
+    unmet: tuple[str, ...] = ()
+    prices: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def capacity_per_s(self) -> float:
+        """Requests that all replicas carry."""
+        return sum(each.rate_per_s for each in self.choices)
+
+    @property
+    def gap(self) -> float:
+        """How far from the bound it may be, as a share of the bound; 0: it is the best."""
+        value = self.value
+        if self.is_exact or not self.bound:
+            return 0.0
+        if self.problem.goal.objective == "goodput":
+            return max(1 - value / self.bound, 0.0)
+        return max(value / self.bound - 1, 0.0)
+
+    @property
+    def value(self) -> float:
+        """Of the objective: requests per second, seconds, or price."""
+        goal = self.problem.goal
+        if goal.objective == "goodput":
+            return self.capacity_per_s
+        if goal.objective == "cost":
+            devices = (self.problem.cluster.device(n) for c in self.choices for n in c.names)
+            return sum(goal.price(each) for each in devices)
+        return self.mean("latency")
+
+    def mean(self, what: Literal["ttft", "tpot", "latency"]) -> float:
+        """Of "ttft", "tpot" or "latency", over requests as replicas share them."""
+        weights = [each.rate_per_s for each in self.choices]
+        pairs = zip(weights, self.at_rate, strict=True)
+        return sum(weight * self._of(each, what) for weight, each in pairs) / sum(weights)
+
+    def _of(self, operation: Operation, what: str) -> float:
+        if what == "latency":
+            return operation.latency_s(self.problem.goal.output_tokens)
+        return operation.ttft_s if what == "ttft" else operation.tpot_s
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Devices of no replica."""
+        used = {name for each in self.choices for name in each.names}
+        return tuple(d.name for d in self.problem.cluster.devices if d.name not in used)
+
+
+def find_plan(problem: Problem) -> Outcome:
+    """
+    Raises:
+        ConfigError: the model fits these devices in no precision that they have kernels for.
+    """
+    found = _search(problem)
+    if found is not None:
+        return found
+    return _nearest(problem)
+
+
+def _search(problem: Problem) -> Outcome | None:
+    goal = problem.goal
+    devices = problem.cluster.devices
+    if len(devices) <= MOST_DEVICES:
+        small = SmallSearch(problem, Bench(problem, devices), [d.name for d in devices])
+        ways = {"goodput": small.most_goodput, "latency": small.quickest, "cost": small.cheapest}
+        return _outcome(problem, ways[goal.objective](), 0.0, is_exact=True)
+    large = LargeSearch(problem)
+    found = {
+        "goodput": large.most_goodput,
+        "latency": large.quickest,
+        "cost": large.cheapest,
+    }[goal.objective]()
+    outcome = _outcome(problem, found.choices, found.bound, is_exact=False)
+    if outcome is None:
+        return None
+    kinds = (problem.cluster.device(large.example(sort)).kind for sort in range(len(large.stock)))
+    prices = tuple(zip(kinds, large.prices, strict=False))
+    return replace(outcome, num_looked_at=found.num_columns, prices=prices)
+
+
+def _outcome(
+    problem: Problem, choices: Sequence[Choice], bound: float, *, is_exact: bool
+) -> Outcome | None:
+    if not choices:
+        return None
+    goal = problem.goal
+    full = tuple(_at_its_most(each) for each in choices)
+    total = sum(each.rate_per_s for each in full)
+    unmet: tuple[str, ...] = ()
+    rate = goal.rate_per_s
+    if rate is not None and rate > total * (1 + 1e-9):
+        unmet = (
+            f"the rate of {rate:g} requests/s: these devices carry {total:.3g} within the SLO "
+            f"({goal.slo}); add devices, or lower --rate",
+        )
+        rate = None
+    at_rate: list[Operation] = []
+    for each in full:
+        operation = each.operation
+        if rate is not None or goal.objective == "latency":
+            own = (rate or 0.0) * each.rate_per_s / total
+            fixed = (operation.layers, operation.variants)
+            operation = quickest(each.chain, own, fixed) or operation
+        at_rate.append(operation)
+    if not unmet and not all(keeps(goal, each) for each in at_rate):
+        worst = max(at_rate, key=lambda each: each.tpot_s)
+        unmet = (
+            f"the SLO ({goal.slo}): at this rate TPOT is {worst.tpot_s * 1e3:.3g} ms and TTFT "
+            f"{worst.ttft_s * 1e3:.3g} ms; lower --rate, add devices, or take --objective goodput",
+        )
+    return Outcome(
+        problem=problem,
+        choices=full,
+        at_rate=tuple(at_rate),
+        bound=bound,
+        is_exact=is_exact,
+        unmet=unmet,
+    )
+
+
+def _at_its_most(choice: Choice) -> Choice:
+    """The same layers, working as hard as the SLO lets them."""
+    operation = choice.operation
+    most = peak(choice.chain, (operation.layers, operation.variants))
+    return choice if most is None else Choice(choice.chain, most)
+
+
+def _nearest(problem: Problem) -> Outcome:
+    """Without the rate, then without the SLO, then with fewer bits."""
+    goal = problem.goal
+    if goal.objective != "goodput":
+        carried = _search(_with(problem, replace(goal, objective="goodput")))
+        if carried is not None:
+            return replace(carried, unmet=carried.unmet or _no_rate(carried))
+    if goal.slo != Slo():
+        free = replace(goal, slo=Slo(), objective="latency", rate_per_s=None)
+        quick = _search(_with(problem, free))
+        if quick is not None:
+            return replace(quick, unmet=_missed_slo(goal, quick))
+    lower = tuple(each for each in _FEWER_BITS if each not in goal.precisions)
+    for count in range(1, len(lower) + 1):
+        precisions = (*goal.precisions, *lower[:count])
+        found = _search(_with(problem, replace(goal, precisions=precisions, slo=Slo())))
+        if found is not None:
+            reason = f"{_shortage(problem)}; with weights in {lower[count - 1]} it fits"
+            return replace(found, unmet=(reason, *found.unmet))
+    raise ConfigError(
+        f"{_shortage(problem)}, and fewer bits do not help ({', '.join(_FEWER_BITS)}); add "
+        "devices, or take a smaller model"
+    )
+
+
+def _with(problem: Problem, goal: Goal) -> Problem:
+    return replace(problem, goal=goal)
+
+
+def _no_rate(outcome: Outcome) -> tuple[str, ...]:
+    return (
+        f"the objective at that rate: the nearest is the most that is carried, "
+        f"{outcome.capacity_per_s:.3g} requests/s",
+    )
+
+
+def _missed_slo(goal: Goal, outcome: Outcome) -> tuple[str, ...]:
+    """What of the SLO even one request at a time misses."""
+    reasons = []
+    ttft, tpot = outcome.mean("ttft"), outcome.mean("tpot")
+    if goal.slo.tpot_s is not None and tpot > goal.slo.tpot_s:
+        reasons.append(
+            f"the SLO TPOT of {goal.slo.tpot_s * 1e3:.3g} ms: one request alone takes "
+            f"{tpot * 1e3:.3g} ms per token at best, which memory bandwidth and links bind"
+        )
+    if goal.slo.ttft_s is not None and ttft > goal.slo.ttft_s:
+        reasons.append(
+            f"the SLO TTFT of {goal.slo.ttft_s * 1e3:.3g} ms: a prompt of {goal.input_tokens:.0f} "
+            f"tokens alone takes {ttft * 1e3:.3g} ms at best, which arithmetic binds"
+        )
+    if not reasons and not keeps(goal, outcome.at_rate[0]):
+        reasons.append(f"the SLO ({goal.slo}): TTFT and TPOT are met one at a time, not together")
+    return tuple(reasons) or (
+        f"the SLO ({goal.slo}) at any load: only less than one request keeps it",
+    )
+
+
+def _shortage(problem: Problem) -> str:
+    """How much memory is missing, in the precision that was asked for."""
+    spec, goal = problem.spec, problem.goal
+    usable = [
+        each
+        for each in problem.cluster.devices
+        if any(numbers_for([each], p, goal.kv_precision) for p in goal.precisions)
+    ]
+    asked = ", ".join(goal.precisions)
+    if not usable:
+        return f"no device has kernels for weights in {asked}"
+    whole = split_by_weights(spec, [1.0])
+    (shard,) = shards(whole, Range(0, spec.num_layers), has_embedding=True, has_head=True)
+    numbers = numbers_for(usable[:1], goal.precisions[-1], goal.kv_precision) or Numbers()
+    needed = weight_bytes(spec, shard, numbers)
+    have = sum(each.memory_bytes for each in usable)
+    tokens = goal.longest_tokens
+    return (
+        f"memory binds: weights in {goal.precisions[-1]} take {needed / 1e9:,.1f} GB, and KV of "
+        f"{tokens:,} tokens and activations come on top; {len(usable)} usable devices have "
+        f"{have / 1e9:,.1f} GB"
+    )

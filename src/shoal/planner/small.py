@@ -1,0 +1,179 @@
+"""The best plan of few devices: every way to use them is looked at.
+
+    replicas   all partitions of the devices into replicas and those left out
+    each       all its pipelines (`chains.py`), with the best layers for the batch it works at
+
+Goodput and cost add up over replicas, so that sets of devices are looked at once each (dynamic
+programming over sets). Latency does not: requests are shared out by what replicas could carry, and
+a replica's best pipeline depends on its share; a few candidates of each set are kept for that.
+Knows nothing of many devices: the work doubles and more with each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+
+from shoal.planner.chains import Bench, Names, partitions
+from shoal.planner.pipeline import Chain, Operation, Segment
+from shoal.planner.profiles import Problem
+from shoal.planner.service import peak, quickest
+
+MOST_DEVICES = 6
+
+_SHARES = (1.0, 0.5, 0.25)
+"""Of the rate, at which pipelines of a set compete for being kept."""
+_WORTH_RATE, _WORTH_LATENCY = 1e-3, 5e-3
+"""Gains below that are none: fewer devices are better then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A replica: its pipeline, and how it works when it carries the most it may."""
+
+    chain: Chain
+    operation: Operation
+
+    @property
+    def names(self) -> Names:
+        groups = [group for segment in self.chain.segments for group in segment.groups]
+        return tuple(name for group in groups for name in group.names)
+
+    @property
+    def rate_per_s(self) -> float:
+        return self.operation.rate_per_s
+
+
+class SmallSearch:
+    """Args: `names` of the devices, at most `MOST_DEVICES`."""
+
+    def __init__(self, problem: Problem, bench: Bench, names: Sequence[str]) -> None:
+        self.problem, self.bench, self.names = problem, bench, tuple(names)
+        self._kept: dict[Hashable, tuple[Choice, ...]] = {}
+
+    def most_goodput(self) -> tuple[Choice, ...]:
+        """The most requests per second within the SLO; empty: not one."""
+        return self._best_of(self.names)
+
+    def cheapest(self) -> tuple[Choice, ...]:
+        """The least price that carries the goal's rate; empty: nothing does."""
+        goal = self.problem.goal
+        assert goal.rate_per_s is not None
+        best: tuple[float, float, tuple[Choice, ...]] | None = None
+        for names in subsets(self.names):
+            found = self._best_of(names)
+            rate = sum(each.rate_per_s for each in found)
+            price = sum(goal.price(self.bench.devices[n]) for each in found for n in each.names)
+            if rate >= goal.rate_per_s and (best is None or (price, -rate) < best[:2]):
+                best = price, -rate, found
+        return best[2] if best else ()
+
+    def quickest(self) -> tuple[Choice, ...]:
+        """The least mean latency at the goal's rate; empty: nothing carries it."""
+        rate = self.problem.goal.rate_per_s
+        best: tuple[float, tuple[Choice, ...]] | None = None
+        for names in subsets(self.names):
+            for blocks in partitions(names) if rate is not None else [(names,)]:
+                found = self._shared(blocks, rate or 0.0)
+                if found is None:
+                    continue
+                if best is None or found[0] < best[0] * (1 - _WORTH_LATENCY):
+                    best = found
+        return best[1] if best else ()
+
+    def candidates(self, names: Names) -> tuple[Choice, ...]:
+        """Pipelines of exactly these devices that are best at something; the most goodput first."""
+        key = self.bench.key(names)
+        if key not in self._kept:
+            self._kept[key] = tuple(self._find(names))
+        kept = self._kept[key]
+        if kept and sorted(kept[0].names) != sorted(names):
+            return tuple(
+                Choice(moved(self.bench, each.chain, names), each.operation) for each in kept
+            )
+        return kept
+
+    def _find(self, names: Names) -> Iterator[Choice]:
+        goal = self.problem.goal
+        chains = list(self.bench.chains(names))
+        peaks = [(chain, peak(chain)) for chain in chains]
+        carrying = [Choice(chain, found) for chain, found in peaks if found is not None]
+        if carrying:
+            yield max(carrying, key=lambda each: each.rate_per_s)
+        if goal.objective != "latency":
+            return
+        rates = (0.0,) if goal.rate_per_s is None else [each * goal.rate_per_s for each in _SHARES]
+        for rate in rates:
+            served = [(chain, quickest(chain, rate)) for chain in chains]
+            quick = [Choice(chain, found) for chain, found in served if found is not None]
+            if quick:
+                yield min(quick, key=lambda each: each.operation.latency_s(goal.output_tokens))
+
+    def _best_of(self, names: Names) -> tuple[Choice, ...]:
+        """Replicas of some of these devices that together carry most."""
+        memo: dict[Names, tuple[float, tuple[Choice, ...]]] = {(): (0.0, ())}
+        return self._most(names, memo)[1]
+
+    def _most(
+        self, names: Names, memo: dict[Names, tuple[float, tuple[Choice, ...]]]
+    ) -> tuple[float, tuple[Choice, ...]]:
+        if names not in memo:
+            first, rest = names[0], names[1:]
+            best = self._most(rest, memo)  # without the first
+            for others in (*subsets(rest), ()):
+                found = self.candidates((first, *others))
+                if not found:
+                    continue
+                left = tuple(each for each in rest if each not in others)
+                rate, choices = self._most(left, memo)
+                if rate + found[0].rate_per_s > best[0] * (1 + _WORTH_RATE):
+                    best = rate + found[0].rate_per_s, (found[0], *choices)
+            memo[names] = best
+        return memo[names]
+
+    def _shared(
+        self, blocks: Sequence[Names], rate_per_s: float
+    ) -> tuple[float, tuple[Choice, ...]] | None:
+        """Mean latency where replicas of these devices share the rate as they could carry it."""
+        kept = [self.candidates(block) for block in blocks]
+        if not all(kept):
+            return None
+        total = sum(each[0].rate_per_s for each in kept)
+        output_tokens = self.problem.goal.output_tokens
+        mean_s, choices = 0.0, []
+        for own in kept:
+            share = own[0].rate_per_s / total
+            served = [(each.chain, quickest(each.chain, share * rate_per_s)) for each in own]
+            quick = [Choice(chain, found) for chain, found in served if found is not None]
+            if not quick:
+                return None
+            best = min(quick, key=lambda each: each.operation.latency_s(output_tokens))
+            mean_s += share * best.operation.latency_s(output_tokens)
+            choices.append(best)
+        return mean_s, tuple(choices)
+
+
+def subsets(names: Names) -> Iterator[Names]:
+    """All but the empty one, the small ones first."""
+    masks = sorted(range(1, 1 << len(names)), key=lambda mask: (mask.bit_count(), mask))
+    for mask in masks:
+        yield tuple(each for index, each in enumerate(names) if mask >> index & 1)
+
+
+def moved(bench: Bench, chain: Chain, names: Names) -> Chain:
+    """The same pipeline on other devices, which are alike one by one."""
+    spare = list(names)
+
+    def swapped(own: Names) -> list[str]:
+        found = []
+        for each in own:
+            other = next(name for name in spare if bench.key([name]) == bench.key([each]))
+            spare.remove(other)
+            found.append(other)
+        return found
+
+    segments = [
+        Segment(tuple(bench.group(swapped(group.names)) for group in segment.groups))
+        for segment in chain.segments
+    ]
+    return Chain(bench.problem, segments)

@@ -1,0 +1,210 @@
+"""Other plans beside the one that was found, and what was left out.
+
+    without X          the cluster without a device
+    X at 50%           a device at half its speed
+    one more           of each kind, on a host of its own kind
+    left out           what a device that is not in the plan would add, and cost
+    runner-ups         what other wishes would have led to
+
+Knows nothing of files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from shoal.core.cluster import Cluster, Device
+from shoal.core.errors import ConfigError
+from shoal.planner.chains import Bench
+from shoal.planner.goal import Slo
+from shoal.planner.inventory import rough_kind
+from shoal.planner.pipeline import Chain, Operation, Segment
+from shoal.planner.profiles import Problem, numbers_for
+from shoal.planner.search import Outcome, find_plan
+from shoal.planner.service import peak
+from shoal.planner.small import MOST_DEVICES, Choice
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Devices that are alike and not in the plan."""
+
+    names: tuple[str, ...]
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerUp:
+    """What another wish would have led to."""
+
+    wish: str
+    outcome: Outcome
+
+
+def changed(cluster: Cluster, change: str) -> Cluster:
+    """A cluster as "without a.0" or "a.0 at 50%" says.
+
+    Raises:
+        ConfigError: it says neither, or names no device.
+    """
+    if found := re.fullmatch(r"without\s+(\S+(?:[,\s]+\S+)*)", change.strip()):
+        names = re.split(r"[,\s]+", found[1])
+        return cluster.without(_devices(cluster, names))
+    if found := re.fullmatch(r"(\S+)\s+at\s+([0-9.]{1,8})\s*%", change.strip()):
+        share = float(found[2]) / 100 if re.fullmatch(r"[0-9]*\.?[0-9]+", found[2]) else 0.0
+        if not 0 < share <= 1:
+            raise ConfigError(f"--what-if says {found[2]}%; it must be more than 0 and at most 100")
+        for name in _devices(cluster, [found[1]]):
+            cluster = cluster.slowed(name, share * cluster.device(name).speed)
+        return cluster
+    raise ConfigError(
+        f"--what-if is {change!r}; write 'without a.0' or 'a.0 at 50%', with a device or a host"
+    )
+
+
+def _devices(cluster: Cluster, names: list[str]) -> list[str]:
+    """Devices by name; a host stands for all of its own."""
+    hosts = {each.name for each in cluster.hosts}
+    found = []
+    for name in names:
+        if name in hosts:
+            found += [each.name for each in cluster.devices if each.host == name]
+        else:
+            found.append(cluster.device(name).name)
+    return found
+
+
+def left_out(outcome: Outcome) -> Iterator[LeftOut]:
+    """Why devices are in no replica, those that are alike together."""
+    cluster = outcome.problem.cluster
+    alike: dict[object, list[Device]] = {}
+    for name in outcome.left_out:
+        device = cluster.device(name)
+        alike.setdefault(rough_kind(device), []).append(device)
+    for devices in alike.values():
+        names = tuple(each.name for each in devices)
+        yield LeftOut(names, devices[0].kind, _reason(outcome, devices[0]))
+
+
+def _reason(outcome: Outcome, device: Device) -> str:
+    problem, goal = outcome.problem, outcome.problem.goal
+    if not any(numbers_for([device], each, goal.kv_precision) for each in goal.precisions):
+        return f"it has no kernels for weights in {', '.join(goal.precisions)}"
+    if goal.objective == "cost":
+        return f"the others carry {goal.rate_per_s:g} requests/s without it"
+    best: tuple[float, Choice, Operation] | None = None
+    for choice in outcome.choices:
+        found = _with_one_more(problem, choice, device)
+        if found is not None and (best is None or found.rate_per_s > best[0]):
+            best = found.rate_per_s, choice, found
+    if best is None:
+        return "as one more stage it lets no batch keep the SLO, or holds no layer"
+    _, choice, found = best
+    own = choice.operation
+    rate = found.rate_per_s / own.rate_per_s - 1
+    at_same = _at_load(problem, choice, device, own)
+    tpot = (at_same.tpot_s if at_same else found.tpot_s) / own.tpot_s - 1
+    gives = f"adds {rate:.0%} capacity" if rate > 0.005 else "adds no capacity"
+    costs = f"costs {tpot:.0%} TPOT" if tpot > 0.005 else "leaves TPOT as it is"
+    return f"as one more stage it {gives} and {costs}"
+
+
+def _with_one_more(problem: Problem, choice: Choice, device: Device) -> Operation | None:
+    chain = _longer(problem, choice, device)
+    return None if chain is None else peak(chain)
+
+
+def _at_load(problem: Problem, choice: Choice, device: Device, own: Operation) -> Operation | None:
+    chain = _longer(problem, choice, device)
+    return None if chain is None else chain.fastest(own.num_micro_batches, own.batch)
+
+
+def _longer(problem: Problem, choice: Choice, device: Device) -> Chain | None:
+    """The replica's pipeline with the device as its first stage."""
+    group = Bench(problem, [device]).group([device.name])
+    segments = choice.chain.segments
+    if not group.variants or len(segments) >= problem.spec.num_layers:
+        return None
+    return Chain(problem, (Segment((group,)), *segments), thorough=False)
+
+
+def one_more(outcome: Outcome) -> Iterator[tuple[str, float]]:
+    """Requests per second that one more device of each kind would bring.
+
+    Of few devices by planning anew; of many, the price that the linear program gives it. Only for
+    goodput, which is what more devices are bought for.
+    """
+    problem = outcome.problem
+    if outcome.prices:
+        best: dict[str, float] = {}
+        for kind, price in outcome.prices:
+            best[kind] = max(best.get(kind, 0.0), price)
+        yield from best.items()
+        return
+    cluster = problem.cluster
+    if len(cluster.devices) >= MOST_DEVICES:
+        return
+    seen = set()
+    for device in cluster.devices:
+        if device.kind in seen:
+            continue
+        seen.add(device.kind)
+        grown = _grown(cluster, device)
+        if grown is None:
+            continue
+        goal = replace(problem.goal, objective="goodput", rate_per_s=None)
+        found = find_plan(replace(problem, cluster=grown, goal=goal))
+        now = find_plan(replace(problem, goal=goal))
+        yield device.kind, found.capacity_per_s - now.capacity_per_s
+
+
+def _grown(cluster: Cluster, device: Device) -> Cluster | None:
+    """With one more such device: beside it, or on a new host where it is alone on its own.
+
+    None: how the new one would be linked is not known.
+    """
+    if any({each.a, each.b} & {device.name, device.host} for each in cluster.links):
+        return None
+    host = cluster.host(device.host)
+    name = f"{device.name}+1"
+    if host.link is None:
+        if cluster.network is None:
+            return None
+        new_host = replace(host, name=f"{host.name}+1")
+        new = replace(device, name=name, host=new_host.name)
+        return replace(cluster, hosts=(*cluster.hosts, new_host), devices=(*cluster.devices, new))
+    number = sum(each.host == device.host for each in cluster.devices)
+    kind = device.device.partition(":")[0]
+    new = replace(device, name=name, device=f"{kind}:{number}")
+    return replace(cluster, devices=(*cluster.devices, new))
+
+
+def runner_ups(outcome: Outcome) -> Iterator[RunnerUp]:
+    """Plans for other wishes, where they differ from this one."""
+    problem, goal = outcome.problem, outcome.problem.goal
+    wishes = (
+        (
+            "lowest latency of one request",
+            replace(goal, objective="latency", rate_per_s=None, slo=Slo()),
+        ),
+        ("most requests per second, no SLO", replace(goal, objective="goodput", slo=Slo())),
+        ("most requests per second", replace(goal, objective="goodput")),
+    )
+    seen = {_shape(outcome)}
+    for wish, other in wishes:
+        if other == goal:
+            continue
+        found = find_plan(replace(problem, goal=other))
+        if _shape(found) not in seen:
+            seen.add(_shape(found))
+            yield RunnerUp(wish, found)
+
+
+def _shape(outcome: Outcome) -> tuple[object, ...]:
+    return tuple(
+        (each.operation.layers, tuple(s.group.names for s in each.chain.segments))
+        for each in outcome.choices
+    )

@@ -1,0 +1,96 @@
+"""What a Step asks of a stage: tokens, KV that is read, pairs of attention.
+
+    row      start ........ start + n      n queries, which read start + n positions of KV
+    pairs    n x start + n (n + 1) / 2     query and key, causally
+
+Loads add up, so that a Step's is the sum of its rows'. Knows nothing of shapes or devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from shoal.core.model_spec import ModelSpec
+
+Windows = tuple[int | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepLoad:
+    """
+    Attributes:
+        num_tokens: new ones, of all rows.
+        num_sampled: rows whose last token's logits are wanted.
+        windows: those of the model's layers (`windows_of`).
+        kv_tokens, pairs: for each window, positions of KV that are read, and pairs of a query and
+            a key, in one layer.
+    """
+
+    num_tokens: int
+    num_sampled: int
+    windows: Windows
+    kv_tokens: tuple[int, ...]
+    pairs: tuple[int, ...]
+
+    @classmethod
+    def of(cls, rows: Iterable[tuple[int, int, bool]], windows: Windows = (None,)) -> StepLoad:
+        """
+        Args:
+            rows: (position of the first new token, new tokens, whether the row samples).
+        """
+        tokens = sampled = 0
+        reads, pairs = [0] * len(windows), [0] * len(windows)
+        for start, count, samples in rows:
+            tokens += count
+            sampled += samples
+            for index, window in enumerate(windows):
+                reads[index] += _reads(start, count, window)
+                pairs[index] += _pairs(start, count, window)
+        return cls(tokens, sampled, windows, tuple(reads), tuple(pairs))
+
+    @classmethod
+    def decode(cls, batch: int, context: int, windows: Windows = (None,)) -> StepLoad:
+        """One token for each of `batch` sequences of `context` tokens, the new one included."""
+        return cls.of([(context - 1, 1, True)], windows).times(batch)
+
+    @classmethod
+    def prefill(cls, num_tokens: int, start: int = 0, windows: Windows = (None,)) -> StepLoad:
+        """A chunk of a prompt, whose last token's logits are wanted."""
+        return cls.of([(start, num_tokens, True)], windows)
+
+    def __add__(self, other: StepLoad) -> StepLoad:
+        return StepLoad(
+            self.num_tokens + other.num_tokens,
+            self.num_sampled + other.num_sampled,
+            self.windows,
+            tuple(a + b for a, b in zip(self.kv_tokens, other.kv_tokens, strict=True)),
+            tuple(a + b for a, b in zip(self.pairs, other.pairs, strict=True)),
+        )
+
+    def times(self, count: int) -> StepLoad:
+        """That of so many equal rows."""
+        return StepLoad(
+            self.num_tokens * count,
+            self.num_sampled * count,
+            self.windows,
+            tuple(each * count for each in self.kv_tokens),
+            tuple(each * count for each in self.pairs),
+        )
+
+
+def windows_of(spec: ModelSpec) -> Windows:
+    """The different windows of a model's layers, in order of first use."""
+    return tuple(dict.fromkeys(layer.window for layer in spec.layers))
+
+
+def _reads(start: int, count: int, window: int | None) -> int:
+    return start + count if window is None else min(start + count, window + count - 1)
+
+
+def _pairs(start: int, count: int, window: int | None) -> int:
+    every = count * start + count * (count + 1) // 2
+    if window is None or start + count <= window:
+        return every
+    growing = max(window - start, 0)  # queries that still see all before them
+    return growing * start + growing * (growing + 1) // 2 + (count - growing) * window

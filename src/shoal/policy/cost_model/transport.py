@@ -1,0 +1,113 @@
+"""Seconds of messages and collectives over a cluster's links.
+
+    message      points of the link; else latency + bytes / rate
+    all-reduce   points of that many ranks; else between those of fewer and more; else a ring, by
+                 the best of NCCL's protocols (NVIDIA/nccl src/graph/tuning.cc):
+                 base + 2 (n - 1) hop + 2 (n - 1) / n x bytes / (share x rate)
+    all-to-all   to ranks with experts only: latency + what the busiest one gets / rate; there are
+                 two in a layer, dispatch and combine (DeepEP, legacy docs)
+
+A group is as slow as the slowest of its links. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+from shoal.core.cluster import AllReduceTable, Cluster, Device, Link
+from shoal.policy.cost_model.tables import between, time_at
+
+_PROTOCOLS = {
+    "nvlink": ((6.6e-6, 0.6e-6, 0.5), (14e-6, 1.9e-6, 0.95), (8.4e-6, 3.4e-6, 1.0)),
+    "pcie": ((6.6e-6, 1.0e-6, 0.5), (14e-6, 2.5e-6, 0.95), (8.4e-6, 5.7e-6, 1.0)),
+}
+"""Of NCCL's LL, LL128 and Simple: base, hop, share of the link's rate."""
+
+
+def message_s(link: Link, size_bytes: float) -> float:
+    """One way."""
+    if link.bytes_per_s == math.inf or size_bytes <= 0:
+        return 0.0
+    if link.points:
+        return time_at(link.points, size_bytes)
+    return link.latency_s + size_bytes / link.bytes_per_s
+
+
+def ring_s(link: Link, num_ranks: int, size_bytes: float) -> float:
+    """All-reduce over links that are alike; each hop of one that is no GPU's costs its latency."""
+    family = link.kind.rstrip("0123456789")
+    steps = 2 * (num_ranks - 1)
+    seconds = steps / num_ranks * size_bytes / link.bytes_per_s
+    protocols = _PROTOCOLS.get(family, ((0.0, link.latency_s, 1.0),))
+    return min(base + steps * hop + seconds / share for base, hop, share in protocols)
+
+
+class GroupLinks:
+    """What joins the devices of an instance.
+
+    Args:
+        devices: in the order of ranks.
+        custom: small sums go through an engine's own kernels, where those were measured.
+    """
+
+    def __init__(
+        self, cluster: Cluster, devices: Sequence[Device], *, custom: bool = False
+    ) -> None:
+        self.num_ranks = len(devices)
+        names = [each.name for each in devices]
+        pairs = [cluster.link(a, b) for a, b in itertools.combinations(names, 2)]
+        self.slowest = max(pairs, key=_slowness) if pairs else None
+        hosts = {each.host for each in devices}
+        tables = cluster.host(hosts.pop()).all_reduce if len(hosts) == 1 else ()
+        libraries = ("nccl", "custom") if custom else ("nccl",)
+        self._tables = [
+            sorted((each for each in tables if each.library == library), key=_ranks)
+            for library in libraries
+            if any(each.library == library for each in tables)
+        ]
+
+    def all_reduce_s(self, size_bytes: float) -> float:
+        """Of a sum over all ranks."""
+        if self.slowest is None or size_bytes <= 0:
+            return 0.0
+        link, num_ranks = self.slowest, self.num_ranks
+        if not self._tables:
+            return ring_s(link, num_ranks, size_bytes)
+        return min(all_reduce_at(each, link, num_ranks, size_bytes) for each in self._tables)
+
+    def all_to_all_s(self, most_bytes: float) -> float:
+        """
+        Args:
+            most_bytes: what the rank gets that gets most.
+        """
+        return 0.0 if self.slowest is None else message_s(self.slowest, most_bytes)
+
+
+def all_reduce_at(
+    tables: Sequence[AllReduceTable], link: Link, num_ranks: int, size_bytes: float
+) -> float:
+    """From measured tables, by number of ranks: between two, or from the nearest as a ring goes."""
+    fewer = [each for each in tables if each.num_ranks <= num_ranks]
+    more = [each for each in tables if each.num_ranks >= num_ranks]
+    if fewer and fewer[-1].num_ranks == num_ranks:
+        return time_at(fewer[-1].points, size_bytes)
+    if fewer and more:
+        low, high = fewer[-1], more[0]
+        return between(
+            num_ranks,
+            (low.num_ranks, time_at(low.points, size_bytes)),
+            (high.num_ranks, time_at(high.points, size_bytes)),
+        )
+    near = fewer[-1] if fewer else more[0]
+    ratio = ring_s(link, num_ranks, size_bytes) / ring_s(link, near.num_ranks, size_bytes)
+    return time_at(near.points, size_bytes) * ratio
+
+
+def _slowness(link: Link) -> tuple[float, float]:
+    return 1 / link.bytes_per_s, link.latency_s
+
+
+def _ranks(table: AllReduceTable) -> int:
+    return table.num_ranks

@@ -1,0 +1,301 @@
+"""A workload through a router and its replicas, event by event, with faults.
+
+    arrivals ─► RouterState ─► EngineState and pipeline of a replica
+                    └──► records   ◄── outputs ──┘
+
+At one time come results first, then faults, then arrivals, then what only looks. Two runs of the
+same are the same. Not simulated: HTTP, tokenizers, KV on its way between replicas (a request that
+moves is computed again). Knows nothing of files or of what a device is.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from random import Random
+
+from shoal.core.request import Output
+from shoal.core.stats import EngineInfo, EngineStats
+from shoal.core.workload import Workload
+from shoal.engine.config import EngineConfig
+from shoal.engine.events import Cancel as CancelRequest
+from shoal.engine.events import Submit as SubmitRequest
+from shoal.router.events import (
+    CancelAt,
+    Deliver,
+    Event,
+    ReplicaLost,
+    ReplicaOutputs,
+    ReplicaReady,
+    Send,
+    Submit,
+    Tick,
+)
+from shoal.router.records import RouterConfig
+from shoal.router.state import RouterState
+from shoal.sim.faults import Fault, check_faults, joins_later
+from shoal.sim.prompts import Prompts
+from shoal.sim.records import Records, ReplicaSample, RequestRecord, Sample
+from shoal.sim.replica import SimulatedReplica
+from shoal.sim.setup import ReplicaSetup
+
+_TICK_S = 0.25
+"""As the live router's."""
+_MOST_IDLE_TICKS = 1000
+"""With nothing to come: those that still wait then, wait for ever."""
+_RESULT, _FAULT, _ARRIVAL, _TICK, _SAMPLE = range(5)
+
+
+class Simulation:
+    """
+    Args:
+        rng: the router's.
+        max_homeless: requests that wait while there is no replica, as `--max-waiting`.
+        num_samples: looks at how replicas stand, about.
+        runs: take runs of decode Steps at once; the results are the same.
+
+    Raises:
+        ConfigError: faults of replicas or instances that there are not; prompts without a length.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        replicas: Sequence[ReplicaSetup],
+        rng: Random,
+        *,
+        faults: Sequence[Fault] = (),
+        max_homeless: int = 256,
+        num_samples: int = 120,
+        runs: bool = True,
+    ) -> None:
+        check_faults(faults, replicas)
+        self._setups = {each.name: each for each in replicas}
+        self._names = tuple(self._setups)
+        self._faults = sorted(faults, key=lambda fault: fault.at_s)
+        self._prompts = Prompts(workload)
+        self._runs = runs
+        config = RouterConfig(
+            replicas=tuple(self._setups),
+            max_homeless=max_homeless,
+            roles={each.name: each.role for each in replicas},
+        )
+        self._router = RouterState(config, rng)
+        self._replicas: dict[str, SimulatedReplica] = {}
+        self._incarnations = dict.fromkeys(self._setups, -1)
+        self._past: dict[str, list[SimulatedReplica]] = {name: [] for name in self._setups}
+        # (when, kind, number); a replica that has something else to do by then is passed over.
+        self._agenda: list[tuple[float, int, int]] = []
+        self._news: deque[tuple[Event, Sequence[float]]] = deque()
+        arrivals = workload.arrivals
+        self._records = Records([RequestRecord(a.arrival_s, a.prompt_tokens) for a in arrivals])
+        self._num_open = len(arrivals)
+        self._now = 0.0
+        self._num_idle_ticks = 0
+        self._most_samples = 2 * num_samples
+        self._sample_every_s = max(workload.duration_s, 1.0) / num_samples
+
+    def run(self) -> Records:
+        """Until every request has ended, or nothing more can happen."""
+        for name in self._setups:
+            if not joins_later(name, self._faults):
+                self._join(name, 0.0)
+        for index, fault in enumerate(self._faults):
+            self._push(fault.at_s, _FAULT, index)
+        self._push(0.0, _TICK, 0)
+        self._push(0.0, _SAMPLE, 0)
+        if self._num_open:
+            self._push(self._records.requests[0].arrival_s, _ARRIVAL, 0)
+        while self._num_open and self._num_idle_ticks < _MOST_IDLE_TICKS:
+            self._now, kind, number = heapq.heappop(self._agenda)
+            self._happen(self._now, kind, number)
+        self._records.end_s = self._now
+        self._sample(self._now)
+        return self._records
+
+    def stats(self) -> dict[str, EngineStats]:
+        """Of each replica, counters of all its incarnations together."""
+        return {name: _summed(self._all_of(name)) for name in self._setups}
+
+    def check_integrity(self) -> None:
+        """For tests."""
+        self._router.check_integrity()
+        for replica in self._replicas.values():
+            replica.check_integrity()
+
+    # --- the agenda ---
+
+    def _push(self, when: float, kind: int, number: int) -> None:
+        heapq.heappush(self._agenda, (when, kind, number))
+
+    def _happen(self, now: float, kind: int, number: int) -> None:
+        """One thing of the agenda, and what follows from it at once."""
+        if kind == _RESULT:
+            self._wake(self._names[number], now)
+        elif kind == _FAULT:
+            self._strike(self._faults[number], now)
+        elif kind == _ARRIVAL:
+            self._arrive(number, now)
+        elif kind == _TICK:
+            self._tick(now)
+        else:
+            self._sample(now)
+            self._push(now + self._sample_every_s, _SAMPLE, 0)
+        self._hear()
+
+    def _wake(self, name: str, now: float) -> None:
+        replica = self._replicas.get(name)
+        if replica is not None and replica.next_s == now:
+            replica.advance(now)
+            self._settle(name)
+
+    def _arrive(self, number: int, now: float) -> None:
+        self._tell_router(Submit(self._prompts.request(number)), now)
+        if number + 1 < len(self._records.requests):
+            self._push(self._records.requests[number + 1].arrival_s, _ARRIVAL, number + 1)
+
+    def _tick(self, now: float) -> None:
+        is_idle = all(kind >= _TICK for _, kind, _ in self._agenda)
+        self._num_idle_ticks = self._num_idle_ticks + 1 if is_idle else 0
+        self._tell_router(Tick(), now)
+        self._push(now + _TICK_S, _TICK, 0)
+
+    def _sample(self, now: float) -> None:
+        """How all replicas stand; every other look is forgotten when there are too many."""
+        for name in tuple(self._replicas):
+            self._replicas[name].advance(now)
+            self._settle(name)
+        samples = self._records.samples
+        samples.append(Sample(now, tuple(self._look_at(name) for name in self._names)))
+        if len(samples) > self._most_samples:
+            del samples[1::2]
+            self._sample_every_s *= 2
+
+    # --- replicas ---
+
+    def _settle(self, name: str) -> None:
+        """Come back when the replica has something to do."""
+        when = self._replicas[name].next_s
+        if when is not None:
+            self._push(when, _RESULT, self._names.index(name))
+
+    def _join(self, name: str, now: float) -> None:
+        if name in self._replicas:
+            return
+        self._incarnations[name] += 1
+        incarnation, setup = self._incarnations[name], self._setups[name]
+        config = replace(setup.config, vocab_size=self._prompts.vocab_size, eos_token_ids=())
+
+        def report(outputs: list[Output], times: Sequence[float]) -> None:
+            self._news.append((ReplicaOutputs(name, incarnation, outputs), times))
+
+        self._replicas[name] = SimulatedReplica(
+            config,
+            setup.cost,
+            report,
+            self._records.note_started,
+            # A replica for prompts hands each request on as soon as its first token is out.
+            runs=self._runs and setup.role != "prefill",
+        )
+        self._tell_router(ReplicaReady(name, incarnation, _info(config)), now)
+
+    def _lose(self, name: str, now: float) -> None:
+        replica = self._replicas.get(name)
+        if replica is None:
+            return
+        replica.advance(now)
+        self._past[name].append(self._replicas.pop(name))
+        self._tell_router(ReplicaLost(name, self._incarnations[name], "simulated"), now)
+
+    def _strike(self, fault: Fault, now: float) -> None:
+        name, instance = fault.replica, fault.instance
+        if instance is None and fault.kind != "slow":
+            self._join(name, now) if fault.kind == "join" else self._lose(name, now)
+            return
+        replica = self._replicas.get(name)
+        if replica is None:
+            return
+        if fault.kind == "slow":
+            replica.slow_down(instance, fault.speed, now)
+        elif fault.kind == "lose":
+            replica.fail(instance or 0, now)
+        else:
+            replica.restore(instance or 0, now)
+        self._settle(name)
+
+    def _all_of(self, name: str) -> list[SimulatedReplica]:
+        now = self._replicas.get(name)
+        return [*self._past[name], *([now] if now is not None else [])]
+
+    def _look_at(self, name: str) -> ReplicaSample:
+        every, replica = self._all_of(name), self._replicas.get(name)
+        none = (0.0,) * len(self._setups[name].config.instance_blocks)
+        busy_s = tuple(map(sum, zip(none, *(each.busy_s for each in every), strict=True)))
+        output_tokens = sum(each.stats().output_tokens for each in every)
+        if replica is None:
+            queued = (0,) * len(none)
+            return ReplicaSample(0, 0, 0.0, queued, output_tokens, busy_s)
+        now = replica.stats()
+        kv_share = now.num_blocks_used / now.num_blocks
+        return ReplicaSample(
+            now.num_running, now.num_waiting, kv_share, replica.queued, output_tokens, busy_s
+        )
+
+    # --- the router ---
+
+    def _tell_router(self, event: Event, now: float) -> None:
+        self._news.append((event, (now,)))
+
+    def _hear(self) -> None:
+        """Tell the router its news in order; what follows may make replicas say more."""
+        while self._news:
+            event, times = self._news.popleft()
+            for effect in self._router.handle(event, times[-1]):
+                match effect:
+                    case Deliver(outputs):
+                        self._deliver(outputs, times)
+                    case Send(name, request):
+                        self._tell_replica(name, SubmitRequest(request))
+                    case CancelAt(name, request_id):
+                        self._tell_replica(name, CancelRequest(request_id))
+                    case _:
+                        raise AssertionError(f"nobody asked for {type(effect).__name__}")
+
+    def _tell_replica(self, name: str, event: SubmitRequest | CancelRequest) -> None:
+        # One that was lost since takes nothing; the router hears of that next.
+        if name in self._replicas:
+            self._replicas[name].tell(event, self._now)
+            self._settle(name)
+
+    def _deliver(self, outputs: Sequence[Output], times: Sequence[float]) -> None:
+        if len(times) > 1:
+            self._records.gaps.add_run(len(outputs), times)
+        for output in outputs:
+            self._records.note(int(output.request_id), output, times)
+            self._num_open -= output.finish is not None
+
+
+def _info(config: EngineConfig) -> EngineInfo:
+    return EngineInfo(
+        max_model_len=config.max_model_len,
+        num_kv_blocks=min(config.instance_blocks),
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_waiting=config.max_waiting,
+        device="simulated",
+        dtype="",
+    )
+
+
+def _summed(replicas: Sequence[SimulatedReplica]) -> EngineStats:
+    found = [each.stats() for each in replicas]
+    return EngineStats(
+        prompt_tokens=sum(each.prompt_tokens for each in found),
+        cached_tokens=sum(each.cached_tokens for each in found),
+        output_tokens=sum(each.output_tokens for each in found),
+        preemptions=sum(each.preemptions for each in found),
+        steps=sum(each.steps for each in found),
+        busy_s=sum(each.busy_s for each in found),
+    )

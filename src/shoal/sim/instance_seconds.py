@@ -1,0 +1,76 @@
+"""Seconds of a Step on an instance by the cost model, for whoever asks a million times.
+
+    time(load)   what tokens alone decide (weights, products, sums between ranks)   kept by tokens
+                 + attention: what is read or what is multiplied, if that is more   linear in both
+
+Both slopes are taken from the model itself, with loads too long to leave anything else in sight.
+Knows nothing of Steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from shoal.policy.cost_model.loads import StepLoad, Windows
+from shoal.policy.cost_model.times import InstanceCost
+
+_MANY = 1 << 40
+
+Slopes = tuple[tuple[float, ...], ...]
+"""Seconds of one position or pair: of each rank, in each window."""
+
+
+class InstanceSeconds:
+    """`cost.time(load).total_s`; of loads by these windows."""
+
+    def __init__(self, cost: InstanceCost, windows: Windows) -> None:
+        self._cost = cost
+        self._windows = windows
+        self._none = (0,) * len(windows)
+        self._reads = self._slopes(reads=True)
+        self._pairs = self._slopes(reads=False)
+        self._fixed: dict[int, tuple[tuple[float, ...], float]] = {}
+
+    def __call__(self, load: StepLoad) -> float:
+        fixed, communication_s = self._without_attention(load)
+        if len(fixed) == len(self._windows) == 1:
+            attention_s = max(
+                self._reads[0][0] * load.kv_tokens[0], self._pairs[0][0] * load.pairs[0]
+            )
+            return fixed[0] + attention_s + communication_s
+        ranks = zip(fixed, self._reads, self._pairs, strict=True)
+        slowest = max(
+            seconds + max(_sum(reads, load.kv_tokens), _sum(pairs, load.pairs))
+            for seconds, reads, pairs in ranks
+        )
+        return slowest + communication_s
+
+    def _without_attention(self, load: StepLoad) -> tuple[tuple[float, ...], float]:
+        """Of each rank, and of all sums between them; kept where every token is sampled from."""
+        only_decodes = load.num_tokens == load.num_sampled
+        if only_decodes and load.num_tokens in self._fixed:
+            return self._fixed[load.num_tokens]
+        bare = StepLoad(load.num_tokens, load.num_sampled, self._windows, self._none, self._none)
+        found = self._rank_seconds(bare), self._cost.communication_s(bare)
+        if only_decodes:
+            self._fixed[load.num_tokens] = found
+        return found
+
+    def _slopes(self, *, reads: bool) -> Slopes:
+        bare = self._rank_seconds(StepLoad(0, 0, self._windows, self._none, self._none))
+        by_window = []
+        for index in range(len(self._windows)):
+            many = (*self._none[:index], _MANY, *self._none[index + 1 :])
+            kv_tokens, pairs = (many, self._none) if reads else (self._none, many)
+            by_window.append(self._rank_seconds(StepLoad(0, 0, self._windows, kv_tokens, pairs)))
+        return tuple(
+            tuple((seconds[rank] - base) / _MANY for seconds in by_window)
+            for rank, base in enumerate(bare)
+        )
+
+    def _rank_seconds(self, load: StepLoad) -> tuple[float, ...]:
+        return tuple(each.total_s for each in self._cost.rank_times(load))
+
+
+def _sum(slopes: Sequence[float], amounts: Sequence[int]) -> float:
+    return sum(slope * amount for slope, amount in zip(slopes, amounts, strict=True))

@@ -1,0 +1,249 @@
+"""One replica: an engine's own state machine, and the pipeline its Steps run on.
+
+`advance(now)` lets happen what is due by then; `next_s` says when something is. While the engine
+only decodes, its next results are foreseen, and taken at once when their time is over or somebody
+comes in (`engine/decode_run.py`); the same floats are added in the same order either way.
+
+A sequence samples its own number, again and again: no two of them share a block by chance. Knows
+nothing of routers or of why requests come.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from shoal.core.request import Output
+from shoal.core.stats import EngineStats
+from shoal.core.step import InstancesReady, RowResult, Step, StepFailure, StepResult, StepRow
+from shoal.engine.config import EngineConfig
+from shoal.engine.decode_run import DecodeRun
+from shoal.engine.events import Effect, Emit, Event, RunStep, StepsDecoded, Submit, Tick
+from shoal.engine.state import EngineState
+from shoal.sim.cost import StepCost, decode_loads
+from shoal.sim.pipeline import Pipeline, Work
+
+Report = Callable[[list[Output], Sequence[float]], None]
+"""Told of outputs, and when each of their tokens came."""
+Started = Callable[[int, float], None]
+"""Told of a request's number when it goes into its first Step."""
+
+_SHORTEST_RUN = 8
+_LONGEST_RUN = 64
+"""Results foreseen at once: more would be in vain when somebody comes in before."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Forecast:
+    """When the next results come, and the seconds of their Steps."""
+
+    run: DecodeRun
+    times: list[float]
+    seconds: list[float]
+
+
+class SimulatedReplica:
+    """
+    Args:
+        runs: take runs of decode Steps at once.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        cost: StepCost,
+        report: Report,
+        started: Started,
+        *,
+        runs: bool,
+    ) -> None:
+        self._config, self._cost = config, cost
+        self._report, self._started, self._runs = report, started, runs
+        self._state = EngineState(config)
+        self._pipeline = Pipeline(config.routes, len(config.instance_blocks), cost)
+        self._incarnation = 0
+        self._forecast: _Forecast | None = None
+        self._numbers: dict[str, int] = {}  # of requests, by id
+        self._results: dict[int, RowResult] = {}  # of a row that samples, by sequence
+
+    @property
+    def next_s(self) -> float | None:
+        """When `advance` is next worth a call."""
+        if self._forecast is not None:
+            return self._forecast.times[-1]
+        due = (self._pipeline.next_s, self._state.next_deadline())
+        return min((each for each in due if each is not None), default=None)
+
+    def stats(self) -> EngineStats:
+        return self._state.stats()
+
+    @property
+    def queued(self) -> tuple[int, ...]:
+        """Steps that wait, at each instance."""
+        return tuple(len(station.queue) for station in self._pipeline.stations)
+
+    @property
+    def busy_s(self) -> tuple[float, ...]:
+        """Of each instance, in Steps that have ended."""
+        return tuple(station.busy_s for station in self._pipeline.stations)
+
+    def check_integrity(self) -> None:
+        """For tests."""
+        self._state.check_integrity()
+
+    # --- what happens ---
+
+    def advance(self, now: float) -> None:
+        """Let happen what is due."""
+        self._catch_up(now)
+        self._look_ahead()
+
+    def _catch_up(self, now: float) -> None:
+        self._take_run(now)
+        while (when := self._pipeline.next_s) is not None and when <= now:
+            at, work = self._pipeline.step()
+            if work is not None:
+                self._handle(self._result_of(work), at)
+        deadline = self._state.next_deadline()
+        if deadline is not None and deadline <= now:
+            self._carry_out(self._state.handle(Tick(), now), now)
+
+    def tell(self, event: Event, now: float) -> None:
+        """Whatever is not a result; what was due before comes first."""
+        self._catch_up(now)
+        if isinstance(event, Submit):
+            seed = event.request.sampling.seed
+            assert seed is not None, "a request's seed is its number"
+            self._numbers[event.request.request_id] = seed
+        self._handle(event, now)
+        self._look_ahead()
+
+    def slow_down(self, instance: int | None, speed: float, now: float) -> None:
+        """From its next Step on; None: all instances."""
+        self._catch_up(now)
+        stations = self._pipeline.stations
+        for station in stations if instance is None else [stations[instance]]:
+            station.speed = speed
+        self._look_ahead()
+
+    def fail(self, instance: int, now: float) -> None:
+        """An instance is lost, with its KV and all Steps in flight."""
+        self._catch_up(now)
+        self._forecast = None
+        self._pipeline.clear()
+        self._results.clear()
+        failure = StepFailure(
+            step_id=None,
+            reason="simulated",
+            incarnation=self._incarnation,
+            lost=(instance,),
+            down=(instance,),
+        )
+        self._incarnation += 1
+        self._handle(failure, now)
+        self._look_ahead()
+
+    def restore(self, instance: int, now: float) -> None:
+        """A lost instance is back, empty."""
+        self.tell(InstancesReady((instance,)), now)
+
+    # --- one thing at a time ---
+
+    def _handle(self, event: Event, now: float) -> None:
+        effects = self._state.handle(event, now)
+        effects += self._state.handle(Tick(), now)
+        self._carry_out(effects, now)
+
+    def _carry_out(self, effects: Sequence[Effect], now: float) -> None:
+        outputs: list[Output] = []
+        for effect in effects:
+            match effect:
+                case RunStep(step):
+                    self._note_rows(step, now)
+                    self._pipeline.submit(step, now)
+                case Emit(output):
+                    outputs.append(output)
+                case _:
+                    raise AssertionError(f"nobody asked for {type(effect).__name__}")
+        self._tell_outputs(outputs, (now,))
+
+    def _tell_outputs(self, outputs: list[Output], times: Sequence[float]) -> None:
+        for output in outputs:
+            if output.finish is not None:
+                self._numbers.pop(output.request_id, None)
+        if outputs:
+            self._report(outputs, times)
+
+    def _note_rows(self, step: Step, now: float) -> None:
+        for sequence_id in step.released:
+            self._results.pop(sequence_id, None)
+        for row in step.rows:
+            if row.start_state is not None:
+                number = row.start_state.sampling.seed
+                assert number is not None
+                self._results[row.sequence_id] = RowResult(number)
+                self._started(number, now)
+
+    def _result_of(self, work: Work) -> StepResult:
+        step = work.step
+        rows = tuple(self._row_result(row) for row in step.rows)
+        return StepResult(
+            step_id=step.step_id,
+            rows=rows,
+            incarnation=step.incarnation,
+            compute_s=work.compute_s,
+        )
+
+    def _row_result(self, row: StepRow) -> RowResult:
+        return self._results[row.sequence_id] if row.samples else _NOTHING
+
+    # --- runs of decode Steps ---
+
+    def _look_ahead(self) -> None:
+        self._forecast = None
+        if not self._runs:
+            return
+        run = self._state.decode_run()
+        if run is not None and run.num_steps >= _SHORTEST_RUN:
+            self._forecast = self._foresee(run)
+
+    def _foresee(self, run: DecodeRun) -> _Forecast:
+        """Of the Steps in flight, then of those that will follow them."""
+        (station,) = self._pipeline.stations
+        first_s = self._pipeline.next_s
+        assert first_s is not None
+        times, seconds = [first_s], [station.seconds]
+        loads = [work.load for work in station.queue]
+        num_new = min(run.num_steps, _LONGEST_RUN) - len(loads) - 1
+        loads += decode_loads(run.lengths, num_new, self._cost.windows)
+        for load in loads:
+            seconds.append(self._pipeline.seconds(load, 0, 0))
+            times.append(times[-1] + seconds[-1])
+        return _Forecast(run, times, seconds)
+
+    def _take_run(self, now: float) -> None:
+        """Results of the run that came back by now, if there are enough to be worth it."""
+        forecast, self._forecast = self._forecast, None
+        if forecast is None:
+            return
+        count, depth = bisect_right(forecast.times, now), self._config.steps_per_route
+        if count <= depth:
+            return
+        times, seconds = forecast.times[:count], forecast.seconds[:count]
+        (station,) = self._pipeline.stations
+        for each in seconds:
+            station.busy_s += each
+        for index, work in enumerate(self._pipeline.take_all()):
+            work.compute_s = seconds[index]
+            effects = self._state.handle(self._result_of(work), times[index])
+            self._carry_out(effects, times[index])
+        token_ids = tuple(self._numbers[each] for each in forecast.run.request_ids)
+        skipped = StepsDecoded(count - depth, token_ids, sum(seconds[depth:]))
+        effects = self._state.handle(skipped, times[-1])
+        outputs = [each.output for each in effects if isinstance(each, Emit)]
+        self._tell_outputs(outputs, times[depth:])
+        self._carry_out(self._state.handle(Tick(), times[-1]), times[-1])
+
+
+_NOTHING = RowResult()

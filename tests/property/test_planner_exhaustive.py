@@ -1,0 +1,166 @@
+"""The plan of few devices against exhaustive search of the same objective, on random clusters."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from planner_brute_force import BruteForce
+
+from shoal.core.cluster import Cluster, Device, Host, Link
+from shoal.core.errors import ConfigError
+from shoal.core.model_spec import LayerSpec, ModelSpec, RopeSpec
+from shoal.planner.goal import Goal, Slo
+from shoal.planner.profiles import Problem
+from shoal.planner.search import find_plan
+from shoal.planner.to_plan import to_plan
+from shoal.policy.cost_model.loads import StepLoad
+from shoal.policy.cost_model.numbers import Numbers
+from shoal.policy.cost_model.times import ReplicaCost
+
+WITHIN = 1.01
+
+
+def spec_of(num_layers: int, num_heads: int, num_kv_heads: int, ffn: int) -> ModelSpec:
+    return ModelSpec(
+        architecture="LlamaForCausalLM",
+        num_layers=num_layers,
+        hidden_size=64 * num_heads,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=64,
+        ffn_size=512 * ffn,
+        vocab_size=32_000,
+        norm_eps=1e-5,
+        layers=(LayerSpec(rope=RopeSpec()),) * num_layers,
+        max_positions=4096,
+        attention_scale=0.125,
+        tied_embeddings=False,
+    )
+
+
+specs = st.builds(
+    spec_of,
+    st.integers(3, 12),
+    st.just(4),
+    st.sampled_from([1, 2]),
+    st.integers(1, 6),
+)
+
+
+@st.composite
+def clusters(draw: st.DrawFn, most: int = 3) -> Cluster:
+    """Of one host or two, with devices from slow and small to fast and large."""
+    num = draw(st.integers(2, most))
+    num_hosts = draw(st.integers(1, min(2, num)))
+    devices = []
+    for index in range(num):
+        rate = draw(st.sampled_from([1.0, 0.8, 0.5, 0.25]))
+        host = "ab"[index % num_hosts]
+        devices.append(
+            Device(
+                name=f"{host}.{index}",
+                kind=f"kind-{rate:g}",
+                host=host,
+                device=f"cuda:{index}",
+                memory_bytes=draw(st.sampled_from([80, 110, 150, 400])) << 20,
+                bandwidth_bytes_per_s=rate * 100e9,
+                flops=(("bfloat16", rate * draw(st.sampled_from([1e12, 5e12]))),),
+                precisions=("bfloat16",),
+                launch_s=1e-6,
+            )
+        )
+    link = Link(latency_s=draw(st.sampled_from([2e-6, 20e-6])), bytes_per_s=20e9, kind="pcie4")
+    return Cluster(
+        hosts=tuple(Host(name=each, link=link) for each in "ab"[:num_hosts]),
+        devices=tuple(devices),
+        network=Link(latency_s=draw(st.sampled_from([20e-6, 300e-6])), bytes_per_s=1e9),
+    )
+
+
+goals = st.builds(
+    Goal,
+    input_tokens=st.sampled_from([64.0, 400.0]),
+    output_tokens=st.sampled_from([32.0, 128.0]),
+    slo=st.builds(Slo, tpot_s=st.sampled_from([None, 0.004, 0.02])),
+    max_concurrency=st.sampled_from([4, 8]),
+)
+few = settings(
+    max_examples=4, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+
+@few
+@given(specs, clusters(), goals)
+def test_goodput_is_within_a_hundredth_of_the_best(
+    spec: ModelSpec, cluster: Cluster, goal: Goal
+) -> None:
+    problem = Problem(spec, cluster, goal)
+    best = BruteForce(problem).most_goodput()
+    try:
+        found = find_plan(problem)
+    except ConfigError as error:
+        assert best == 0 and "memory binds" in str(error)
+        return
+    # Where nothing keeps the wishes, the nearest plan says what it does not meet.
+    assert bool(found.unmet) == (best == 0)
+    assert best == 0 or found.value * WITHIN >= best
+
+
+@few
+@given(specs, clusters(), goals)
+def test_latency_is_within_a_hundredth_of_the_best(
+    spec: ModelSpec, cluster: Cluster, goal: Goal
+) -> None:
+    goal = Goal(
+        objective="latency",
+        input_tokens=goal.input_tokens,
+        output_tokens=goal.output_tokens,
+        max_concurrency=goal.max_concurrency,
+    )
+    problem = Problem(spec, cluster, goal)
+    best = BruteForce(problem).least_latency()
+    if best < float("inf"):
+        assert find_plan(problem).value <= best * WITHIN
+
+
+@few
+@given(specs, clusters(4), goals)
+def test_the_plan_costs_what_it_was_found_for(
+    spec: ModelSpec, cluster: Cluster, goal: Goal
+) -> None:
+    """The written Plan, through the cost model by itself: the same step, and room for it."""
+    problem = Problem(spec, cluster, Goal(output_tokens=goal.output_tokens, max_concurrency=4))
+    try:
+        found = find_plan(problem)
+    except ConfigError as error:
+        assert "memory binds" in str(error)
+        return
+    plan = to_plan(found.choices, cluster, "m")
+    for replica, operation in zip(plan.replicas, found.at_rate, strict=True):
+        cost = ReplicaCost(spec, replica, cluster, Numbers())
+        load = StepLoad.decode(operation.batch, round(problem.goal.context_tokens))
+        prompt = StepLoad.prefill(round(problem.goal.input_tokens))
+        prompts = operation.batch / problem.goal.output_tokens
+        own = sum(each.total_s for each in cost.step_times(load))
+        own += prompts * sum(each.total_s for each in cost.step_times(prompt))
+        own += sum(cost.hop_times(operation.batch))
+        assert operation.tpot_s >= own * 0.9
+        for stage in cost.hops():
+            for device, size in zip(stage.devices, stage.weight_bytes(), strict=True):
+                assert size < device.memory_bytes
+        layers = [each.layers for each in replica.instances]
+        assert min(layers).start == 0 and max(layers).stop == spec.num_layers
+    used = [name for each in found.choices for name in each.names]
+    assert len(used) == len(set(used))
+
+
+@few
+@given(specs, clusters(3), goals)
+def test_the_same_input_gives_the_same_plan(spec: ModelSpec, cluster: Cluster, goal: Goal) -> None:
+    problem = Problem(spec, cluster, goal)
+    try:
+        plans = [to_plan(find_plan(problem).choices, cluster, "m") for _ in range(2)]
+    except ConfigError as error:
+        assert "memory binds" in str(error)
+        return
+    assert plans[0] == plans[1]

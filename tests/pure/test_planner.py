@@ -1,0 +1,319 @@
+"""The planner on known clusters: what goes where, wishes that can't be met, the command."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from shoal.cli.main import main
+from shoal.cluster.cluster_file import read_cluster
+from shoal.core.cluster import Cluster
+from shoal.core.errors import ConfigError
+from shoal.core.model_spec import ModelSpec
+from shoal.model.known_shapes import known_shapes, shape_folder
+from shoal.model.spec import read_spec
+from shoal.plan_file import dump_plan, read_plan
+from shoal.planner.engines import emit
+from shoal.planner.goal import Goal, Slo
+from shoal.planner.inventory import Inventory
+from shoal.planner.pipeline import Segment
+from shoal.planner.profiles import Problem
+from shoal.planner.program import pack
+from shoal.planner.search import Outcome, find_plan
+from shoal.planner.to_plan import to_plan
+from shoal.planner.what_if import changed, left_out, one_more
+
+TWO_KINDS = """
+hosts:
+  - {name: a, devices: 2x H100-SXM nvlink}
+  - {name: b, devices: 2x L4 pcie4}
+network: {latency: 20us, bandwidth: 25GB/s}
+"""
+MIXED = """
+hosts:
+  - {name: a, devices: H100-SXM}
+  - {name: b, devices: 2x A100-40-SXM nvlink}
+network: {latency: 5us, bandwidth: 25GB/s}
+"""
+
+
+def cluster_of(tmp_path: Path, text: str) -> Cluster:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(text, encoding="utf-8")
+    return read_cluster(path)
+
+
+def shape(name: str) -> ModelSpec:
+    return read_spec(shape_folder(name))
+
+
+def stages_of(outcome: Outcome) -> list[list[tuple[str, int]]]:
+    """Of each replica: kinds and layers of each stage."""
+    return [
+        [
+            (segment.group.kinds, layers)
+            for segment, layers in zip(each.chain.segments, each.operation.layers, strict=True)
+        ]
+        for each in outcome.choices
+    ]
+
+
+@pytest.mark.parametrize("name", known_shapes())
+def test_known_shapes_are_read(name: str) -> None:
+    assert shape(name).num_layers > 0
+
+
+def test_equal_devices_get_equal_parts(tmp_path: Path) -> None:
+    cluster = cluster_of(tmp_path, "devices: 4x H100-SXM nvlink")
+    goal = Goal(objective="latency", rate_per_s=0.1)
+    found = find_plan(Problem(shape("llama-3.1-70b"), cluster, goal))
+    (replica,) = to_plan(found.choices, cluster, "m").replicas
+    (stage,) = replica.stages
+    assert [len(each) for each in stage.instances[0].split.heads] == [16, 16, 16, 16]
+
+
+def test_a_slow_device_takes_less(tmp_path: Path) -> None:
+    text = "devices: [1x A100-80-SXM, {kind: A100-80-SXM, speed: 0.5}]\nlink: nvlink"
+    cluster = cluster_of(tmp_path, text)
+    goal = Goal(objective="latency", rate_per_s=0.1)
+    found = find_plan(Problem(shape("llama-3.1-8b"), cluster, goal))
+    (replica,) = to_plan(found.choices, cluster, "m").replicas
+    split = replica.stages[0].instances[0].split
+    sizes = [len(each) for each in split.ffn]
+    assert 0.08 < sizes[1] / sum(sizes) < 0.35
+
+
+def test_memory_that_does_not_hold_the_model_says_so_and_plans_fewer_bits(tmp_path: Path) -> None:
+    cluster = cluster_of(tmp_path, "devices: 3x A100-40-SXM nvlink")
+    found = find_plan(Problem(shape("llama-3.1-70b"), cluster, Goal()))
+    assert "memory binds" in found.unmet[0] and "141" in found.unmet[0]
+    assert {s.group.variants[v].precision for s, v in _used(found)} == {"int8"}
+    with pytest.raises(ConfigError, match=r"memory binds.*add devices"):
+        find_plan(Problem(shape("llama-3.1-405b"), cluster, Goal()))
+
+
+def test_devices_without_kernels_are_left_out_with_the_reason(tmp_path: Path) -> None:
+    cluster = cluster_of(
+        tmp_path,
+        "hosts: [{name: a, devices: 2x H100-SXM nvlink}, {name: b, devices: 1x A100-80-SXM}]\n"
+        "network: {latency: 20us, bandwidth: 25GB/s}",
+    )
+    found = find_plan(Problem(shape("llama-3.1-70b"), cluster, Goal(precisions=("fp8",))))
+    (gone,) = left_out(found)
+    assert (gone.names, gone.reason) == (("b.0",), "it has no kernels for weights in fp8")
+
+
+def test_a_device_that_only_slows_is_left_out_with_numbers(tmp_path: Path) -> None:
+    cluster = cluster_of(tmp_path, TWO_KINDS)
+    goal = Goal(objective="latency", rate_per_s=0.5)
+    found = find_plan(Problem(shape("llama-3.1-70b"), cluster, goal))
+    (gone,) = left_out(found)
+    assert gone.names == ("b.0", "b.1")
+    assert "TPOT" in gone.reason and "%" in gone.reason
+
+
+def test_a_mixed_cluster_uses_both_kinds_when_one_does_not_hold_the_model(tmp_path: Path) -> None:
+    cluster = cluster_of(tmp_path, MIXED)
+    found = find_plan(Problem(shape("llama-3.1-70b"), cluster, Goal(max_concurrency=16)))
+    (stages,) = stages_of(found)
+    assert sum(layers for _, layers in stages) == 80
+    assert any("H100" in kinds for kinds, _ in stages)
+    assert any("A100" in kinds for kinds, _ in stages)
+
+
+def test_an_slo_that_nothing_keeps_gets_the_nearest_plan(tmp_path: Path) -> None:
+    cluster = cluster_of(tmp_path, "devices: 4x H100-SXM nvlink")
+    goal = Goal(slo=Slo(tpot_s=0.001))
+    found = find_plan(Problem(shape("llama-3.1-70b"), cluster, goal))
+    assert found.choices and "SLO TPOT of 1 ms" in found.unmet[0]
+
+
+def test_a_rate_that_is_too_high_gets_the_most_there_is(tmp_path: Path) -> None:
+    cluster = cluster_of(tmp_path, "devices: 4x H100-SXM nvlink")
+    goal = Goal(objective="latency", rate_per_s=1000.0)
+    found = find_plan(Problem(shape("llama-3.1-70b"), cluster, goal))
+    assert found.choices and "the rate of 1000 requests/s" in found.unmet[0]
+
+
+def test_the_cheapest_plan_carries_the_rate_with_fewer_devices(tmp_path: Path) -> None:
+    cluster = cluster_of(tmp_path, "devices: 4x H100-SXM nvlink")
+    spec = shape("llama-3.1-8b")
+    most = find_plan(Problem(spec, cluster, Goal()))
+    goal = Goal(objective="cost", rate_per_s=most.capacity_per_s / 5, cost_unit="devices")
+    found = find_plan(Problem(spec, cluster, goal))
+    assert found.value == 1
+    assert found.capacity_per_s >= most.capacity_per_s / 5
+
+
+def test_what_if(tmp_path: Path) -> None:
+    cluster = cluster_of(tmp_path, TWO_KINDS)
+    assert [each.name for each in changed(cluster, "without b").devices] == ["a.0", "a.1"]
+    assert changed(cluster, "a.1 at 50%").device("a.1").speed == 0.5
+    for wrong in ("a.1 slower", "without z.9", "a.1 at 0%", "a.1 at ..%", "a.1 at 200%"):
+        with pytest.raises(ConfigError):
+            changed(cluster, wrong)
+
+
+def test_one_more_device_is_worth_something(tmp_path: Path) -> None:
+    cluster = cluster_of(tmp_path, "devices: 2x H100-SXM nvlink")
+    found = find_plan(Problem(shape("llama-3.1-8b"), cluster, Goal()))
+    ((kind, gain),) = one_more(found)
+    assert kind == "H100-SXM"
+    assert gain == pytest.approx(found.capacity_per_s / 2, rel=0.05)
+
+
+MANY = "\n".join(
+    [
+        "hosts:",
+        *(f"  - {{name: h{i}, devices: 8x H100-SXM nvlink}}" for i in range(1)),
+        *(f"  - {{name: l{i}, devices: 4x L40S pcie4}}" for i in range(2)),
+        *(f"  - {{name: t{i}, devices: 1x A100-40-SXM}}" for i in range(4)),
+        "network: {latency: 20us, bandwidth: 12GB/s}",
+    ]
+)
+
+
+def test_many_devices_are_planned_with_a_bound_and_alike_each_time(tmp_path: Path) -> None:
+    cluster = cluster_of(tmp_path, MANY)
+    problem = Problem(shape("llama-3.1-70b"), cluster, Goal(slo=Slo(tpot_s=0.08)))
+    found = find_plan(problem)
+    assert not found.is_exact
+    assert found.value <= found.bound <= found.value * 1.3
+    used = [name for each in found.choices for name in each.names]
+    assert len(used) == len(set(used))
+    again = find_plan(problem)
+    assert to_plan(found.choices, cluster, "m") == to_plan(again.choices, cluster, "m")
+
+
+def test_devices_that_a_probe_finds_nearly_alike_are_taken_for_alike(tmp_path: Path) -> None:
+    cluster = cluster_of(tmp_path, "devices: 8x H100-SXM nvlink")
+    devices = tuple(
+        replace(
+            each, bandwidth_bytes_per_s=3.3e12 + index * 1e9, memory_bytes=79_500_000_000 + index
+        )
+        for index, each in enumerate(cluster.devices)
+    )
+    measured = replace(cluster, devices=devices)
+    assert Inventory(measured).stock() == (8,)
+    found = find_plan(Problem(shape("llama-3.1-70b"), measured, Goal()))
+    alike = find_plan(Problem(shape("llama-3.1-70b"), cluster, Goal()))
+    assert found.value == pytest.approx(alike.value, rel=0.05)
+
+
+@pytest.mark.parametrize("objective", ["latency", "cost"])
+def test_many_devices_by_the_other_objectives(tmp_path: Path, objective: str) -> None:
+    cluster = cluster_of(tmp_path, MANY)
+    goal = Goal(objective=objective, rate_per_s=0.5)  # type: ignore[arg-type]
+    found = find_plan(Problem(shape("llama-3.1-70b"), cluster, goal))
+    assert not found.unmet
+    assert 0 < found.bound <= found.value * (1 + 1e-9)
+    assert found.capacity_per_s >= 0.5
+
+
+def test_the_linear_program() -> None:
+    # max 3x + 5y, x <= 4, 2y <= 12, 3x + 2y <= 18: x = 2, y = 6 (Dantzig's classic)
+    packing = pack([3.0, 5.0], [(1, 0, 3), (0, 2, 2)], (4, 12, 18))
+    assert packing.counts == pytest.approx((2.0, 6.0))
+    assert packing.bound == pytest.approx(36.0)
+
+
+def test_the_plan_file_is_read_back(tmp_path: Path) -> None:
+    cluster = cluster_of(tmp_path, MIXED)
+    spec = shape("llama-3.1-70b")
+    found = find_plan(Problem(spec, cluster, Goal(max_concurrency=16)))
+    plan = to_plan(found.choices, cluster, "llama-3.1-70b")
+    path = tmp_path / "plan.yaml"
+    path.write_text(dump_plan(plan), encoding="utf-8")
+    assert read_plan(path).resolve(spec) == plan
+
+
+@pytest.mark.parametrize(
+    ("engine", "words"),
+    [
+        ("vllm", "--pipeline-parallel-size"),
+        ("sglang", "--pp-size"),
+        ("llama.cpp", "--tensor-split"),
+    ],
+)
+def test_emit(tmp_path: Path, engine: str, words: str) -> None:
+    cluster = cluster_of(tmp_path, MIXED)
+    found = find_plan(Problem(shape("llama-3.1-70b"), cluster, Goal(max_concurrency=16)))
+    lines = emit(to_plan(found.choices, cluster, "m"), engine, "m")
+    assert words in lines[-1]
+    assert any(line.startswith("# ") for line in lines)
+    with pytest.raises(ConfigError, match="must be one of"):
+        emit(to_plan(found.choices, cluster, "m"), "tgi", "m")
+
+
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["shoal", "plan", *args])
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    with pytest.raises(SystemExit) as left:
+        main()
+    told = capsys.readouterr()
+    return told.out if not left.value.code else told.err
+
+
+def test_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster_of(tmp_path, "devices: 2x H100-SXM nvlink")
+    path, plan = str(tmp_path / "cluster.yaml"), tmp_path / "plan.yaml"
+    flags = ("llama-3.1-70b", "--cluster", path, "--rate", "0.5", "--slo", "ttft=2s,tpot=60ms")
+    shown = run(capsys, monkeypatch, *flags, "--explain", "-o", str(plan))
+    assert "requests/s" in shown and "a decode step, ms" in shown
+    assert read_plan(plan).model == "llama-3.1-70b"
+    assert "vllm serve" in run(capsys, monkeypatch, *flags, "--emit", "vllm")
+
+
+def test_the_command_as_json_and_what_it_refuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = cluster_of(tmp_path, "devices: 2x H100-SXM nvlink")
+    first = cluster.devices[0].name
+    path = str(tmp_path / "cluster.yaml")
+    flags = ("llama-3.1-8b", "--cluster", path, "--json", "--what-if", f"without {first}")
+    told = json.loads(run(capsys, monkeypatch, *flags))
+    assert told["exact"] and told["what_if"][0]["requests_per_s"] < told["requests_per_s"]
+    assert "stages" in told["plan"]
+    for wrong, said in (
+        (("--objective", "cheap"), "must be one of"),
+        (("--objective", "cost"), "needs a rate"),
+        (("--precision", "int3"), "must be one of"),
+        (("--slo", "e2e=1s"), "ttft= and tpot="),
+        (("--isl", "0"), "at least 1"),
+        (("--rate", "-1"), "more than 0"),
+    ):
+        assert said in run(capsys, monkeypatch, "llama-3.1-8b", "--cluster", path, *wrong)
+
+
+def test_a_trace_gives_rate_and_lengths(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster_of(tmp_path, "devices: 1x H100-SXM")
+    trace = tmp_path / "trace.jsonl"
+    rows = [
+        {"arrival_s": index / 2, "prompt_tokens": 100 + index, "output_tokens": 50}
+        for index in range(11)
+    ]
+    trace.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    flags = ("llama-3.1-8b", "--cluster", str(tmp_path / "cluster.yaml"), "--json")
+    told = json.loads(run(capsys, monkeypatch, *flags, "--workload", str(trace)))
+    assert (told["objective"], told["rate_per_s"]) == ("latency", 2.0)
+    by_hand = json.loads(
+        run(capsys, monkeypatch, *flags, "--rate", "2", "--isl", "105", "--osl", "50")
+    )
+    assert told["latency_s"] == by_hand["latency_s"]
+
+
+def _used(outcome: Outcome) -> list[tuple[Segment, int]]:
+    return [
+        (segment, variant)
+        for each in outcome.choices
+        for segment, variant in zip(each.chain.segments, each.operation.variants, strict=True)
+    ]

@@ -123,7 +123,7 @@ def _gguf_exports(spec: ModelSpec, source: WeightSource) -> Iterator[Export]:
             )
     for layer in range(spec.num_layers):
         for part in ours.parts:
-            if part in _TOP:
+            if part in _TOP or part not in theirs.parts:
                 continue
             is_rotary = theirs.interleaved and part in ("q", "k")
             for theirs_name, ours_name in (

@@ -195,7 +195,7 @@ def judge_all_reduce() -> Iterable[Judged]:
         for table in catalogue.all_reduce_tables(kind, link):
             kept, left = table.points[::2], table.points[1:-1:2]
             errors = [abs(time_at(kept, size) / time - 1) for size, time in left]
-            name = f"all-reduce {kind} {table.library} {table.num_ranks} ranks"
+            name = f"all-reduce {kind} {table.backend} {table.num_ranks} ranks"
             yield summed_up(name, errors, "every second size")
 
 

@@ -193,7 +193,7 @@ def test_errors_of_public_catalogues_are_not_ours() -> None:
 def test_all_reduce_tables_count_bytes() -> None:
     """The source counts elements of two bytes; 16 KiB on 8 H100s: 19 us in NCCL, 5.3 in vLLM."""
     tables = {
-        (each.library, each.num_ranks): dict(each.points)
+        (each.backend, each.num_ranks): dict(each.points)
         for each in catalogue.all_reduce_tables("H100-SXM", "nvlink")
     }
     assert tables["nccl", 8][16384] == pytest.approx(19.0e-6, rel=0.05)

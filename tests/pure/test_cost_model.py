@@ -247,12 +247,12 @@ def test_table_keeps_its_points_and_its_ends() -> None:
 @pytest.mark.parametrize(
     ("kind", "link"), [("H100-SXM", "nvlink"), ("A100-80-SXM", "nvlink"), ("L40S", "pcie4")]
 )
-@pytest.mark.parametrize("library", ["nccl", "custom"])
-def test_sizes_left_out_are_found_again(kind: str, link: str, library: str) -> None:
+@pytest.mark.parametrize("backend", ["nccl", "custom"])
+def test_sizes_left_out_are_found_again(kind: str, link: str, backend: str) -> None:
     """Every second size from those beside it: 25 % is what is asked for; single ones, where a
     library changes its algorithm, are off by more."""
     for table in catalogue.all_reduce_tables(kind, link):
-        if table.library != library:
+        if table.backend != backend:
             continue
         kept = table.points[::2]
         errors = [abs(time_at(kept, size) / time - 1) for size, time in table.points[1:-1:2]]

@@ -17,10 +17,10 @@ import httpx
 import typer
 from rich.console import Console
 
+from shoal.cli import workloads
 from shoal.cli.bench_prompts import CHARS_PER_TOKEN, PromptSource, token_id_source, word_source
 from shoal.cli.bench_report import render, summarise
 from shoal.cli.loadgen import LoadConfig, RequestRecord, first_model, run_load, warm_up
-from shoal.cli.workloads import chosen_workload
 from shoal.core.errors import ConfigError
 from shoal.core.latency import parse_slo
 from shoal.core.workload import Workload
@@ -31,28 +31,16 @@ _LAG_WORTH_A_NOTE_S = 0.05
 
 def bench(
     url: Annotated[str, typer.Argument(help="the server, such as http://127.0.0.1:8000")],
-    workload: Annotated[
-        Path | None, typer.Option(help="trace: Azure, ServeGen, Mooncake or shoal's JSONL")
-    ] = None,
-    rate: Annotated[
-        float | None, typer.Option(help="without a trace: mean Poisson arrivals per second")
-    ] = None,
-    num_requests: Annotated[
-        int | None, typer.Option(min=1, help="at most this many requests (with --rate: 100)")
-    ] = None,
-    input_tokens: Annotated[
-        int | None, typer.Option(min=1, help="prompt length; of a trace: the longest")
-    ] = None,
-    output_tokens: Annotated[
-        int | None, typer.Option(min=1, help="output length; of a trace: the longest")
-    ] = None,
-    time_scale: Annotated[
-        float, typer.Option(help="multiplies arrival times: 0.5 is twice the load")
-    ] = 1.0,
+    workload: workloads.Trace = None,
+    rate: workloads.Rate = None,
+    num_requests: workloads.NumRequests = None,
+    input_tokens: workloads.InputTokens = None,
+    output_tokens: workloads.OutputTokens = None,
+    time_scale: workloads.TimeScale = 1.0,
     max_concurrency: Annotated[
         int | None, typer.Option(min=1, help="requests under way at most; reported if it bites")
     ] = None,
-    slo: Annotated[str | None, typer.Option(help="goodput's bounds: ttft=2s,tpot=50ms")] = None,
+    slo: workloads.SloBounds = None,
     seed: Annotated[int, typer.Option(help="of arrivals and prompts")] = 0,
     model: Annotated[str | None, typer.Option(help="default: the first the server names")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="SHOAL_API_KEY")] = None,
@@ -74,7 +62,7 @@ def bench(
     if chat and vocab_size is not None:
         raise ConfigError("--vocab-size is for token-id prompts; --chat takes text: drop one")
     bounds = parse_slo(slo) if slo else {}
-    load = chosen_workload(
+    load = workloads.chosen_workload(
         workload,
         rate,
         num_requests=num_requests,

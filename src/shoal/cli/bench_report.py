@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
+from shoal.cli.latency_table import goodput_lines, latency_table
 from shoal.cli.loadgen import RequestRecord
 from shoal.core.latency import METRICS, is_within, statistics
 
@@ -114,17 +114,10 @@ def summarise(
 def render(report: Mapping[str, Any]) -> RenderableType:
     """The report as a person reads it."""
     requests, throughput = report["requests"], report["throughput"]
-    table = Table(title=f"{report['model']} at {report['url']}", title_justify="left")
-    for column in ("ms", "mean", "p50", "p95", "p99"):
-        table.add_column(column, justify="left" if column == "ms" else "right")
-    for name in METRICS:
-        found = report["latency_s"][name]
-        cells = (
-            ["-"] * 4
-            if found is None
-            else [f"{found[column] * 1000:,.1f}" for column in ("mean", "p50", "p95", "p99")]
-        )
-        table.add_row(name.upper(), *cells)
+    table = latency_table(
+        f"{report['model']} at {report['url']}",
+        {name: report["latency_s"][name] for name in METRICS},
+    )
     lines = [
         f"{report['workload']}: {requests['succeeded']} of {requests['planned']} requests "
         f"succeeded, {requests['refused']} refused, {requests['failed']} failed, "
@@ -133,12 +126,7 @@ def render(report: Mapping[str, Any]) -> RenderableType:
         f"{throughput['output_tokens_per_s']:.1f} output tokens/s, "
         f"{throughput['prompt_tokens_per_s']:.1f} prompt tokens/s",
     ]
-    if goodput := report.get("goodput"):
-        bounds = ", ".join(f"{k.upper()} <= {v * 1000:g} ms" for k, v in goodput["slo_s"].items())
-        lines.append(
-            f"goodput: {goodput['share']:.1%} of requests, "
-            f"{goodput['requests_per_s']:.2f} requests/s ({bounds})"
-        )
+    lines += goodput_lines(report)
     lines += [
         f"{found['count']} x {kind}: {found['example']}" for kind, found in report["errors"].items()
     ]

@@ -13,12 +13,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
+from shoal.cli import workloads
 from shoal.cli.fault_file import read_faults
+from shoal.cli.latency_table import goodput_lines, latency_table
 from shoal.cli.model_shape import spec_of
-from shoal.cli.workloads import chosen_workload
 from shoal.cluster.cluster_file import read_cluster
 from shoal.core.errors import ConfigError
 from shoal.core.latency import parse_slo
@@ -35,28 +35,16 @@ def simulate(
         str | None,
         typer.Option(help="default: what the plan names; a folder needs config.json only"),
     ] = None,
-    workload: Annotated[
-        Path | None, typer.Option(help="trace: Azure, ServeGen, Mooncake or shoal's JSONL")
-    ] = None,
-    rate: Annotated[
-        float | None, typer.Option(help="without a trace: mean Poisson arrivals per second")
-    ] = None,
-    num_requests: Annotated[
-        int | None, typer.Option(min=1, help="at most this many requests (with --rate: 100)")
-    ] = None,
-    input_tokens: Annotated[
-        int | None, typer.Option(min=1, help="prompt length; of a trace: the longest")
-    ] = None,
-    output_tokens: Annotated[
-        int | None, typer.Option(min=1, help="output length; of a trace: the longest")
-    ] = None,
-    time_scale: Annotated[
-        float, typer.Option(help="multiplies arrival times: 0.5 is twice the load")
-    ] = 1.0,
+    workload: workloads.Trace = None,
+    rate: workloads.Rate = None,
+    num_requests: workloads.NumRequests = None,
+    input_tokens: workloads.InputTokens = None,
+    output_tokens: workloads.OutputTokens = None,
+    time_scale: workloads.TimeScale = 1.0,
     events: Annotated[
         Path | None, typer.Option(help="YAML: slow-downs, deaths and joins of replicas")
     ] = None,
-    slo: Annotated[str | None, typer.Option(help="goodput's bounds: ttft=2s,tpot=50ms")] = None,
+    slo: workloads.SloBounds = None,
     seed: Annotated[int, typer.Option(help="of arrivals")] = 0,
     precision: Annotated[
         str, typer.Option(help="of weights, where the plan says nothing")
@@ -80,7 +68,7 @@ def simulate(
     ] = None,
 ) -> None:
     """Predict TTFT, TPOT, goodput and utilisation of a plan under a load."""
-    load = chosen_workload(
+    load = workloads.chosen_workload(
         workload,
         rate,
         num_requests=num_requests,
@@ -142,16 +130,7 @@ def _report(
 
 
 def _rendered(report: Mapping[str, Any]) -> RenderableType:
-    table = Table(title=f"{report['title']}: {report['workload']}", title_justify="left")
-    for column in ("ms", "mean", "p50", "p95", "p99"):
-        table.add_column(column, justify="left" if column == "ms" else "right")
-    for name, found in report["latency_s"].items():
-        cells = (
-            ["-"] * 4
-            if found is None
-            else [f"{found[column] * 1000:,.1f}" for column in ("mean", "p50", "p95", "p99")]
-        )
-        table.add_row(name.upper(), *cells)
+    table = latency_table(f"{report['title']}: {report['workload']}", report["latency_s"])
     requests, throughput = report["requests"], report["throughput"]
     lines = [
         f"{requests['succeeded']} of {requests['planned']} requests succeeded, "
@@ -160,12 +139,7 @@ def _rendered(report: Mapping[str, Any]) -> RenderableType:
         f"throughput: {throughput['requests_per_s']:.2f} requests/s, "
         f"{throughput['output_tokens_per_s']:,.1f} output tokens/s",
     ]
-    if goodput := report.get("goodput"):
-        bounds = ", ".join(f"{k.upper()} <= {v * 1000:g} ms" for k, v in goodput["slo_s"].items())
-        lines.append(
-            f"goodput: {goodput['share']:.1%} of requests, "
-            f"{goodput['requests_per_s']:.2f} requests/s ({bounds})"
-        )
+    lines += goodput_lines(report)
     lines += [
         f"{each['name']}: busy {', '.join(f'{share:.0%}' for share in each['utilisation'])}, "
         f"{each['preemptions']} preemptions, {each['cached_tokens']:,} prompt tokens cached"

@@ -1,12 +1,36 @@
-"""The load that a command's flags ask for: a trace, or Poisson arrivals. Knows no command."""
+"""The load that a command's flags ask for: the flags, and the trace or Poisson arrivals of them.
+
+Knows no command.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from random import Random
+from typing import Annotated
+
+import typer
 
 from shoal.core.errors import ConfigError
 from shoal.core.workload import Workload, poisson_workload, read_workload
+
+Trace = Annotated[
+    Path | None, typer.Option(help="trace: Azure, ServeGen, Mooncake or shoal's JSONL")
+]
+Rate = Annotated[
+    float | None, typer.Option(help="without a trace: mean Poisson arrivals per second")
+]
+NumRequests = Annotated[
+    int | None, typer.Option(min=1, help="at most this many requests (with --rate: 100)")
+]
+InputTokens = Annotated[
+    int | None, typer.Option(min=1, help="prompt length; of a trace: the longest")
+]
+OutputTokens = Annotated[
+    int | None, typer.Option(min=1, help="output length; of a trace: the longest")
+]
+TimeScale = Annotated[float, typer.Option(help="multiplies arrival times: 0.5 is twice the load")]
+SloBounds = Annotated[str | None, typer.Option(help="goodput's bounds: ttft=2s,tpot=50ms")]
 
 _NO_LIMIT = 2**31 - 1
 

@@ -169,7 +169,7 @@ def all_reduce_tables(kind: str, link: str) -> tuple[AllReduceTable, ...]:
         AllReduceTable(
             num_ranks=entry["ranks"],
             points=tuple((size, time_us * 1e-6) for size, time_us in entry["bytes_us"]),
-            library=entry["library"],
+            backend=entry["backend"],
         )
         for entry in _data("all_reduce.json")["tables"]
         if kind in entry["kinds"] and family == entry["link"]

@@ -129,12 +129,12 @@ class Link:
 class AllReduceTable:
     """Measured all-reduces of `num_ranks` devices of one host: (bytes of the message, seconds).
 
-    `library`: "nccl", or "custom" kernels that engines have beside it for small messages.
+    `backend`: "nccl", or "custom" kernels that engines have beside it for small messages.
     """
 
     num_ranks: int
     points: Points
-    library: Literal["nccl", "custom"] = "nccl"
+    backend: Literal["nccl", "custom"] = "nccl"
 
     def __post_init__(self) -> None:
         if self.num_ranks < 2 or not self.points:

@@ -61,11 +61,11 @@ class GroupLinks:
         self.slowest = max(pairs, key=_slowness) if pairs else None
         hosts = {each.host for each in devices}
         tables = cluster.host(hosts.pop()).all_reduce if len(hosts) == 1 else ()
-        libraries = ("nccl", "custom") if custom else ("nccl",)
+        backends = ("nccl", "custom") if custom else ("nccl",)
         self._tables = [
-            sorted((each for each in tables if each.library == library), key=_ranks)
-            for library in libraries
-            if any(each.library == library for each in tables)
+            sorted((each for each in tables if each.backend == backend), key=_ranks)
+            for backend in backends
+            if any(each.backend == backend for each in tables)
         ]
 
     def all_reduce_s(self, size_bytes: float) -> float:

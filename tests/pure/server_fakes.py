@@ -46,6 +46,7 @@ class FakeRouter:
     Attributes:
         answer: output ids; past their end, EOS.
         delay_s: before every token.
+        may_go_on: asked before every token until it says yes; None: always.
         refusal: the first and only output.
         failure: the output in place of the token at position `failure_at`.
         left: ids of requests whose stream was closed before its end.
@@ -54,6 +55,7 @@ class FakeRouter:
 
     answer: tuple[int, ...] = tuple(b"Hi there")
     delay_s: float = 0.0
+    may_go_on: Callable[[], bool] | None = None
     refusal: ErrorInfo | None = None
     failure: ErrorInfo | None = None
     failure_at: int = 0
@@ -87,6 +89,8 @@ class FakeRouter:
         try:
             for output in self._outputs(request):
                 await asyncio.sleep(self.delay_s)
+                while self.may_go_on is not None and not self.may_go_on():
+                    await asyncio.sleep(0.002)
                 ended = output.finish is not None
                 if take is not None and take(output, time.monotonic()):
                     self.num_taken += 1

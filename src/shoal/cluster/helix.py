@@ -5,8 +5,8 @@
     machine_profiles.ini, beside it: [L4] vram_size, outbound_nic_speed, disk_speed
 
 Its constants count bytes: mbps is 1e6 bytes/s. Links from and to its source and sink, where
-requests come from, are left out; of two directions the slower one counts. Knows nothing of its
-placements.
+requests come from, are left out; of two directions the slower one counts. Times of layers that lie
+beside it are read (`helix_layers.py`). Knows nothing of its placements.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shoal.cluster import catalogue
+from shoal.cluster.helix_layers import read_layer_times
 from shoal.core.cluster import Between, Cluster, Device, Host, Link
 from shoal.core.errors import ConfigError
 
@@ -47,7 +48,7 @@ def read_helix(path: Path) -> Cluster:
     Raises:
         ConfigError: with the file and section that is to blame.
     """
-    parser = _parse(path)
+    parser = parse_ini(path)
     profiles = _profiles(path.parent / _PROFILES)
     hosts: list[Host] = []
     devices: list[Device] = []
@@ -66,6 +67,7 @@ def read_helix(path: Path) -> Cluster:
         nics[name] = profiles[kind].nic_bytes_per_s
     links = _links(path, parser, nics)
     network, others = _most_common(links)
+    layer_times = tuple(read_layer_times(path.parent, _KINDS))
     try:
         return Cluster(
             hosts=tuple(hosts),
@@ -73,6 +75,7 @@ def read_helix(path: Path) -> Cluster:
             network=network if len(links) == len(hosts) * (len(hosts) - 1) // 2 else None,
             links=others if len(links) == len(hosts) * (len(hosts) - 1) // 2 else tuple(links),
             constants=catalogue.known_constants(),
+            layer_times=layer_times,
         )
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
@@ -130,7 +133,7 @@ def _most_common(links: list[Between]) -> tuple[Link | None, tuple[Between, ...]
 
 
 def _profiles(path: Path) -> dict[str, _Profile]:
-    parser = _parse(path)
+    parser = parse_ini(path)
     return {
         section: _Profile(
             _value(path, parser, section, "vram_size"),
@@ -154,7 +157,11 @@ def _value(path: Path, parser: configparser.ConfigParser, section: str, key: str
     return float(found[1]) * _UNITS[found[2]]
 
 
-def _parse(path: Path) -> configparser.ConfigParser:
+def parse_ini(path: Path) -> configparser.ConfigParser:
+    """
+    Raises:
+        ConfigError: no such file, or no .ini file.
+    """
     parser = configparser.ConfigParser(interpolation=None)
     try:
         with path.open("rb") as stream:

@@ -95,10 +95,13 @@ class Detours:
 
     def _find(self, route: int) -> list[int]:
         """All routes that its KV can be copied to, those with few other hops first."""
+        routes = self._config.routes
         num_changed = {
             other: len(changed)
-            for other in range(len(self._config.routes))
-            if (changed := self.changed(route, other)) and self._can_copy(route, other, changed)
+            for other in range(len(routes))
+            if len(routes[other]) == len(routes[route])
+            and (changed := self.changed(route, other))
+            and self._can_copy(route, other, changed)
         }
         return sorted(num_changed, key=lambda other: num_changed[other])
 

@@ -18,7 +18,7 @@ class Flight:
 
     def __init__(self, config: EngineConfig) -> None:
         self._most = config.steps_per_route
-        self._num_hops = config.num_stages
+        self._num_hops = [len(route) for route in config.routes]
         self._batches: dict[int, Batch] = {}
         self._of_route: Counter[int] = Counter()
         self.incarnation = 0
@@ -42,7 +42,7 @@ class Flight:
             rows=tuple(row for _, row in batch.rows),
             released=released,
             route=batch.route,
-            num_hops=None if batch.num_hops == self._num_hops else batch.num_hops,
+            num_hops=None if batch.num_hops == self._num_hops[batch.route] else batch.num_hops,
         )
 
     def take(self, result: StepResult) -> Batch:

@@ -73,7 +73,7 @@ class Places:
         if len(self._instances) == 1:
             return ()
         stages = {each: stage for route in self._instances for stage, each in enumerate(route)}
-        counts = Counter(each for other in running for each in self._instances[other.route])
+        counts = self._along(Counter(other.route for other in running))
         return tuple(
             InstanceStats(
                 instance=instance,
@@ -104,7 +104,7 @@ class Places:
         """Whether it could run beside `running`, once `returning` blocks of instances are back."""
         if len(running) >= self._config.max_num_seqs:
             return False
-        beside = Counter(i for other in running for i in self._instances[other.route])
+        beside = self._along(Counter(other.route for other in running))
         wanted = blocks_for(sequence.total_len)
         hops = zip(self._instances[place.route], place.found, strict=True)
         # Room for one more block each, or the newcomer would be preempted at once.
@@ -125,11 +125,18 @@ class Places:
 
     def tokens(self, running: Sequence[TokenSequence]) -> Counter[int]:
         """Tokens of the sequences that run on each instance."""
-        tokens: Counter[int] = Counter()
+        of_route: Counter[int] = Counter()
         for sequence in running:
-            for instance in self._instances[sequence.route]:
-                tokens[instance] += sequence.total_len
-        return tokens
+            of_route[sequence.route] += sequence.total_len
+        return self._along(of_route)
+
+    def _along(self, of_route: Counter[int]) -> Counter[int]:
+        """Sums over routes, on each instance that they go through."""
+        sums: Counter[int] = Counter()
+        for route, amount in of_route.items():
+            for instance in self._instances[route]:
+                sums[instance] += amount
+        return sums
 
     def _place(self, sequence: TokenSequence, route: int, load: Counter[int]) -> Place:
         found = self._found(sequence, route)

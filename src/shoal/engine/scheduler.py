@@ -89,7 +89,7 @@ class Scheduler:
             if batch.rows or suspect.in_flight or self._runs_elsewhere(suspect, route):
                 return batch
         self._displace()
-        batch = self._batch(route, step_id, self._config.num_stages)
+        batch = self._batch(route, step_id, len(self._config.routes[route]))
         for num_hops, sequences in self._in_turn(route):
             batch = self._batch(route, step_id, num_hops)
             for sequence in sequences:
@@ -198,19 +198,20 @@ class Scheduler:
         mine = [sequence for sequence in self.running if sequence.route == route]
         ready = [sequence for sequence in mine if sequence.can_schedule(self._max_pending)]
         turns = self._last_turns
-        counts = {sequence.run.num_hops for sequence in ready}
+        counts = {sequence.num_hops_in_run for sequence in ready}
         for num_hops in sorted(counts, key=lambda count: (turns[route, count], count)):
-            same = [sequence for sequence in ready if sequence.run.num_hops == num_hops]
+            same = [sequence for sequence in ready if sequence.num_hops_in_run == num_hops]
             prompts = [sequence for sequence in same if sequence.num_in_run > 1]
             decoding = [sequence for sequence in same if sequence.num_in_run == 1]
-            if self._config.num_stages > 1:
+            if len(self._config.routes[route]) > 1:
                 decoding.sort(key=lambda sequence: (sequence.last_turn, sequence.rank))
                 decoding = decoding[: self._micro_batch(mine, route)]
             yield num_hops, [*decoding, *prompts]
 
     def _micro_batch(self, running: Sequence[TokenSequence], route: int) -> int:
         """Rows that decode in a route's next Step: n of them in S Steps, as even as can be."""
-        num, stages = sum(1 for s in running if s.num_in_run <= 1), self._config.num_stages
+        num = sum(1 for s in running if s.num_in_run <= 1)
+        stages = len(self._config.routes[route])
         turn = self._num_steps[route] % stages
         return max(1, num * (turn + 1) // stages - num * turn // stages)
 

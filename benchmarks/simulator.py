@@ -2,16 +2,19 @@
 
     python benchmarks/simulator.py measured reference/measured/rtx4090_llama8b -o FILE
     python benchmarks/simulator.py speed traces/azure2023_conv.csv -o FILE
+    python benchmarks/simulator.py million traces/azure2023_conv.csv --share 0.1 -o FILE
 
 `measured`: requests.jsonl and meta.json of casys-kaist/LLMServingSim (MIT): 300 requests on vLLM,
 Llama-3.1-8B on an RTX 4090. Three constants of the device are fitted until the simulated first 100
 requests come as the measured ones did; the others are judged. `speed`: an hour of a trace over 8
-replicas, and a part of it stepwise.
+replicas, and a part of it stepwise. `million`: requests of a trace's lengths, one a second for each
+of 1,000 devices with a replica each; a share of a million.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -32,7 +35,7 @@ from shoal.core.cluster import Cluster, Constants, Host
 from shoal.core.latency import percentile
 from shoal.core.plan import InstancePlan, RankPlan, ReplicaPlan, StagePlan, default_routes
 from shoal.core.split import Range, split_by_weights
-from shoal.core.workload import Arrival, Workload, read_workload
+from shoal.core.workload import Arrival, Workload, poisson_workload, read_workload
 from shoal.engine.config import EngineConfig
 from shoal.model.known_shapes import shape_folder
 from shoal.model.spec import read_spec
@@ -41,6 +44,7 @@ from shoal.sim import ModelledCost, ReplicaSetup, Simulation, summarise
 from shoal.sim.records import RequestRecord
 
 NUM_FITTED, NUM_SIMULATED_TO_FIT = 100, 130
+NUM_DEVICES = 1000
 METRICS = ("ttft", "tpot", "e2e")
 SPEC = read_spec(shape_folder("llama-3.1-8b"))
 
@@ -57,13 +61,18 @@ class Measured:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("what", choices=("measured", "speed"))
+    parser.add_argument("what", choices=("measured", "speed", "million"))
     parser.add_argument("path", type=Path)
     parser.add_argument("-o", "--output", type=Path, default=None, help="a file for the JSON")
+    parser.add_argument("--share", type=float, default=1.0, help="of a million requests")
     args = parser.parse_args()
-    found = against_measured(args.path) if args.what == "measured" else speed(args.path)
+    if args.what == "million":
+        found = million(args.path, args.share)
+    else:
+        found = against_measured(args.path) if args.what == "measured" else speed(args.path)
+    flags = f" --share {args.share:g}" if args.what == "million" else ""
     report = {
-        "command": f"python benchmarks/simulator.py {args.what} {args.path.name}",
+        "command": f"python benchmarks/simulator.py {args.what} {args.path.name}{flags}",
         "commit": _commit(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, one used",
         **found,
@@ -214,7 +223,32 @@ def _compared(
 
 
 def speed(path: Path) -> dict[str, Any]:
-    workload = read_workload(path, Random(0))
+    workload, setups = read_workload(path, Random(0)), _a100s(8)
+    hour = Workload(workload.name, tuple(a for a in workload.arrivals if a.arrival_s < 3600))
+    part = hour.first(len(hour.arrivals) // 20)
+    return {
+        "what": "Llama-3.1-8B on 8 A100s, cost by the cost model",
+        "hour": _timed(hour, setups, runs=True),
+        "twentieth": _timed(part, setups, runs=True),
+        "twentieth_stepwise": _timed(part, setups, runs=False),
+    }
+
+
+def million(path: Path, share: float) -> dict[str, Any]:
+    trace, setups = read_workload(path, Random(0)), _a100s(NUM_DEVICES)
+    workload = poisson_workload(
+        rate_per_s=float(NUM_DEVICES),
+        num_requests=round(1_000_000 * share),
+        lengths=[(each.prompt_tokens, each.output_tokens) for each in trace.arrivals],
+        rng=Random(0),
+    )
+    return {
+        "what": f"Llama-3.1-8B on {NUM_DEVICES} A100s with a replica each, lengths of {trace.name}",
+        **_timed(workload, setups, runs=True),
+    }
+
+
+def _a100s(num: int) -> list[ReplicaSetup]:
     cluster, replica = _one_gpu("A100-80-SXM")
     cost = ModelledCost(ReplicaCost(SPEC, replica, cluster, Numbers()), cluster)
     config = EngineConfig(
@@ -224,15 +258,7 @@ def speed(path: Path) -> dict[str, Any]:
         max_num_seqs=256,
         max_num_batched_tokens=2048,
     )
-    setups = [ReplicaSetup(name=f"replica-{index}", config=config, cost=cost) for index in range(8)]
-    hour = Workload(workload.name, tuple(a for a in workload.arrivals if a.arrival_s < 3600))
-    part = hour.first(len(hour.arrivals) // 20)
-    return {
-        "what": "Llama-3.1-8B on 8 A100s, cost by the cost model",
-        "hour": _timed(hour, setups, runs=True),
-        "twentieth": _timed(part, setups, runs=True),
-        "twentieth_stepwise": _timed(part, setups, runs=False),
-    }
+    return [ReplicaSetup(name=f"replica-{index}", config=config, cost=cost) for index in range(num)]
 
 
 def _timed(workload: Workload, setups: Sequence[ReplicaSetup], *, runs: bool) -> dict[str, Any]:
@@ -248,6 +274,7 @@ def _timed(workload: Workload, setups: Sequence[ReplicaSetup], *, runs: bool) ->
         "cpu_s": round(time.process_time() - began_s, 2),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "latency_s": report["latency_s"],
+        "sha256": hashlib.sha256(json.dumps(report).encode()).hexdigest(),
     }
 
 

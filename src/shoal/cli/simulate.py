@@ -6,6 +6,7 @@ Reads flags and files, wires plan, cluster, load and report together; simulates 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from random import Random
@@ -20,16 +21,25 @@ from shoal.cli.fault_file import read_faults
 from shoal.cli.latency_table import goodput_lines, latency_table
 from shoal.cli.model_shape import spec_of
 from shoal.cluster.cluster_file import read_cluster
+from shoal.cluster.helix_placement import read_placement
+from shoal.core.cluster import Cluster
 from shoal.core.errors import ConfigError
 from shoal.core.latency import parse_slo
+from shoal.core.model_spec import ModelSpec
+from shoal.core.plan import Plan
 from shoal.core.workload import Workload
 from shoal.plan_file import read_plan
+from shoal.planner.goal import Goal
+from shoal.planner.placement import placed_replica
+from shoal.planner.profiles import Problem
 from shoal.sim import ReplicaSetup, Simulation, html_page, summarise
 from shoal.sim.from_plan import Limits, precision_of, replica_setups
 
 
 def simulate(
-    plan: Annotated[Path, typer.Argument(help="plan file: what `shoal plan` writes")],
+    plan: Annotated[
+        Path, typer.Argument(help="plan file: what `shoal plan` writes; or Helix's ilp_sol.ini")
+    ],
     cluster: Annotated[Path, typer.Option(help="cluster file: its devices and links")],
     model: Annotated[
         str | None,
@@ -58,6 +68,9 @@ def simulate(
     max_model_len: Annotated[int | None, typer.Option(min=1)] = None,
     max_waiting: Annotated[int, typer.Option(min=0)] = 256,
     enable_prefix_caching: Annotated[bool, typer.Option()] = True,
+    until: Annotated[
+        float | None, typer.Option(min=0, help="seconds after which it stops, whatever is left")
+    ] = None,
     stepwise: Annotated[
         bool, typer.Option("--stepwise", help="take every Step by itself: slower, the same result")
     ] = False,
@@ -86,12 +99,9 @@ def simulate(
         kv_precision=precision_of(kv_cache_precision),
         engine=engine,
     )
-    file = read_plan(plan)
-    name = model or file.model
-    if name is None:
-        raise ConfigError(f"{plan} names no model; add `model:` there, or give --model")
-    spec = spec_of(name)
-    setups = replica_setups(file.resolve(spec), spec, read_cluster(cluster), limits)
+    known = read_cluster(cluster)
+    name, spec, chosen = _read_plan(plan, model, known, limits)
+    setups = replica_setups(chosen, spec, known, limits)
     simulation = Simulation(
         load,
         setups,
@@ -99,8 +109,11 @@ def simulate(
         faults=read_faults(events) if events else (),
         max_homeless=max_waiting,
         runs=not stepwise,
+        request_s=known.request_s,
     )
-    report = _report(simulation, load, setups, parse_slo(slo) if slo else {}, f"{name} by {plan}")
+    records = simulation.run(math.inf if until is None else until)
+    summary = summarise(records, setups, simulation.stats(), parse_slo(slo) if slo else {})
+    report = _report(summary, load, setups, f"{name} by {plan}")
     if html is not None:
         _write(html, html_page(report), "--html")
     text = json.dumps(report, indent=1)
@@ -112,20 +125,35 @@ def simulate(
         Console().print(_rendered(report))
 
 
+def _read_plan(
+    path: Path, model: str | None, cluster: Cluster, limits: Limits
+) -> tuple[str, ModelSpec, Plan]:
+    """A plan, or a placement of Helix: with its model's name and shapes."""
+    file = None if path.suffix == ".ini" else read_plan(path)
+    name = model or (file.model if file else None)
+    if name is None:
+        wanted = "add `model:` there, or give --model" if file else "give --model"
+        raise ConfigError(f"{path} names no model; {wanted}")
+    spec = spec_of(name)
+    if file is not None:
+        return name, spec, file.resolve(spec)
+    goal = Goal(precisions=(limits.precision,), kv_precision=limits.kv_precision)
+    problem = Problem(spec, cluster, goal, limits.engine)
+    replica = placed_replica(read_placement(path, cluster), problem)
+    return name, spec, Plan(replicas=(replica,), model=name)
+
+
 def _report(
-    simulation: Simulation,
-    load: Workload,
-    setups: tuple[ReplicaSetup, ...],
-    slo: Mapping[str, float],
-    title: str,
+    summary: Mapping[str, Any], load: Workload, setups: tuple[ReplicaSetup, ...], title: str
 ) -> dict[str, Any]:
-    records = simulation.run()
-    summary = summarise(records, setups, simulation.stats(), slo)
-    notes = [f"{setup.name}: times may be off by {setup.cost.error:.0%}" for setup in setups]
+    errors = {setup.name: f"{setup.cost.error:.0%}" for setup in setups}
+    notes = [f"{name}: times may be off by {error}" for name, error in errors.items()]
+    if len(notes) > 1 and len(set(errors.values())) == 1:
+        notes = [f"all {len(notes)} replicas: times may be off by {setups[0].cost.error:.0%}"]
     if any(setup.role != "any" for setup in setups):
         notes.append("requests move from prefill to decode replicas without their KV here")
     if left := summary["requests"]["never_ended"]:
-        notes.append(f"{left} requests had nowhere to go on when the simulation ended")
+        notes.append(f"{left} requests had not ended when the simulation did")
     return {"title": title, "workload": load.name, **summary, "notes": notes}
 
 

@@ -15,10 +15,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 from array import array
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from shoal.core.step import BLOCK_SIZE
+from shoal.engine.free_list import FreeList
 
 BlockName = bytes
 
@@ -54,13 +55,11 @@ class BlockPool:
     def __init__(self, num_blocks: int, parts: Sequence[int] = ()) -> None:
         assert not parts or sum(parts) == num_blocks, f"{parts} are not {num_blocks} blocks"
         self.num_blocks = num_blocks
-        self._holders = [0] * num_blocks
+        self._holders = array("i", bytes(4 * num_blocks))
         self._names: list[BlockName | None] = [None] * num_blocks
         self._index: dict[BlockName, int] = {}
         # Oldest first: the next to be reused.
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(
-            _interleaved(parts or (num_blocks,))
-        )
+        self._free = FreeList(num_blocks, _interleaved(parts) if len(parts) > 1 else ())
 
     @property
     def num_free(self) -> int:
@@ -83,30 +82,29 @@ class BlockPool:
         """Become one more holder of blocks that `find` gave."""
         for block in blocks:
             if self._holders[block] == 0:
-                del self._free[block]
+                self._free.remove(block)
             self._holders[block] += 1
 
     def allocate(self, count: int) -> list[int]:
         """Take `count` free blocks; what they held is forgotten. The caller checks `num_free`."""
         assert count <= len(self._free), f"{count} blocks wanted, {len(self._free)} free"
-        taken = []
-        for _ in range(count):
-            block, _none = self._free.popitem(last=False)
-            self._forget(block)
+        taken = self._free.take(count)
+        for block in taken:
             self._holders[block] = 1
-            taken.append(block)
+            if self._names[block] is not None:
+                self._forget(block)
         return taken
 
     def release(self, blocks: Sequence[int]) -> None:
         """Stop holding a sequence's blocks, given in order."""
         # Backwards, so that a tail is reused before the head others may share.
+        holders, names, free = self._holders, self._names, self._free
         for block in reversed(blocks):
-            self._holders[block] -= 1
-            assert self._holders[block] >= 0, f"block {block} released too often"
-            if self._holders[block] == 0:
-                self._free[block] = None
-                if self._names[block] is None:
-                    self._free.move_to_end(block, last=False)
+            left = holders[block] - 1
+            assert left >= 0, f"block {block} released too often"
+            holders[block] = left
+            if left == 0:
+                free.add(block, first=names[block] is None)
 
     def publish(self, block: int, name: BlockName) -> None:
         """Make a held, full block findable, unless another already has its name."""
@@ -130,7 +128,9 @@ class BlockPool:
         assert all(count == counts[block] for block, count in enumerate(self._holders)), (
             "holders differ from what the sequences hold"
         )
-        assert set(self._free) == {b for b, count in enumerate(self._holders) if count == 0}
+        free = list(self._free)
+        assert len(free) == len(self._free), "the free list does not say how long it is"
+        assert set(free) == {b for b, count in enumerate(self._holders) if count == 0}
         assert all(self._names[block] == name for name, block in self._index.items())
         assert sum(name is not None for name in self._names) == len(self._index)
 

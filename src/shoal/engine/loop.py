@@ -14,6 +14,7 @@ from queue import Empty, SimpleQueue
 
 from shoal.core.clock import Clock
 from shoal.core.errors import RequestError
+from shoal.core.record import Recorder
 from shoal.core.request import ErrorInfo, Grammar, Output
 from shoal.core.stats import EngineStats
 from shoal.core.step import StepFailure, StepResult
@@ -53,6 +54,7 @@ class EngineLoop:
         report: told of new outputs, and at least every `HEARTBEAT_S` of the stats; it is
             called from the loop's thread and must not block.
         carrier: of KV, between this engine and others; None: there are no others.
+        recorder: told of every event and what was decided.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class EngineLoop:
         report: Report,
         clock: Clock,
         carrier: KVCarrier | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self._state = state
         self._executor = executor
@@ -73,6 +76,7 @@ class EngineLoop:
         self._report = report
         self._clock = clock
         self._carrier = carrier
+        self._recorder = recorder
         self._events: SimpleQueue[Event | None] = SimpleQueue()
         self._failures_in_a_row = 0
         executor.listen(self.post)
@@ -94,7 +98,10 @@ class EngineLoop:
             now = self._clock.now()
             effects: list[Effect] = []
             for event in [*events, Tick()]:
-                effects += self._state.handle(event, now)
+                decided = self._state.handle(event, now)
+                if self._recorder is not None:
+                    self._recorder.note(now, event, decided)
+                effects += decided
             self._carry_out(effects)
 
     def _wait(self) -> tuple[list[Event], bool]:

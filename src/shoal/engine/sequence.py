@@ -115,13 +115,20 @@ class Sequence:
     @property
     def run(self) -> Run:
         """What it has to compute next; to the end of its tokens on all hops, but for rebuilding."""
-        rebuilding = (run for run in self.runs if run.stop > self.num_scheduled)
-        return next(rebuilding, Run(self.total_len, len(self.hops)))
+        for run in self.runs:
+            if run.stop > self.num_scheduled:
+                return run
+        return Run(self.total_len, len(self.hops))
+
+    @property
+    def num_hops_in_run(self) -> int:
+        """Hops that its next row runs."""
+        return self.run.num_hops if self.runs else len(self.hops)
 
     @property
     def num_in_run(self) -> int:
         """Tokens that its next rows may hold."""
-        return self.run.stop - self.num_scheduled
+        return (self.run.stop if self.runs else self.total_len) - self.num_scheduled
 
     def can_schedule(self, max_pending: int) -> bool:
         """Whether a row of it could go into the next Step, blocks permitting.
@@ -159,7 +166,7 @@ class Sequence:
 
     def make_row(self, num_tokens: int) -> StepRow:
         """A row of the next `num_tokens` tokens of its run; its blocks are there."""
-        start, num_hops = self.num_scheduled, self.run.num_hops
+        start, num_hops = self.num_scheduled, self.num_hops_in_run
         end = start + num_tokens
         known = tuple(self.token_ids[start:end])
         samples = end == self.total_len
@@ -177,7 +184,7 @@ class Sequence:
 
     def note_scheduled(self, row: StepRow, step_id: int, row_index: int, turn: int) -> None:
         """The row went into a Step."""
-        self.num_hops_told = max(self.num_hops_told, self.run.num_hops)
+        self.num_hops_told = max(self.num_hops_told, self.num_hops_in_run)
         self.num_scheduled = row.end
         self.in_flight += 1
         self.last_turn = turn

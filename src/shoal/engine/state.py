@@ -81,6 +81,8 @@ class EngineState:
 
     def next_deadline(self) -> float | None:
         """When a Tick is due even if nothing happens."""
+        if not (self._timed or self._transfers or self._moves):
+            return None
         deadlines = [sequence.next_deadline for sequence in self._timed.values()]
         deadlines += [self._transfers.next_deadline(), self._moves.next_deadline()]
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
@@ -125,7 +127,13 @@ class EngineState:
     # --- events ---
 
     def handle(self, event: Event, now: float) -> list[Effect]:
-        match event:
+        match event:  # what comes with every Step first
+            case Tick():
+                expired = [*self._transfers.expire(now), *self._expire(now)]
+                moved = self._moves.advance(now)
+                return [*expired, *moved, *self._hand_out(), *self._transfers.loans.grow()]
+            case StepResult():
+                return self._step_done(event, now)
             case Submit(request):
                 return self._submit(request, now)
             case Cancel(request_id):
@@ -136,8 +144,6 @@ class EngineState:
                 return self._grammar_ready(request_id, matcher, now)
             case GrammarFailed(request_id, error):
                 return self._end_by_id(request_id, "error", now, error)
-            case StepResult():
-                return self._step_done(event, now)
             case StepFailure():
                 return self._step_failed(event, now)
             case StepsDecoded():
@@ -158,10 +164,6 @@ class EngineState:
             case DrainInstance(instance, is_drained):
                 self._moves.drain(instance, is_drained)
                 return []
-            case Tick():
-                expired = [*self._transfers.expire(now), *self._expire(now)]
-                moved = self._moves.advance(now)
-                return [*expired, *moved, *self._hand_out(), *self._transfers.loans.grow()]
 
     def _submit(self, request: GenerateRequest, now: float) -> list[Effect]:
         try:

@@ -11,13 +11,16 @@ import asyncio
 import contextlib
 import logging
 import sys
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from typing import Protocol
 
 from shoal.core.clock import Clock
 from shoal.core.kv import KVOffer
+from shoal.core.plan import ReplicaPlan
+from shoal.core.record import Recorder
 from shoal.core.request import GenerateRequest, Output
 from shoal.core.stats import EngineInfo, EngineStats, ReplicaView
+from shoal.core.step_times import InstanceStep, ReplicaSteps
 from shoal.router.events import (
     Abandon,
     Cancel,
@@ -53,6 +56,12 @@ class ReplicaClient(Protocol):
     @property
     def stats(self) -> EngineStats: ...
 
+    @property
+    def plan(self) -> ReplicaPlan | None: ...
+
+    @property
+    def steps_taken(self) -> Collection[InstanceStep]: ...
+
     def send(self, request: GenerateRequest) -> None: ...
 
     def cancel(self, request_id: str) -> None: ...
@@ -75,10 +84,21 @@ class ReplicaClient(Protocol):
 
 
 class Router:
-    """Serves requests from the replicas behind `clients`. Use as an async context manager."""
+    """Serves requests from the replicas behind `clients`. Use as an async context manager.
 
-    def __init__(self, state: RouterState, clients: list[ReplicaClient], clock: Clock) -> None:
+    Args:
+        recorder: told of every event and what was decided.
+    """
+
+    def __init__(
+        self,
+        state: RouterState,
+        clients: list[ReplicaClient],
+        clock: Clock,
+        recorder: Recorder | None = None,
+    ) -> None:
         self._state = state
+        self._recorder = recorder
         self._clients = {client.name: client for client in clients}
         self._clock = clock
         self._inboxes: dict[str, Inbox] = {}
@@ -98,6 +118,8 @@ class Router:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(client.close() for client in self._clients.values()))
+        if self._recorder is not None:
+            self._recorder.close()
 
     # --- for the server ---
 
@@ -166,6 +188,12 @@ class Router:
         """What each replica last said of itself."""
         return {name: client.stats for name, client in self._clients.items()}
 
+    def steps(self, name: str) -> ReplicaSteps:
+        """What a replica's latest Steps took."""
+        client = self._clients[name]
+        info = self.info
+        return ReplicaSteps(client.plan, info.dtype if info else "", tuple(client.steps_taken))
+
     def replicas(self) -> dict[str, ReplicaView]:
         """How each replica stands to requests."""
         outstanding, alive = self._state.outstanding(), self._state.alive
@@ -190,7 +218,10 @@ class Router:
     def tell(self, event: Event) -> None:
         """Handle an event and carry out what it asks for."""
         now = self._clock.now()
-        for effect in self._state.handle(event, now):
+        effects = self._state.handle(event, now)
+        if self._recorder is not None:
+            self._recorder.note(now, event, effects)
+        for effect in effects:
             match effect:
                 case Deliver(outputs):
                     self._deliver(outputs, now)

@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import subprocess
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 from shoal.core.errors import WireError
@@ -21,6 +22,7 @@ from shoal.core.options import EngineOptions
 from shoal.core.plan import ReplicaPlan
 from shoal.core.request import GenerateRequest
 from shoal.core.stats import EngineStats
+from shoal.core.step_times import MAX_STEPS_KEPT, InstanceStep
 from shoal.router.driver import Router
 from shoal.router.events import KVLent, KVPulled, ReplicaLost, ReplicaOutputs, ReplicaReady
 from shoal.router.watchdog import Watchdog, WatchdogLimits
@@ -42,6 +44,7 @@ from shoal.wire.messages import (
     Pulled,
     Ready,
     ReceiveKV,
+    StepsTook,
     Submit,
     ToEngine,
 )
@@ -67,6 +70,7 @@ class EngineClient:
         replica: what it shall run on; None: on the one device that the options name.
         hosts: of a lab, that the replica's ranks name.
         kv_keys: of its workers, to exchange KV with those of other replicas.
+        record: a folder for a recording of what it decides.
     """
 
     def __init__(
@@ -79,20 +83,28 @@ class EngineClient:
         replica: ReplicaPlan | None = None,
         hosts: Mapping[str, HostNet] | None = None,
         kv_keys: KVKeys | None = None,
+        record: str | None = None,
     ) -> None:
         self.name = name
         self.stats = EngineStats()
+        self.steps_taken: deque[InstanceStep] = deque(maxlen=MAX_STEPS_KEPT)
         self.failure: str | None = None
         self._command = command
         self._options = options
         self._on_loading = on_loading
         self._limits = limits or WatchdogLimits()
-        self._launch = Launch(options, replica, dict(hosts or {}), kv_keys)
+        recording = None if record is None else (record, name)
+        self._launch = Launch(options, replica, dict(hosts or {}), kv_keys, recording)
         self._complaint: str | None = None
         self._drained: set[int] = set()  # instances; its successors must be told
         self._incarnation = 0
         self._channel: AsyncChannel[FromEngine, ToEngine] | None = None
         self._process, self._socket = self._start()
+
+    @property
+    def plan(self) -> ReplicaPlan | None:
+        """What it runs on; None: one device, of the options."""
+        return self._launch.replica
 
     def send(self, request: GenerateRequest) -> None:
         if self._channel is not None:
@@ -183,6 +195,8 @@ class EngineClient:
                         router.tell(KVLent(self.name, self._incarnation, offer))
                     case Pulled(lease_id, num):
                         router.tell(KVPulled(self.name, self._incarnation, lease_id, num))
+                    case StepsTook(steps):
+                        self.steps_taken.extend(steps)
                     case Loading():
                         self._on_loading(message)
                     case Ready(info):

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from shoal.router.events import Effect, EndLeaseAt, LendAt, LendPrefixAt
+from shoal.router.loads import Loads
 from shoal.router.prefixes import Prefix
 from shoal.router.records import Entry, Move, Replica, RouterConfig, Why
 
@@ -27,13 +28,18 @@ class Moves:
     """Those that are under way, and those that are due.
 
     Args:
-        replicas, entries: the router's, by name and by request.
+        replicas, entries, loads: the router's; by name and by request.
     """
 
     def __init__(
-        self, config: RouterConfig, replicas: Mapping[str, Replica], entries: Mapping[str, Entry]
+        self,
+        config: RouterConfig,
+        replicas: Mapping[str, Replica],
+        entries: Mapping[str, Entry],
+        loads: Loads,
     ) -> None:
         self._config = config
+        self._loads = loads
         self._replicas = replicas
         self._entries = entries
         self._moves: dict[int, Move] = {}
@@ -97,34 +103,31 @@ class Moves:
         move_id = self._of_request.pop(request_id, None)
         if move_id is None:
             return []
-        return [EndLeaseAt(self._moves.pop(move_id).source, move_id)]
+        move = self._moves.pop(move_id)
+        if move.why != "prefix":
+            self._loads.add(move.target, -1)
+        return [EndLeaseAt(move.source, move_id)]
 
     def _add(self, request_id: str, source: str, target: str, deadline: float, why: Why) -> Move:
         self._num_begun += 1
         move = Move(self._num_begun, request_id, source, target, deadline, why)
         self._moves[move.move_id], self._of_request[request_id] = move, move.move_id
+        if why != "prefix":  # whose request is there already
+            self._loads.add(target, 1)
         return move
 
     # --- who goes where ---
 
-    def fit(self, has_begun: bool) -> list[Replica]:
-        """Replicas that a request may be sent to: those meant for it, if there are any."""
-        alive = [replica for replica in self._replicas.values() if replica.alive]
-        taking = [replica for replica in alive if not replica.is_drained]
-        return [each for each in taking if each.is_meant_for(has_begun)] or taking or alive
-
-    def load(self, replica: Replica) -> int:
-        """Requests that it has, or is about to have."""
-        coming = sum(
-            move.target == replica.name and move.why != "prefix" for move in self._moves.values()
-        )
-        return len(replica.outstanding) + coming
+    def num_coming(self, replica: str) -> int:
+        """Requests that it is about to have; for tests."""
+        return sum(m.target == replica and m.why != "prefix" for m in self._moves.values())
 
     def due(self) -> list[str]:
         """Requests that are to leave their replicas, and do not yet."""
         return [
             request_id
             for replica in self._replicas.values()
+            if replica.is_drained or replica.role == "prefill"
             for request_id in replica.outstanding
             if (replica.is_drained or self._is_done_at(replica, request_id))
             and request_id not in self
@@ -150,12 +153,15 @@ class Moves:
 
     def for_balance(self) -> str | None:
         """A request of who has the most, if another has that many fewer."""
-        gap, fit = self._config.balance_gap, self.fit(has_begun=True)
+        gap = self._config.balance_gap
         is_balancing = any(move.why == "balance" for move in self._moves.values())
-        if not gap or not self._config.moves_kv or len(fit) < 2 or is_balancing:
+        if not gap or not self._config.moves_kv or is_balancing:
+            return None
+        fit = self._loads.fit(has_begun=True)
+        if len(fit) < 2:
             return None
         fullest = max(fit, key=lambda replica: len(replica.outstanding))
-        if len(fullest.outstanding) - min(map(self.load, fit)) < gap:
+        if len(fullest.outstanding) - min(self._loads.of(each.name) for each in fit) < gap:
             return None
         begun = (each for each in reversed(fullest.outstanding) if self._entries[each].has_begun)
         return next((request_id for request_id in begun if request_id not in self), None)
@@ -170,17 +176,21 @@ class Moves:
         if entry.replica is None:
             return None
         source = self._replicas[entry.replica]
-        others = [
-            each
-            for each in self._replicas.values()
-            if each is not source and not each.is_drained and self._has_room(each)
-        ]
-        targets = [each for each in others if each.is_meant_for(entry.has_begun or ahead)]
+        if self._num_leaving(source, ahead) >= self._config.max_moves:
+            return None
+        has_begun = entry.has_begun or ahead
+        for each in self._loads.fewest(has_begun):
+            if each.is_meant_for(has_begun) and self._may_take(each, source):
+                return each.name
+        others = [each for each in self._replicas.values() if self._may_take(each, source)]
+        targets = [each for each in others if each.is_meant_for(has_begun)]
         if source.is_drained:
             targets = targets or others
-        if not targets or self._num_leaving(source, ahead) >= self._config.max_moves:
-            return None
-        return min(targets, key=self.load).name
+        best = min(targets, key=lambda each: self._loads.of(each.name), default=None)
+        return None if best is None else best.name
+
+    def _may_take(self, replica: Replica, source: Replica) -> bool:
+        return replica is not source and not replica.is_drained and self._has_room(replica)
 
     def _num_leaving(self, source: Replica, ahead: bool) -> int:
         kinds = ("ahead",) if ahead else ("needed", "balance")
@@ -189,7 +199,9 @@ class Moves:
     def _has_room(self, replica: Replica) -> bool:
         """Whether it would not refuse one more."""
         info = replica.info
-        return info is not None and self.load(replica) < info.max_num_seqs + info.max_waiting
+        if info is None:
+            return False
+        return self._loads.of(replica.name) < info.max_num_seqs + info.max_waiting
 
     def _is_done_at(self, replica: Replica, request_id: str) -> bool:
         return replica.role == "prefill" and self._entries[request_id].has_begun

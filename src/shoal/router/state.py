@@ -41,6 +41,7 @@ from shoal.router.events import (
     Submit,
     Tick,
 )
+from shoal.router.loads import Loads
 from shoal.router.moves import Moves
 from shoal.router.prefixes import Prefixes
 from shoal.router.records import Entry, Move, Replica, RouterConfig, Why
@@ -61,7 +62,10 @@ class RouterState:
         }
         self._sent: dict[str, str] = {}  # sent_id → request_id, of those that moved
         self._entries: dict[str, Entry] = {}
-        self._moves = Moves(config, self._replicas, self._entries)
+        # Those that time alone may end.
+        self._timed: dict[str, Entry] = {}
+        self._loads = Loads(self._replicas)
+        self._moves = Moves(config, self._replicas, self._entries, self._loads)
         self._prefixes = Prefixes(config.moves_kv and len(config.replicas) > 1)
         self._homeless: dict[str, None] = {}
         self._draining = False
@@ -100,15 +104,12 @@ class RouterState:
 
     def check_integrity(self) -> None:
         """Raises AssertionError if the books don't balance; for tests."""
-        placed: dict[str, None] = {}
-        for replica in self._replicas.values():
-            assert replica.alive or not replica.outstanding
-            for request_id in replica.outstanding:
-                assert self._entries[request_id].replica == replica.name
-                assert request_id not in placed
-                placed[request_id] = None
+        placed = self._loads.check_integrity(self._moves.num_coming)
+        assert all(self._entries[each].replica == replica for each, replica in placed.items())
         assert placed.keys() | self._homeless.keys() == self._entries.keys()
         assert not placed.keys() & self._homeless.keys()
+        timed = (each for each, entry in self._entries.items() if entry.deadline is not None)
+        assert self._timed.keys() == set(timed)
         assert all(
             request_id in placed for request_id in self._entries if request_id in self._moves
         )
@@ -134,10 +135,10 @@ class RouterState:
             case KVPulled():
                 return self._pulled(event, now)
             case DrainReplica(name):
-                self._replicas[name].is_drained = True
+                self._loads.drain(name, True)
                 return self._move_on(now)
             case ResumeReplica(name):
-                self._replicas[name].is_drained = False
+                self._loads.drain(name, False)
                 return []
             case Drain():
                 self._draining = True
@@ -155,8 +156,11 @@ class RouterState:
             seeded = dataclasses.replace(request.sampling, seed=self._rng.getrandbits(63))
             request = dataclasses.replace(request, sampling=seeded)
         deadline = None if request.timeout_s is None else now + request.timeout_s
-        self._entries[request.request_id] = Entry(request, deadline, list(request.output_ids))
-        return self._place(request.request_id, now)
+        request_id, entry = request.request_id, Entry(request, deadline, list(request.output_ids))
+        self._entries[request_id] = entry
+        if deadline is not None:
+            self._timed[request_id] = entry
+        return self._place(request_id, now)
 
     def _cancel(self, request_id: str) -> list[Effect]:
         if request_id not in self._entries:
@@ -169,6 +173,7 @@ class RouterState:
     def _ready(self, event: ReplicaReady, now: float) -> list[Effect]:
         replica = self._replicas[event.replica]
         replica.incarnation, replica.info = event.incarnation, event.info
+        self._loads.fleet_changed()
         self._last_info = event.info
         effects: list[Effect] = []
         for request_id in list(self._homeless):
@@ -183,7 +188,7 @@ class RouterState:
         replica.info = None
         replica.gone_for_good = event.final
         self._prefixes.forget(event.replica)
-        orphans, replica.outstanding = list(replica.outstanding), {}
+        orphans = self._loads.empty(event.replica)
         effects: list[Effect] = []
         for move in self._moves.with_target(event.replica):
             effects += self._moves.end(move.request_id)
@@ -306,7 +311,7 @@ class RouterState:
         """From now on what the old replica says of it counts no more."""
         entry = self._entries[request_id]
         cancel = CancelAt(source, entry.sent_id)
-        del self._replicas[source].outstanding[request_id]
+        self._loads.take(source, request_id)
         self._sent.pop(entry.sent_id, None)
         entry.replica = None
         entry.num_moves += 1
@@ -319,10 +324,12 @@ class RouterState:
 
     def _expire(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
-        for request_id, entry in list(self._entries.items()):
+        for request_id, entry in list(self._timed.items()):
             if entry.deadline is not None and now >= entry.deadline:
                 effects += self._fail(request_id, refusals.out_of_time(entry.request))
-            elif request_id in self._homeless and now >= self._homeless_deadline(entry):
+        for request_id in list(self._homeless):
+            since = self._entries[request_id].homeless_since
+            if now >= since + self._config.homeless_timeout_s:
                 effects += self._fail(request_id, refusals.no_replica("none became ready in time"))
         return effects
 
@@ -335,16 +342,13 @@ class RouterState:
             return refusals.id_in_use(request.request_id)
         if self._hopeless:
             return refusals.no_replica("every replica has failed for good")
-        if not self.alive and len(self._homeless) >= self._config.max_homeless:
+        if len(self._homeless) >= self._config.max_homeless and not self.alive:
             return refusals.too_many_wait(len(self._homeless))
         return None
 
     @property
     def _hopeless(self) -> bool:
         return all(replica.gone_for_good for replica in self._replicas.values())
-
-    def _homeless_deadline(self, entry: Entry) -> float:
-        return entry.homeless_since + self._config.homeless_timeout_s
 
     def _place(self, request_id: str, now: float, wanted: str | None = None) -> list[Effect]:
         """Bind it to the live replica with the fewest outstanding requests, or let it wait.
@@ -353,20 +357,16 @@ class RouterState:
             wanted: where its KV is; taken if requests may be sent there.
         """
         entry = self._entries[request_id]
-        fit = self._moves.fit(entry.has_begun)
-        if not fit:
+        has_kv = self._loads.taking(wanted, entry.has_begun)
+        replica = has_kv or self._prefixes.most_held(self._loads.fewest(entry.has_begun), entry)
+        if replica is None:
             entry.homeless_since = now
             self._homeless[request_id] = None
             return []
-        has_kv = [each for each in fit if each.name == wanted]
-        replica = min(
-            has_kv or fit,
-            key=lambda each: (self._moves.load(each), -self._prefixes.held(each, entry)),
-        )
-        replica.outstanding[request_id] = None
+        self._loads.put(replica.name, request_id)
         entry.replica = replica.name
-        prefix = self._prefixes.worth_getting(entry, replica, list(self._replicas.values()))
-        if prefix is not None and not has_kv:
+        prefix = self._prefixes.worth_getting(entry, replica, self._replicas.values())
+        if prefix is not None and has_kv is None:
             return self._moves.wait_for(request_id, prefix, replica.name, now)
         return self._send(request_id, now)
 
@@ -393,6 +393,7 @@ class RouterState:
         entry = self._entries.pop(request_id)
         self._sent.pop(entry.sent_id, None)
         self._homeless.pop(request_id, None)
+        self._timed.pop(request_id, None)
         if entry.replica is not None:
-            del self._replicas[entry.replica].outstanding[request_id]
+            self._loads.take(entry.replica, request_id)
         return self._moves.end(request_id)

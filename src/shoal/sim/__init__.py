@@ -10,6 +10,7 @@
     records.py    what became of every request
     report.py     percentiles, goodput, utilisation: a dict
     page.py       the same as one HTML page, with plots.py
+    replay.py     a recorded live run, taken again
 
 Start with `driver.Simulation`. Time is what the next event says. Knows nothing of tensors, sockets
 or files.

@@ -8,7 +8,7 @@ Knows nothing of queues or of time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from shoal.core.cluster import Cluster
@@ -38,6 +38,14 @@ class StepCost(Protocol):
         """Seconds that the instance of a hop is busy with a Step."""
         ...
 
+    def decodes_s(self, lengths: Sequence[int], count: int, route: int, hop: int) -> list[float]:
+        """`compute_s` of so many Steps, each with a token of each sequence.
+
+        Args:
+            lengths: positions that each attends to in the first of them.
+        """
+        ...
+
     def transfer_s(self, num_tokens: int, route: int, hop: int) -> float:
         """Seconds from a hop's instance to the next one's; from the last one's, of what was
         sampled, to the first one's."""
@@ -46,23 +54,6 @@ class StepCost(Protocol):
 
 def load_of(step: Step, windows: Windows) -> StepLoad:
     return StepLoad.of(((row.start, row.num_tokens, row.samples) for row in step.rows), windows)
-
-
-def decode_loads(lengths: Sequence[int], count: int, windows: Windows) -> Iterator[StepLoad]:
-    """Of so many Steps, each with a token of each sequence.
-
-    Args:
-        lengths: positions that each attends to in the first of them.
-    """
-    num_rows, total = len(lengths), sum(lengths)
-    for ahead in range(count):
-        read = tuple(
-            total + ahead * num_rows
-            if window is None
-            else sum(min(each + ahead, window) for each in lengths)
-            for window in windows
-        )
-        yield StepLoad(num_rows, num_rows, windows, read, read)
 
 
 class ModelledCost:
@@ -81,6 +72,9 @@ class ModelledCost:
 
     def compute_s(self, load: StepLoad, route: int, hop: int) -> float:
         return self._seconds[route][hop](load)
+
+    def decodes_s(self, lengths: Sequence[int], count: int, route: int, hop: int) -> list[float]:
+        return self._seconds[route][hop].decodes(lengths, count)
 
     def transfer_s(self, num_tokens: int, route: int, hop: int) -> float:
         key = (num_tokens, route)

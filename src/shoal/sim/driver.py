@@ -11,6 +11,7 @@ moves is computed again). Knows nothing of files or of what a device is.
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
@@ -55,6 +56,7 @@ class Simulation:
         max_homeless: requests that wait while there is no replica, as `--max-waiting`.
         num_samples: looks at how replicas stand, about.
         runs: take runs of decode Steps at once; the results are the same.
+        request_s: from a request's arrival until the router has it.
 
     Raises:
         ConfigError: faults of replicas or instances that there are not; prompts without a length.
@@ -70,13 +72,16 @@ class Simulation:
         max_homeless: int = 256,
         num_samples: int = 120,
         runs: bool = True,
+        request_s: float = 0.0,
     ) -> None:
         check_faults(faults, replicas)
         self._setups = {each.name: each for each in replicas}
         self._names = tuple(self._setups)
+        self._numbers = {name: number for number, name in enumerate(self._names)}
         self._faults = sorted(faults, key=lambda fault: fault.at_s)
         self._prompts = Prompts(workload)
         self._runs = runs
+        self._request_s = request_s
         config = RouterConfig(
             replicas=tuple(self._setups),
             max_homeless=max_homeless,
@@ -97,8 +102,8 @@ class Simulation:
         self._most_samples = 2 * num_samples
         self._sample_every_s = max(workload.duration_s, 1.0) / num_samples
 
-    def run(self) -> Records:
-        """Until every request has ended, or nothing more can happen."""
+    def run(self, until_s: float = math.inf) -> Records:
+        """Until every request has ended, nothing more can happen, or that time has come."""
         for name in self._setups:
             if not joins_later(name, self._faults):
                 self._join(name, 0.0)
@@ -107,8 +112,10 @@ class Simulation:
         self._push(0.0, _TICK, 0)
         self._push(0.0, _SAMPLE, 0)
         if self._num_open:
-            self._push(self._records.requests[0].arrival_s, _ARRIVAL, 0)
+            self._push(self._records.requests[0].arrival_s + self._request_s, _ARRIVAL, 0)
         while self._num_open and self._num_idle_ticks < _MOST_IDLE_TICKS:
+            if self._agenda[0][0] > until_s:
+                break
             self._now, kind, number = heapq.heappop(self._agenda)
             self._happen(self._now, kind, number)
         self._records.end_s = self._now
@@ -154,7 +161,8 @@ class Simulation:
     def _arrive(self, number: int, now: float) -> None:
         self._tell_router(Submit(self._prompts.request(number)), now)
         if number + 1 < len(self._records.requests):
-            self._push(self._records.requests[number + 1].arrival_s, _ARRIVAL, number + 1)
+            arrival_s = self._records.requests[number + 1].arrival_s + self._request_s
+            self._push(arrival_s, _ARRIVAL, number + 1)
 
     def _tick(self, now: float) -> None:
         is_idle = all(kind >= _TICK for _, kind, _ in self._agenda)
@@ -164,9 +172,10 @@ class Simulation:
 
     def _sample(self, now: float) -> None:
         """How all replicas stand; every other look is forgotten when there are too many."""
-        for name in tuple(self._replicas):
-            self._replicas[name].advance(now)
-            self._settle(name)
+        for name, replica in tuple(self._replicas.items()):
+            if not replica.is_quiet(now):
+                replica.advance(now)
+                self._settle(name)
         samples = self._records.samples
         samples.append(Sample(now, tuple(self._look_at(name) for name in self._names)))
         if len(samples) > self._most_samples:
@@ -179,7 +188,7 @@ class Simulation:
         """Come back when the replica has something to do."""
         when = self._replicas[name].next_s
         if when is not None:
-            self._push(when, _RESULT, self._names.index(name))
+            self._push(when, _RESULT, self._numbers[name])
 
     def _join(self, name: str, now: float) -> None:
         if name in self._replicas:

@@ -9,7 +9,7 @@ Knows nothing of Steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from shoal.policy.cost_model.loads import StepLoad, Windows
 from shoal.policy.cost_model.times import InstanceCost
@@ -45,12 +45,39 @@ class InstanceSeconds:
         )
         return slowest + communication_s
 
+    def decodes(self, lengths: Sequence[int], count: int) -> list[float]:
+        """Of so many Steps, each with a token of each sequence; the very floats of one by one.
+
+        Args:
+            lengths: positions that each attends to in the first of them.
+        """
+        if self._windows != (None,):
+            return [self(load) for load in decode_loads(lengths, count, self._windows)]
+        num_rows, total = len(lengths), sum(lengths)
+        bare = StepLoad(num_rows, num_rows, self._windows, self._none, self._none)
+        fixed, communication_s = self._without_attention(bare)
+        # A token reads as many positions as it makes pairs.
+        slopes = (max(r[0], p[0]) for r, p in zip(self._reads, self._pairs, strict=True))
+        lines = list(dict.fromkeys(zip(fixed, slopes, strict=True)))
+        reads = range(total, total + count * num_rows, num_rows)
+        if len(lines) > 1:
+            return [max(f + slope * n for f, slope in lines) + communication_s for n in reads]
+        ((seconds, slope),) = lines
+        return [seconds + slope * n + communication_s for n in reads]
+
     def _without_attention(self, load: StepLoad) -> tuple[tuple[float, ...], float]:
         """Of each rank, and of all sums between them; kept where every token is sampled from."""
         only_decodes = load.num_tokens == load.num_sampled
         if only_decodes and load.num_tokens in self._fixed:
             return self._fixed[load.num_tokens]
-        bare = StepLoad(load.num_tokens, load.num_sampled, self._windows, self._none, self._none)
+        bare = StepLoad(
+            load.num_tokens,
+            load.num_sampled,
+            self._windows,
+            self._none,
+            self._none,
+            load.num_ended,
+        )
         found = self._rank_seconds(bare), self._cost.communication_s(bare)
         if only_decodes:
             self._fixed[load.num_tokens] = found
@@ -70,6 +97,19 @@ class InstanceSeconds:
 
     def _rank_seconds(self, load: StepLoad) -> tuple[float, ...]:
         return tuple(each.total_s for each in self._cost.rank_times(load))
+
+
+def decode_loads(lengths: Sequence[int], count: int, windows: Windows) -> Iterator[StepLoad]:
+    """As `InstanceSeconds.decodes` has them."""
+    num_rows, total = len(lengths), sum(lengths)
+    for ahead in range(count):
+        read = tuple(
+            total + ahead * num_rows
+            if window is None
+            else sum(min(each + ahead, window) for each in lengths)
+            for window in windows
+        )
+        yield StepLoad(num_rows, num_rows, windows, read, read)
 
 
 def _sum(slopes: Sequence[float], amounts: Sequence[int]) -> float:

@@ -5,22 +5,31 @@ Knows nothing of simulations beyond the report's keys.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from shoal.sim.plots import Line, plot
+from shoal.sim.plots import MOST_LINES, STYLE, Line, plot
 
-_STYLE = """
+_STYLE = (
+    STYLE
+    + """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem;
-       color: #1c2733; background: #fff }
-h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem }
+       color: var(--ink); background: var(--paper) }
+h1 { font-size: 1.4rem; overflow-wrap: anywhere } h2 { font-size: 1.1rem; margin-top: 2rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-td, th { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #d8dee6 }
-td:first-child, th:first-child { text-align: left; padding-left: 0 }
+td, th { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid var(--faint) }
+td:first-child, th:first-child { text-align: left; padding-left: 0; white-space: nowrap }
 svg { max-width: 100%; height: auto }
-.plots { display: flex; flex-wrap: wrap; gap: 1rem }
+summary { cursor: pointer; margin-bottom: .5rem }
+.plots { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start }
+.wide { overflow-x: auto }
 """
+)
+_MOST_ROWS = 16
+"""Of a table that stands open."""
+
 _NAMES = {
     "ttft": "TTFT",
     "tpot": "TPOT",
@@ -40,9 +49,7 @@ def html_page(report: Mapping[str, Any]) -> str:
     notes = "".join(f"<li>{escape(str(note))}</li>" for note in report["notes"])
     body = [
         f"<h1>{title}</h1><p>{_sentence(report)}</p>",
-        _latency_table(report["latency_s"]),
-        "<h2>How many requests are within</h2>",
-        _plots(_distributions(report["cdf"])),
+        *_latencies(report),
         "<h2>Over time</h2>",
         _plots(_over_time(report["series"])),
         "<h2>Replicas</h2>",
@@ -70,6 +77,16 @@ def _sentence(report: Mapping[str, Any]) -> str:
     return escape(text + ".")
 
 
+def _latencies(report: Mapping[str, Any]) -> list[str]:
+    if not any(report["cdf"].values()):
+        return ["<p>No request succeeded, so there are no latencies.</p>"]
+    return [
+        _latency_table(report["latency_s"]),
+        "<h2>How many requests are within</h2>",
+        _plots(_distributions(report["cdf"])),
+    ]
+
+
 def _latency_table(latencies: Mapping[str, Any]) -> str:
     columns = ("mean", "p50", "p95", "p99", "max")
     rows = [
@@ -93,13 +110,17 @@ def _replica_table(replicas: Sequence[Mapping[str, Any]]) -> str:
         for each in replicas
     ]
     heads = ("replica", "Steps", "output tokens", "preemptions", "cached tokens", "busy")
-    return _table(heads, rows)
+    table = _table(heads, rows)
+    if len(rows) <= _MOST_ROWS:
+        return table
+    return f"<details><summary>all {len(rows):,}</summary>{table}</details>"
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{escape(each)}</th>" for each in heads)
     lines = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows)
-    return f"<table><tr>{head}</tr>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
 
 def _plots(plots: Sequence[str]) -> str:
@@ -118,26 +139,45 @@ def _over_time(series: Mapping[str, Any]) -> list[str]:
     at_s, replicas = series["at_s"], series["replicas"]
 
     def of_replicas(key: str) -> list[Line]:
-        return [Line(str(each["name"]), at_s, each[key]) for each in replicas]
+        return _tellable([Line(str(each["name"]), at_s, each[key]) for each in replicas])
 
     def of_instances(key: str) -> list[Line]:
-        return [
-            Line(f"{each['name']} i{index}" if len(each[key]) > 1 else each["name"], at_s, values)
-            for each in replicas
-            for index, values in enumerate(each[key])
-        ]
+        return _tellable(
+            [
+                Line(f"{each['name']} i{at}" if len(each[key]) > 1 else each["name"], at_s, values)
+                for each in replicas
+                for at, values in enumerate(each[key])
+            ]
+        )
 
     ttft = [Line("p50", at_s, series["ttft_p50"]), Line("p95", at_s, series["ttft_p95"])]
     return [
-        plot("time, s", lines, title)
-        for title, lines in (
-            ("arrivals/s", [Line("", at_s, series["arrivals_per_s"])]),
-            ("TTFT, s", ttft),
-            ("requests that wait", of_replicas("waiting")),
-            ("requests that run", of_replicas("running")),
-            ("output tokens/s", of_replicas("output_tokens_per_s")),
-            ("KV in use, share", of_replicas("kv_share")),
-            ("busy, share of time", of_instances("utilisation")),
-            ("Steps that wait", of_instances("queued")),
+        plot("time, s", lines, title, most_y)
+        for title, lines, most_y in (
+            ("arrivals/s", [Line("", at_s, series["arrivals_per_s"])], None),
+            ("TTFT, s", ttft, None),
+            ("requests that wait", of_replicas("waiting"), None),
+            ("requests that run", of_replicas("running"), None),
+            ("output tokens/s", of_replicas("output_tokens_per_s"), None),
+            ("KV in use, share", of_replicas("kv_share"), None),
+            # A Step counts where it ends, which gives a span a little more than all of its time.
+            ("busy, share of time", of_instances("utilisation"), 1.0),
+            ("Steps that wait", of_instances("queued"), None),
         )
+    ]
+
+
+def _tellable(lines: Sequence[Line]) -> list[Line]:
+    """The same, or where they are too many to be told apart, what they lie between."""
+    if len(lines) <= MOST_LINES:
+        return list(lines)
+    columns = [
+        [value for value in each if value is not None]
+        for each in zip(*(line.y for line in lines), strict=True)
+    ]
+    return [
+        Line(
+            f"{name} of {len(lines)}", lines[0].x, [of(each) if each else None for each in columns]
+        )
+        for name, of in (("least", min), ("median", statistics.median), ("most", max))
     ]

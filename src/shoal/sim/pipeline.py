@@ -130,6 +130,12 @@ class Pipeline:
         station = self.stations[self._instances[route][hop]]
         return self._cost.compute_s(load, route, hop) / station.speed
 
+    def decodes(self, lengths: Sequence[int], count: int) -> list[float]:
+        """The same of so many Steps of the only instance, each with a token of each sequence."""
+        (station,) = self.stations
+        found = self._cost.decodes_s(lengths, count, 0, 0)
+        return found if station.speed == 1 else [each / station.speed for each in found]
+
     def _lacks_tokens(self, work: Work) -> bool:
         """Whether it follows tokens that the last stage has not sampled yet."""
         if work.hop or len(self._instances[work.step.route]) == 1:

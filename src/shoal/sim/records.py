@@ -16,6 +16,8 @@ from shoal.core.request import Output
 
 _BIN_RATIO = 1.005
 _SMALLEST_S = 1e-9
+_WITHIN = 0.499
+"""Half of a bin, less what logarithms are off: so near its edge, nobody knows without."""
 
 
 @dataclass(slots=True)
@@ -67,16 +69,33 @@ class Gaps:
         self.counts: Counter[int] = Counter()
         self.longest_s = 0.0
 
+        # Of the latest bin: most gaps are nearly as long as the one before.
+        self._bin = 0
+        self._from_s = self._to_s = 0.0
+
     def add(self, seconds: float, times: int = 1) -> None:
-        bin_number = round(math.log(max(seconds, _SMALLEST_S)) / _LOG_RATIO)
-        self.counts[bin_number] += times
+        if not self._from_s <= seconds < self._to_s:
+            self._choose_bin(seconds)
+        self.counts[self._bin] += times
         if seconds > self.longest_s:
             self.longest_s = seconds
 
     def add_run(self, num_requests: int, times: Sequence[float]) -> None:
         """So many requests got a token at each of these times."""
-        for earlier, later in pairwise(times):
-            self.add(later - earlier, num_requests)
+        gaps = [later - earlier for earlier, later in pairwise(times)]
+        shortest, longest = min(gaps), max(gaps)
+        self.add(shortest, num_requests)
+        if longest < self._to_s:
+            self.add(longest, num_requests * (len(gaps) - 1))
+            return
+        gaps.remove(shortest)
+        for seconds in gaps:
+            self.add(seconds, num_requests)
+
+    def _choose_bin(self, seconds: float) -> None:
+        self._bin = round(math.log(max(seconds, _SMALLEST_S)) / _LOG_RATIO)
+        self._from_s = _BIN_RATIO ** (self._bin - _WITHIN)
+        self._to_s = _BIN_RATIO ** (self._bin + _WITHIN)
 
     def percentile(self, percent: float) -> float:
         """To half a percent."""

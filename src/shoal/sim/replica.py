@@ -13,6 +13,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from shoal.core.request import Output
 from shoal.core.stats import EngineStats
@@ -21,7 +22,7 @@ from shoal.engine.config import EngineConfig
 from shoal.engine.decode_run import DecodeRun
 from shoal.engine.events import Effect, Emit, Event, RunStep, StepsDecoded, Submit, Tick
 from shoal.engine.state import EngineState
-from shoal.sim.cost import StepCost, decode_loads
+from shoal.sim.cost import StepCost
 from shoal.sim.pipeline import Pipeline, Work
 
 Report = Callable[[list[Output], Sequence[float]], None]
@@ -30,7 +31,7 @@ Started = Callable[[int, float], None]
 """Told of a request's number when it goes into its first Step."""
 
 _SHORTEST_RUN = 8
-_LONGEST_RUN = 64
+_LONGEST_RUN = 128
 """Results foreseen at once: more would be in vain when somebody comes in before."""
 
 
@@ -58,7 +59,7 @@ class SimulatedReplica:
         *,
         runs: bool,
     ) -> None:
-        self._config, self._cost = config, cost
+        self._config = config
         self._report, self._started, self._runs = report, started, runs
         self._state = EngineState(config)
         self._pipeline = Pipeline(config.routes, len(config.instance_blocks), cost)
@@ -74,6 +75,13 @@ class SimulatedReplica:
             return self._forecast.times[-1]
         due = (self._pipeline.next_s, self._state.next_deadline())
         return min((each for each in due if each is not None), default=None)
+
+    def is_quiet(self, now: float) -> bool:
+        """Whether `advance` would change nothing."""
+        if self._forecast is not None:
+            return False
+        due = self.next_s
+        return due is None or due > now
 
     def stats(self) -> EngineStats:
         return self._state.stats()
@@ -213,14 +221,11 @@ class SimulatedReplica:
         (station,) = self._pipeline.stations
         first_s = self._pipeline.next_s
         assert first_s is not None
-        times, seconds = [first_s], [station.seconds]
-        loads = [work.load for work in station.queue]
-        num_new = min(run.num_steps, _LONGEST_RUN) - len(loads) - 1
-        loads += decode_loads(run.lengths, num_new, self._cost.windows)
-        for load in loads:
-            seconds.append(self._pipeline.seconds(load, 0, 0))
-            times.append(times[-1] + seconds[-1])
-        return _Forecast(run, times, seconds)
+        waiting = [self._pipeline.seconds(work.load, 0, 0) for work in station.queue]
+        num_new = min(run.num_steps, _LONGEST_RUN) - len(waiting) - 1
+        following = [*waiting, *self._pipeline.decodes(run.lengths, num_new)]
+        times = list(accumulate(following, initial=first_s))
+        return _Forecast(run, times, [station.seconds, *following])
 
     def _take_run(self, now: float) -> None:
         """Results of the run that came back by now, if there are enough to be worth it."""

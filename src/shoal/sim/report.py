@@ -128,7 +128,7 @@ def _series(records: Records, replicas: Sequence[ReplicaSetup]) -> dict[str, Any
 
     A Step counts where it ends, so a share of time may be a little more than 1.
     """
-    samples = records.samples
+    samples = _whole(records.samples)
     edges = [each.at_s for each in samples[1:]]
     firsts = _ttfts_between(records.requests, edges)
     arrivals = _counts([each.arrival_s for each in records.requests], edges)
@@ -142,6 +142,15 @@ def _series(records: Records, replicas: Sequence[ReplicaSetup]) -> dict[str, Any
             for index, setup in enumerate(replicas)
         ],
     }
+
+
+def _whole(samples: Sequence[Sample]) -> Sequence[Sample]:
+    """Without a last span that is so short that its rates would say nothing."""
+    if len(samples) > 2:
+        before, last, end = (each.at_s for each in samples[-3:])
+        if end - last < (last - before) / 2:
+            return [*samples[:-2], samples[-1]]
+    return samples
 
 
 def _replica_series(samples: Sequence[Sample], index: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 
@@ -25,6 +26,7 @@ from shoal.engine.events import EndLease as EndLeaseEvent
 from shoal.engine.events import Lend, Receive
 from shoal.engine.events import LendPrefix as LendPrefixEvent
 from shoal.engine.events import Submit as SubmitEvent
+from shoal.executor import Executor
 from shoal.wire.channel import Codec, ThreadChannel
 from shoal.wire.loading import LoadingReport
 from shoal.wire.messages import (
@@ -40,6 +42,7 @@ from shoal.wire.messages import (
     News,
     Ready,
     ReceiveKV,
+    StepsTook,
     Submit,
     ToEngine,
 )
@@ -47,6 +50,8 @@ from shoal.wire.messages import (
 log = logging.getLogger(__name__)
 
 Channel = ThreadChannel[ToEngine, FromEngine]
+
+_STEPS_EVERY_S, _MOST_STEPS = 1.0, 512
 
 
 def main() -> None:
@@ -63,6 +68,7 @@ def main() -> None:
     engine = _load(channel, first)
     channel.send(Ready(engine.info))
     loaded.set_result(engine)
+    threading.Thread(target=_tell_steps, args=(channel, engine.executor), daemon=True).start()
     engine.loop.run()
     engine.executor.close()
     channel.close()
@@ -88,11 +94,23 @@ def _load(channel: Channel, launch: Launch) -> LoadedEngine:
             hosts=launch.hosts,
             kv_keys=launch.kv_keys,
             tell_kv=channel.send,
+            record=launch.record,
         )
     except ShoalError as error:
         channel.send(LaunchFailed(str(error)))
         channel.close()
         sys.exit(1)
+
+
+def _tell_steps(channel: Channel, executor: Executor) -> None:
+    """What Steps take, from time to time: it is nobody's hurry."""
+    while True:
+        time.sleep(_STEPS_EVERY_S)
+        if steps := executor.steps_taken()[-_MOST_STEPS:]:
+            try:
+                channel.send(StepsTook(steps))
+            except WireError as error:
+                log.debug("times of Steps are not told: %s", error)
 
 
 def _send_alone(channel: Channel, output: Output, stats: EngineStats) -> None:

@@ -27,10 +27,14 @@ from shoal.cli.options import DEFAULT_MODEL, Json
 from shoal.core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from shoal.core.model_spec import ModelSpec
     from shoal.core.plan import ReplicaPlan
     from shoal.lab.file import LabFile
-    from shoal.lab.folder import LabFolder, Record
+    from shoal.lab.folder import HostState, LabFolder, Record
     from shoal.lab.network import Network
+    from shoal.plan_file import PlanFile
 
 app = typer.Typer(
     add_completion=False,
@@ -59,25 +63,34 @@ def up(
             show_default=False,
         ),
     ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option("--plan", metavar="FILE", help="Run this one, whatever the file says."),
+    ] = None,
     name: Name = "lab",
 ) -> None:
     """Bring a lab up; further flags go to `shoal serve`."""
     from shoal.cli.terminal import find_model
     from shoal.lab.file import read_lab
     from shoal.model.spec import read_spec
-    from shoal.plan_file import Parallelism, plan_table
+    from shoal.plan_file import plan_table
 
-    lab = read_lab(file)
+    lab = read_lab(file, plan)
+    if lab.plan is None:
+        raise ConfigError(
+            f"{file} has no plan; name one: --plan plan.yaml (`shoal probe --lab {file}` and "
+            "`shoal plan` make one)"
+        )
     folder = _named_folder(name)
     with folder.locked():
         _refuse_second(folder)
         _take_down(folder)  # what a lab that crashed has left
         try:
             model = str(find_model(lab.plan.model or DEFAULT_MODEL, None, None).path.resolve())
-            (replica,) = Parallelism(file=lab.plan).replicas(read_spec(Path(model)))
-            for line in plan_table([replica]):
+            planned = _replicas(lab, lab.plan, read_spec(Path(model)))
+            for line in plan_table(planned):
                 print(line)
-            url = _bring_up(folder, lab, replica, model, port, namespaces, ctx.args)
+            url = _bring_up(folder, lab, planned, model, port, namespaces, ctx.args)
         except BaseException:
             _take_down(folder)
             folder.remove()
@@ -190,7 +203,7 @@ def status(as_json: Json = False, name: Name = "lab") -> None:
 def _bring_up(
     folder: LabFolder,
     lab: LabFile,
-    replica: ReplicaPlan,
+    replicas: Sequence[ReplicaPlan],
     model: str,
     port: int,
     namespaces: bool | None,
@@ -199,34 +212,49 @@ def _bring_up(
     """Hosts, links, server; its address."""
     from shoal.core.plan import Plan
     from shoal.lab import links, server
-    from shoal.lab.folder import HostState, Record
+    from shoal.lab.folder import Record
     from shoal.plan_file import dump_plan
 
-    network = _network(folder)
-    has_namespaces = _wants_namespaces(network, lab, namespaces)
-    if has_namespaces:
-        network.create(lab.hosts, lab.links)
-    hosts = {
-        host: HostState(network.command(host), network.address(lab.hosts, host))
-        if has_namespaces
-        else HostState()
-        for host in lab.hosts
-    }
-    settings = links.first_settings(replica, lab.links, hosts, has_namespaces=has_namespaces)
+    hosts, has_namespaces = make_hosts(network_of(folder.path), lab, namespaces)
+    settings = links.first_settings(replicas, lab.links, hosts, has_namespaces=has_namespaces)
     folder.write_settings(settings)
-    folder.plan.write_text(dump_plan(Plan(replicas=(replica,))), "utf-8")
+    folder.plan.write_text(dump_plan(Plan(replicas=tuple(replicas))), "utf-8")
     process = server.start(folder, model, port, flags)
     record = Record(
         server_pid=process.pid,
         server_started_s=server.started_s(process.pid),
         has_namespaces=has_namespaces,
-        workers=links.workers_of(replica),
+        workers=links.workers_of(replicas),
         links={links.key(*each): speed.bandwidth_bytes_per_s for each, speed in lab.links.items()},
     )
     folder.write_record(record)
     url = server.wait_ready(process, folder.log, _READY_LIMIT_S)
     folder.write_record(replace(record, url=url))
     return url
+
+
+def _replicas(lab: LabFile, plan: PlanFile, spec: ModelSpec) -> tuple[ReplicaPlan, ...]:
+    """The plan on the lab's hosts, each CPU with its number of threads."""
+    from shoal.plan_file.even import share_threads
+    from shoal.plan_file.machine import num_cpus, num_cuda_devices
+
+    found = plan.resolve(spec, num_cuda=num_cuda_devices()).replicas
+    return share_threads([lab.with_hosts(each, num_cpus()) for each in found], num_cpus())
+
+
+def make_hosts(
+    network: Network, lab: LabFile, namespaces: bool | None
+) -> tuple[dict[str, HostState], bool]:
+    """The lab's hosts, and whether they are namespaces."""
+    from shoal.lab.folder import HostState
+
+    if not _wants_namespaces(network, lab, namespaces):
+        return {host: HostState() for host in lab.hosts}, False
+    network.create(lab.hosts, lab.links)
+    return {
+        host: HostState(network.command(host), network.address(lab.hosts, host))
+        for host in lab.hosts
+    }, True
 
 
 def _wants_namespaces(network: Network, lab: LabFile, wanted: bool | None) -> bool:
@@ -252,7 +280,7 @@ def _take_down(folder: LabFolder) -> bool:
         server.end_workers(folder.worker_pids().values())
     except ConfigError as error:  # damaged files must not keep the rest from going
         print(f"{error}", file=sys.stderr)
-    removed = _network(folder).remove()
+    removed = network_of(folder.path).remove()
     folder.clear()
     return was_there or bool(removed)
 
@@ -265,7 +293,7 @@ def _apply_cuts(folder: LabFolder, record: Record) -> None:
     hosts = set(record.workers.values()) if record.has_namespaces else set()
     on_wires = {(a, b) for a, b in record.cuts if {a, b} <= hosts}
     if record.has_namespaces:
-        network = _network(folder)
+        network = network_of(folder.path)
         for one in hosts:
             for other in hosts:
                 if one >= other:
@@ -340,8 +368,9 @@ def _named_folder(name: str) -> LabFolder:
     return LabFolder(models_folder().parent / "labs" / name)
 
 
-def _network(folder: LabFolder) -> Network:
+def network_of(folder: Path) -> Network:
+    """The namespaces of the lab that is written down there."""
     from shoal.lab.network import Network
 
-    digest = hashlib.sha256(str(folder.path.resolve()).encode()).hexdigest()
+    digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()
     return Network(f"shoal{digest[:6]}-")

@@ -236,6 +236,15 @@ Plan = Annotated[
     Path | None,
     _option("--plan", "YAML: which devices run which part of the model.", _ENGINE, metavar="FILE"),
 ]
+Cluster = Annotated[
+    Path | None,
+    _option(
+        "--cluster",
+        "Plan for these devices; what `shoal probe` kept, if it found several.",
+        _ENGINE,
+        metavar="FILE",
+    ),
+]
 TensorParallelSize = Annotated[
     int,
     _option("--tensor-parallel-size", "Devices that share every layer.", _ENGINE, min=1),
@@ -270,6 +279,16 @@ ExpertRedeal = Annotated[
 ]
 ChatTemplate = Annotated[
     Path | None, _option("--chat-template", "Jinja file to use for the model's own.", _ENGINE)
+]
+
+Record = Annotated[
+    Path | None,
+    _option(
+        "--record",
+        "Folder for recordings of what router and engines decide, token ids included, for "
+        "`shoal replay`.",
+        _SERVER,
+    ),
 ]
 
 DataParallelSize = Annotated[

@@ -67,6 +67,9 @@ def plan(
     engine: Annotated[
         str, typer.Option(help="whose constants the cost model takes: shoal, vllm, ...")
     ] = "shoal",
+    roles: Annotated[
+        bool, typer.Option(help="let replicas be for prompts or for decoding only, where it pays")
+    ] = False,
     what_if: Annotated[
         list[str] | None,
         typer.Option(help="'without a.0' or 'a.0 at 50%', compared with the plan; may be repeated"),
@@ -94,6 +97,7 @@ def plan(
             precisions=tuple(_precision(each.strip()) for each in precision.split(",")),
             kv_precision=_precision(kv_cache_precision),
             max_concurrency=max_num_seqs,
+            may_specialise=roles,
         ),
         workload,
         objective,

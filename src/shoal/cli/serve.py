@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
+from pathlib import Path
 
 import typer
 
 from shoal.cli import options
+from shoal.core.errors import ConfigError
 
 
 def serve(
@@ -19,12 +22,14 @@ def serve(
     drain_timeout: options.DrainTimeout = 30.0,
     request_timeout: options.RequestTimeout = None,
     chat_template: options.ChatTemplate = None,
+    record: options.Record = None,
     dtype: options.DType = "auto",
     quantize: options.Quantize = "auto",
     kv_cache_dtype: options.KVCacheDType = "auto",
     kernels: options.Kernels = "auto",
     device: options.Device = "auto",
     plan: options.Plan = None,
+    cluster: options.Cluster = None,
     tensor_parallel_size: options.TensorParallelSize = 1,
     pipeline_parallel_size: options.PipelineParallelSize = 1,
     kv_split: options.KVSplit = "heads",
@@ -44,6 +49,7 @@ def serve(
 ) -> None:
     """Serve a model over the OpenAI API."""
     del config
+    from shoal.cli.own_plan import own_plan
     from shoal.cli.serving import (
         ServeSettings,
         bind,
@@ -72,27 +78,34 @@ def serve(
     keys = tuple(api_key or ())
     with contextlib.closing(bind(host, port, keys)) as sock:
         found = find_model(named, revision, hf_token)
+        engine = EngineOptions(
+            model_path=str(found.path),
+            fingerprint=found.fingerprint,
+            device=device,
+            dtype=dtype,
+            quantize=quantize,
+            kv_cache_dtype=kv_cache_dtype,
+            kernels=kernels,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_waiting=max_waiting,
+            kv_cache_memory_bytes=kv_cache_memory_bytes,
+            weights_memory_bytes=weights_memory_bytes,
+            enable_prefix_caching=enable_prefix_caching,
+            num_threads=num_threads,
+            activation_format=activation_format,
+            expert_redeal=expert_redeal,
+        )
+        if cluster is not None and not parallelism.is_open:
+            raise ConfigError(
+                "--cluster stands beside flags that say what runs where; remove it, or them"
+            )
+        if parallelism.is_open:
+            parallelism = replace(parallelism, file=own_plan(found.path, engine, cluster))
         replicas = plan_replicas(parallelism, found.path)
         settings = ServeSettings(
-            engine=EngineOptions(
-                model_path=str(found.path),
-                fingerprint=found.fingerprint,
-                device=device,
-                dtype=dtype,
-                quantize=quantize,
-                kv_cache_dtype=kv_cache_dtype,
-                kernels=kernels,
-                max_model_len=max_model_len,
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=max_num_batched_tokens,
-                max_waiting=max_waiting,
-                kv_cache_memory_bytes=kv_cache_memory_bytes,
-                weights_memory_bytes=weights_memory_bytes,
-                enable_prefix_caching=enable_prefix_caching,
-                num_threads=num_threads,
-                activation_format=activation_format,
-                expert_redeal=expert_redeal,
-            ),
+            engine=engine,
             served_model_names=tuple(served_model_name or (found.name,)),
             host=host,
             api_keys=keys,
@@ -101,5 +114,22 @@ def serve(
             drain_timeout_s=drain_timeout,
             request_timeout_s=request_timeout,
             chat_template=template,
+            record=recording_folder(record),
         )
         raise typer.Exit(run(settings, sock, start_engines(settings)))
+
+
+def recording_folder(path: Path | None) -> Path | None:
+    """It is there from now on.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    if path is not None:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"--record {path} cannot be made: {error.strerror}; choose another folder"
+            ) from error
+    return path

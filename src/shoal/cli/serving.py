@@ -32,6 +32,7 @@ from shoal.core.clock import MonotonicClock
 from shoal.core.errors import ConfigError
 from shoal.core.options import EngineOptions
 from shoal.core.plan import ReplicaPlan
+from shoal.core.record import Recorder
 from shoal.lab.folder import state_of_environment
 from shoal.model.spec import read_spec
 from shoal.plan_file import Parallelism, device_share, plan_table
@@ -58,6 +59,7 @@ class ServeSettings:
         hosts: of a lab, that ranks of the replicas name.
         drain_timeout_s: after SIGTERM, how long running requests may take.
         watchdog: how long an engine may be quiet before it is ended and started again.
+        record: a folder for recordings of what router and engines decide.
     """
 
     engine: EngineOptions
@@ -70,6 +72,7 @@ class ServeSettings:
     request_timeout_s: float | None = None
     chat_template: str | None = None
     watchdog: WatchdogLimits = field(default_factory=WatchdogLimits)
+    record: Path | None = None
 
 
 def bind(host: str, port: int, api_keys: tuple[str, ...]) -> socket.socket:
@@ -189,6 +192,7 @@ def start_engines(settings: ServeSettings) -> list[EngineClient]:
             replica,
             settings.hosts,
             kv_keys.get(name),
+            None if settings.record is None else str(settings.record.absolute()),
         )
         for name, replica in replicas.items()
     ]
@@ -213,19 +217,20 @@ def run(settings: ServeSettings, sock: socket.socket, clients: list[EngineClient
 
 
 async def _serve(settings: ServeSettings, sock: socket.socket, clients: list[EngineClient]) -> int:
-    clock, rng = MonotonicClock(), random.SystemRandom()
+    clock, seed = MonotonicClock(), random.SystemRandom().getrandbits(63)
     names = tuple(client.name for client in clients)
     roles = {name: plan.role for name, plan in zip(names, settings.replicas, strict=True) if plan}
-    state = RouterState(
-        RouterConfig(
-            replicas=names,
-            max_homeless=settings.engine.max_waiting,
-            roles=roles,
-            moves_kv=len(names) > 1,
-        ),
-        rng,
+    config = RouterConfig(
+        replicas=names,
+        max_homeless=settings.engine.max_waiting,
+        roles=roles,
+        moves_kv=len(names) > 1,
     )
-    async with Router(state, list(clients), clock) as router:
+    recorder = None
+    if settings.record is not None:
+        recorder = Recorder(settings.record, "router", what="router", config=config, seed=seed)
+    state = RouterState(config, random.Random(seed))
+    async with Router(state, list(clients), clock, recorder) as router:
         stopping = _Stopping(settings, router, clients)
         server = _HttpServer(
             uvicorn.Config(

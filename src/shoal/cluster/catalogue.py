@@ -112,6 +112,28 @@ def kinds() -> Mapping[str, Kind]:
     return {entry["name"]: _kind(entry) for entry in _data("devices.json")["devices"]}
 
 
+def kind_called(model: str, memory_bytes: int) -> Kind | None:
+    """The one that a driver means by "NVIDIA A100-SXM4-80GB"; None: not in the catalogue.
+
+    All words of its name are in the driver's; among several, the most words, then the memory that
+    is nearest.
+    """
+    said = set(re.findall(r"[A-Z]+[0-9]*[A-Z]*|[0-9]+", model.upper().replace("SXM", " SXM ")))
+    if not said & {"PCIE", "NVL"}:
+        said.add("SXM")  # "NVIDIA H200" is one
+
+    def words(name: str) -> set[str]:
+        return {each for each in name.upper().replace("SXM2", "SXM").split("-") if each != "80"}
+
+    def fit(each: Kind) -> tuple[int, float]:
+        return -len(words(each.name)), abs(each.memory_bytes - memory_bytes)
+
+    if said & {"TI", "SUPER"}:
+        return None
+    able = (each for each in kinds().values() if words(each.name) <= said)
+    return min(able, key=fit, default=None)
+
+
 def kind(name: str) -> Kind:
     """
     Raises:

@@ -12,7 +12,10 @@
         disk: 3GB/s
     network: {latency: 20us, bandwidth: 100Gbit/s}          # between hosts
     links: [{between: [a, b], latency: 50us, bandwidth: 10Gbit/s}]      # or devices: a.0
+    sums: [{between: [a, b], points: {16KiB: 90us, 1MiB: 2ms}}]     # all-reduces among hosts
+    request: 3ms                            # of HTTP, tokenizer and wires, beside Steps
     constants: [{kind: RTX-4090, engine: shoal, precision: int8, eta: 0.8, layer: 40us, mfu: 0.5}]
+    layer_times: ...                        # measured, of one model's layers (`layer_times.py`)
 
 One host needs no more than `devices: 2x RTX-4090 pcie4`. Devices are called a.0, a.1, and a.cpu.
 `cluster24.ini` files of Helix are read as well. Knows nothing of how anything is measured.
@@ -27,6 +30,7 @@ from typing import cast, get_args
 from shoal.cluster import catalogue
 from shoal.cluster.device_fields import DeviceDraft, draft_devices
 from shoal.cluster.helix import read_helix
+from shoal.cluster.layer_times import read_layer_times
 from shoal.cluster.units import rate_bytes_per_s, size_bytes, text, time_s
 from shoal.core.cluster import (
     AllReduceTable,
@@ -44,13 +48,19 @@ from shoal.core.errors import ConfigError
 from shoal.plan_file.fields import Field, read_fields
 
 MAX_HOSTS, MAX_DEVICES, MAX_LINKS, MAX_POINTS, MAX_CONSTANTS = 1024, 4096, 65536, 256, 256
+MAX_TABLES = 1024
 
 _HOST_KEYS = ("name", "devices", "link", "all_reduce", "disk")
-_LINK_KEYS = ("latency", "bandwidth", "points")
-_CONSTANT_KEYS = ("kind", "engine", "precision", "eta", "layer", "mfu", "error")
+_CLUSTER_KEYS = ("hosts", "network", "links", "sums", "constants", "layer_times", "request")
+_LINK_KEYS = ("latency", "bandwidth", "points", "kind")
+_LINK_KINDS = (*catalogue.LINK_NAMES, "network", "measured")
+_CONSTANT_KEYS = ("engine", "precision", "eta", "layer", "mfu")
+_MORE_CONSTANTS = ("kind", "device", "error", "step", "row", "attention", "source")
 _ENGINES = ("shoal", "vllm", "trtllm", "sglang", "llama.cpp")
 _LEAST_RATE, _MOST_RATE = 1e5, 1e13
 _FITTED_ERROR = 0.1
+_UNLIKELY = 100
+"""Times as long, or a part as long, as a link by itself: a measurement is nearer than that."""
 
 
 def read_cluster(path: Path) -> Cluster:
@@ -62,7 +72,7 @@ def read_cluster(path: Path) -> Cluster:
     if path.suffix == ".ini":
         return read_helix(path)
     root = read_fields(path)
-    entries = root.entries((*_HOST_KEYS, "hosts", "network", "links", "constants"))
+    entries = root.entries((*_HOST_KEYS, *_CLUSTER_KEYS))
     hosts = _hosts(entries, root)
     devices: list[Device] = []
     made: list[Host] = []
@@ -74,15 +84,21 @@ def read_cluster(path: Path) -> Cluster:
         raise root.error(f"the cluster has {len(devices)} devices; {MAX_DEVICES} at most")
     network = _link(entries["network"], "network") if "network" in entries else None
     links = entries["links"].items(MAX_LINKS, least=0) if "links" in entries else []
+    sums = entries["sums"].items(MAX_TABLES, least=0) if "sums" in entries else []
     fitted = entries["constants"].items(MAX_CONSTANTS) if "constants" in entries else []
     own_constants = tuple(_constants(each, devices) for each in fitted)
+    layers = entries["layer_times"].items(MAX_CONSTANTS) if "layer_times" in entries else []
+    kinds = {each.kind for each in devices}
     try:
         return Cluster(
             hosts=tuple(made),
             devices=tuple(devices),
             network=network,
             links=tuple(_between(each) for each in links),
+            all_reduce=tuple(_sums(each) for each in sums),
+            request_s=time_s(entries["request"], 1e-9, 10.0) if "request" in entries else 0.0,
             constants=(*own_constants, *catalogue.known_constants()),
+            layer_times=tuple(read_layer_times(each, kinds) for each in layers),
         )
     except ConfigError as error:
         if str(error).startswith(f"{path}:"):
@@ -139,6 +155,8 @@ def _host(
 ) -> Host:
     link = _host_link(place, name, drafts, given)
     tables = tuple(_tables(given["all_reduce"])) if "all_reduce" in given else ()
+    if link is not None:
+        _check_units(given.get("all_reduce", place), tables, link)
     kinds = {draft.kind for draft in drafts}
     if not tables and link is not None and len(kinds) == 1 and not link.points:
         tables = catalogue.all_reduce_tables(kinds.pop(), link.kind)
@@ -213,6 +231,8 @@ def _link_of(field: Field, entries: Mapping[str, Field], kind: str) -> Link:
     latency = time_s(entries["latency"], 1e-8, 10.0)
     rate = rate_bytes_per_s(entries["bandwidth"], _LEAST_RATE, _MOST_RATE)
     points = _points(entries["points"]) if "points" in entries else ()
+    if "kind" in entries:
+        kind = entries["kind"].choice(_LINK_KINDS)
     link = Link(latency_s=latency, bytes_per_s=rate, kind=kind, points=points)
     if points and not 0.2 < points[-1][0] / rate / points[-1][1] < 5:
         raise entries["points"].error(
@@ -236,36 +256,81 @@ def _points(field: Field) -> Points:
 
 def _tables(field: Field) -> list[AllReduceTable]:
     found = []
-    for ranks, each in field.entries().items():
-        if not ranks.isdigit() or not 2 <= int(ranks) <= MAX_DEVICES:
-            raise each.error(f"all_reduce has {ranks!r} ranks; it must be a whole number from 2 on")
-        found.append(AllReduceTable(num_ranks=int(ranks), points=_points(each)))
+    for name, each in field.entries().items():
+        ranks, _, custom = name.partition(" ")
+        is_count = ranks.isdigit() and 2 <= int(ranks) <= MAX_DEVICES
+        if custom not in ("", "custom") or not is_count:
+            raise each.error(f"all_reduce has {name!r} ranks; it must be a whole number from 2 on")
+        found.append(
+            AllReduceTable(
+                num_ranks=int(ranks), points=_points(each), backend="custom" if custom else "nccl"
+            )
+        )
     return found
 
 
-def _constants(field: Field, devices: Sequence[Device]) -> Constants:
-    entries = field.entries(_CONSTANT_KEYS)
-    for key in _CONSTANT_KEYS[:-1]:
+def _check_units(field: Field, tables: Sequence[AllReduceTable], link: Link) -> None:
+    """A ring over the link takes about as long; a time in a wrong unit is off by 1,000."""
+    for table in tables:
+        for size, time in table.points:
+            expected = 2 * (table.num_ranks - 1) * link.latency_s + size / link.bytes_per_s
+            if not 1 / _UNLIKELY < time / expected < _UNLIKELY:
+                raise field.error(
+                    f"{size} B among {table.num_ranks} ranks take {time:g} s, where their link "
+                    f"would take about {expected:.2g} s; check the units of both"
+                )
+
+
+def _sums(field: Field) -> AllReduceTable:
+    entries = field.entries(("between", "points"))
+    for key in ("between", "points"):
         if key not in entries:
             raise field.error(
-                f"constants have no {key}; they need {', '.join(_CONSTANT_KEYS[:-1])}"
+                f"sums have no {key}; say both: {{between: [a, b], points: {{16KiB: 90us}}}}"
             )
-    kind = entries["kind"].text()
-    like = next((each for each in devices if each.kind == kind), None)
-    if like is None:
-        raise entries["kind"].error(f"the cluster has no device of kind {kind!r}; remove them")
+    hosts = tuple(each.text() for each in entries["between"].items(MAX_HOSTS))
+    if len(set(hosts)) != len(hosts) or len(hosts) < 2:
+        raise entries["between"].error("sums need two hosts or more, each once: between: [a, b]")
+    return AllReduceTable(num_ranks=len(hosts), points=_points(entries["points"]), hosts=hosts)
+
+
+def _constants(field: Field, devices: Sequence[Device]) -> Constants:
+    entries = field.entries((*_CONSTANT_KEYS, *_MORE_CONSTANTS))
+    for key in _CONSTANT_KEYS:
+        if key not in entries:
+            raise field.error(
+                f"constants have no {key}; they need kind or device, {', '.join(_CONSTANT_KEYS)}"
+            )
+    like = _fitted_on(field, entries, devices)
     return Constants(
-        kind=kind,
+        kind=like.kind,
         engine=entries["engine"].choice(_ENGINES),
         precision=cast(Precision, entries["precision"].choice(get_args(Precision))),
-        eta=entries["eta"].number(0.01, 1.5),
-        layer_s=time_s(entries["layer"], 1e-8, 0.1),
-        mfu=entries["mfu"].number(0.01, 1.5),
+        eta=entries["eta"].number(0.005, 5.0),
+        layer_s=time_s(entries["layer"], 1e-10, 0.1),
+        mfu=entries["mfu"].number(0.005, 5.0),
         error=entries["error"].number(0.0, 10.0) if "error" in entries else _FITTED_ERROR,
         bandwidth_bytes_per_s=like.bandwidth_bytes_per_s,
         flops_per_s=like.flops_per_s("bfloat16"),
-        source=f"{field.file}:{field.line}",
+        source=entries["source"].text() if "source" in entries else f"{field.file}:{field.line}",
+        device=like.name if "device" in entries else "",
+        step_s=time_s(entries["step"], 1e-10, 1.0) if "step" in entries else 0.0,
+        row_s=time_s(entries["row"], 1e-10, 0.1) if "row" in entries else 0.0,
+        attention=entries["attention"].number(5e-5, 5.0) if "attention" in entries else None,
     )
+
+
+def _fitted_on(field: Field, entries: Mapping[str, Field], devices: Sequence[Device]) -> Device:
+    """The device that constants name, or one of the kind they do."""
+    key = "device" if "device" in entries else "kind"
+    if key not in entries:
+        raise field.error("constants name no kind and no device; say what they were fitted on")
+    name = entries[key].text()
+    for each in devices:
+        if name == (each.name if key == "device" else each.kind):
+            return each
+    what = "" if key == "device" else "of kind "
+    raise entries[key].error(f"the cluster has no device {what}{name!r}; remove them")
 
 
 def _rate(link: Link) -> float:

@@ -17,12 +17,21 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from shoal.core.errors import ConfigError
+from shoal.core.fitted import Constants, LayerTimes, Points, Precision, check_points
 
-Precision = Literal["float32", "bfloat16", "float16", "fp8", "int8", "int4"]
-"""Of weights, activations, KV or products."""
-
-Points = tuple[tuple[int, float], ...]
-"""(bytes, seconds), rising in bytes."""
+__all__ = [
+    "AllReduceTable",
+    "Between",
+    "Cluster",
+    "Constants",
+    "Device",
+    "Host",
+    "LayerTimes",
+    "Link",
+    "Points",
+    "Precision",
+    "check_points",
+]
 
 _STANDS_IN: dict[Precision, tuple[Precision, ...]] = {
     "int4": ("int4", "int8", "fp8", "bfloat16", "float16", "float32"),
@@ -127,14 +136,18 @@ class Link:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AllReduceTable:
-    """Measured all-reduces of `num_ranks` devices of one host: (bytes of the message, seconds).
+    """Measured all-reduces of `num_ranks` devices: (bytes of the message, seconds).
 
-    `backend`: "nccl", or "custom" kernels that engines have beside it for small messages.
+    Attributes:
+        backend: "nccl" (or what stands for it on CPUs), or "custom" kernels that engines have
+            beside it for small messages.
+        hosts: among which it was measured, a device of each; empty: among devices of one.
     """
 
     num_ranks: int
     points: Points
     backend: Literal["nccl", "custom"] = "nccl"
+    hosts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_ranks < 2 or not self.points:
@@ -171,38 +184,16 @@ class Between:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Constants:
-    """What a roofline leaves out, fitted on one kind of device, engine and precision of weights.
-
-    Attributes:
-        eta: share of the memory's bandwidth that is reached.
-        layer_s: of a layer, whatever it computes (launches, norms, its part of the sampler).
-        mfu: share of the flops that products reach.
-        error: mean relative error of what they predict, where they were fitted.
-        bandwidth_bytes_per_s, flops_per_s: of the kind (bfloat16), to know what else is like it.
-        source: of the measurements.
-    """
-
-    kind: str
-    engine: str
-    precision: Precision
-    eta: float
-    layer_s: float
-    mfu: float
-    error: float
-    bandwidth_bytes_per_s: float
-    flops_per_s: float
-    source: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
     """All devices and links.
 
     Attributes:
         network: between any two hosts; None: `links` names every pair.
         links: of pairs that have one of their own.
+        all_reduce: measured among hosts.
         constants: of kinds of device; those of the nearest serve the others.
+        layer_times: of kinds of device, for models that have layers of that shape.
+        request_s: what a request takes beside its Steps: HTTP, tokenizer, wires.
 
     Raises:
         ConfigError: names that stand twice or that are nobody's, and links that are missing.
@@ -212,7 +203,10 @@ class Cluster:
     devices: tuple[Device, ...]
     network: Link | None = None
     links: tuple[Between, ...] = ()
+    all_reduce: tuple[AllReduceTable, ...] = ()
     constants: tuple[Constants, ...] = ()
+    layer_times: tuple[LayerTimes, ...] = ()
+    request_s: float = 0.0
     _devices: dict[str, Device] = field(init=False, repr=False, compare=False)
     _hosts: dict[str, Host] = field(init=False, repr=False, compare=False)
     _links: dict[frozenset[str], Link] = field(init=False, repr=False, compare=False)
@@ -297,7 +291,8 @@ class Cluster:
         hosts = tuple(host for host in self.hosts if host.name in used)
         known = used | {each.name for each in kept}
         links = tuple(each for each in self.links if each.a in known and each.b in known)
-        return replace(self, hosts=hosts, devices=kept, links=links)
+        sums = tuple(each for each in self.all_reduce if used.issuperset(each.hosts))
+        return replace(self, hosts=hosts, devices=kept, links=links, all_reduce=sums)
 
     def slowed(self, name: str, speed: float) -> Cluster:
         """The same with one device at a share of its speed."""
@@ -312,6 +307,10 @@ class Cluster:
         for what, names in (("hosts", hosts), ("devices", devices)):
             seen: set[str] = set()
             for name in names:
+                if not name or not name.isprintable():
+                    raise ConfigError(
+                        f"one of the {what} is named {name!r}; give it a name that can be printed"
+                    )
                 if name in seen:
                     raise ConfigError(f"two {what} are named {name!r}; give each its own name")
                 seen.add(name)
@@ -332,6 +331,9 @@ class Cluster:
                         f"a link joins {each.a!r} and {each.b!r}, but {end!r} is neither a host "
                         f"nor a device; {_listed('hosts', self._hosts)}"
                     )
+        for table in self.all_reduce:
+            for name in table.hosts:
+                self.host(name)
         for a, b in self._unlinked():
             where = f"hosts {a} and {b}" if a != b else f"the devices of host {a}"
             raise ConfigError(
@@ -350,19 +352,6 @@ class Cluster:
             for a, b in itertools.combinations(self._hosts, 2):
                 if frozenset((a, b)) not in self._links:
                     yield a, b
-
-
-def check_points(where: str, points: Points) -> None:
-    """
-    Raises:
-        ConfigError: sizes that don't rise, or times that are not more than 0.
-    """
-    sizes = [size for size, _ in points]
-    if sorted(set(sizes)) != sizes or any(not 0 < time < math.inf for _, time in points):
-        raise ConfigError(
-            f"the table of {where} must rise in bytes, with times of more than 0; sort it, and "
-            "leave sizes out that stand twice"
-        )
 
 
 def _listed(what: str, names: Collection[str]) -> str:

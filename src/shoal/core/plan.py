@@ -15,6 +15,7 @@ device may serve several stages. Knows nothing of files, measurement or how a pl
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -280,5 +281,9 @@ def _check_route(where: str, route: Route, replica: ReplicaPlan, num_layers: int
         stages.append(replica.stage_of(hop.instance))
     if done != num_layers:
         raise ConfigError(f"{where} ends at layer {done}; this model has {num_layers}")
-    if stages != list(range(len(replica.stages))):
-        raise ConfigError(f"{where} goes through stages {stages}; needed is one instance of each")
+    rising = all(a < b for a, b in itertools.pairwise(stages))
+    if not rising or (stages[0], stages[-1]) != (0, len(replica.stages) - 1):
+        raise ConfigError(
+            f"{where} goes through stages {stages}; needed is one instance of each, from the first "
+            "to the last: stages between may be left out where those before hold their layers"
+        )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from shoal.core.step import ExecutorEvent, Step
+from shoal.core.step_times import InstanceStep
 
 Post = Callable[[ExecutorEvent], None]
 
@@ -22,6 +23,9 @@ class Executor(Protocol):
 
     def submit(self, step: Step) -> None:
         """Run a Step; does not block."""
+
+    def steps_taken(self) -> tuple[InstanceStep, ...]:
+        """What Steps took since the last call, the latest of them; from any thread."""
 
     def close(self) -> None:
         """End what runs, and all that was started for it."""

@@ -21,6 +21,7 @@ from shoal.core.plan import ReplicaPlan
 from shoal.core.split import stacked
 from shoal.executor.capacity import rank_blocks
 from shoal.executor.launcher import Launcher, Spot, WorkerCodec
+from shoal.executor.rank_store import RankStore
 from shoal.executor.shares import rank_options
 from shoal.executor.worker_process import WorkerProcess
 from shoal.wire.curve import MeshKeys, make_keys
@@ -31,7 +32,6 @@ from shoal.wire.worker_messages import (
     LaunchWorker,
     StoreGet,
     StoreSet,
-    StoreValue,
 )
 from shoal.worker.group_kinds import group_kind, group_memory
 
@@ -73,7 +73,7 @@ class Crew:
         self._keys = make_keys(self.hosts_of)
         self._kv_keys = kv_keys or {}
         self._kv_bytes: dict[str, int] = {}
-        self._stores: dict[int, _Store] = {}
+        self._stores: dict[int, RankStore] = {}
         self._following: set[asyncio.Task[None]] = set()
 
     def of(self, instance: int) -> list[WorkerProcess]:
@@ -86,7 +86,7 @@ class Crew:
     async def start(self, instance: int, incarnation: int) -> list[WorkerProcess]:
         """Start an instance's workers; they load by themselves."""
         ranks = self._replica.instances[instance].ranks
-        self._stores[instance] = _Store()
+        self._stores[instance] = RankStore()
         spots = await self._launcher.place(instance, ranks)
         kind = group_kind(ranks)
         if kind == "shared_memory" and not all(spot.is_child for spot in spots):
@@ -154,7 +154,7 @@ class Crew:
         self._stores[worker.instance].set(message)
 
     def get_from_store(self, worker: WorkerProcess, message: StoreGet) -> None:
-        self._stores[worker.instance].get(worker, message)
+        self._stores[worker.instance].get(worker.send, message)
 
     async def _start(
         self, instance: int, rank: int, incarnation: int, kind: str, fd: int | None, spot: Spot
@@ -201,27 +201,6 @@ class Crew:
             how = how or await asyncio.to_thread(worker.wait)
             worker.fail(f"{worker.name} {how}")
             self._gone(worker, how)
-
-
-class _Store:
-    """Values by which the ranks of an instance find each other."""
-
-    def __init__(self) -> None:
-        self._values: dict[str, bytes] = {}
-        self._waiting: list[tuple[WorkerProcess, str]] = []
-
-    def set(self, message: StoreSet) -> None:
-        self._values[message.key] = message.value
-        waiting, self._waiting = self._waiting, []
-        for worker, key in waiting:
-            self.get(worker, StoreGet(key))
-
-    def get(self, worker: WorkerProcess, message: StoreGet) -> None:
-        value = self._values.get(message.key)
-        if value is None:
-            self._waiting.append((worker, message.key))
-        else:
-            worker.send(StoreValue(message.key, value))
 
 
 async def _all(futures: Iterable[asyncio.Future[Any]]) -> None:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
+from shoal.core.split import Range
 from shoal.core.step import ExecutorEvent, Step, StepFailure, StepResult
+from shoal.core.step_times import InstanceStep, StepClock
 from shoal.executor import Post
 
 log = logging.getLogger(__name__)
@@ -50,17 +53,26 @@ class StepWorker(Protocol):
 class _Launched:
     step: Step
     pending: PendingResult
+    began_s: float
 
 
 class InprocExecutor:
-    """Runs a worker in a thread; after a failure, drops Steps of the old incarnation."""
+    """Runs a worker in a thread; after a failure, drops Steps of the old incarnation.
 
-    def __init__(self, worker: StepWorker) -> None:
+    Args:
+        layers: of the worker; None: what Steps take is not kept.
+    """
+
+    def __init__(self, worker: StepWorker, layers: Range | None = None) -> None:
         self._worker = worker
+        self._layers = layers
+        self._clock = StepClock()
+        self._ready_s = 0.0
         self._post: Post = log.debug  # until someone listens
         self._steps: SimpleQueue[Step | Callable[[], None] | None] = SimpleQueue()
         self._launched: deque[_Launched] = deque()
         self._failed_incarnation = -1
+        self._others: list[Callable[[], None]] = []
         self._thread = threading.Thread(target=self._run, name="shoal-worker", daemon=True)
         self._thread.start()
 
@@ -75,19 +87,31 @@ class InprocExecutor:
     def submit(self, step: Step) -> None:
         self._steps.put(step)
 
+    def steps_taken(self) -> tuple[InstanceStep, ...]:
+        return tuple(InstanceStep(0, each) for each in self._clock.take())
+
     def between_steps(self, do: Callable[[], None]) -> None:
         """Have the worker's thread call something, in order with the Steps."""
         self._steps.put(do)
+
+    def close_too(self, close: Callable[[], None]) -> None:
+        """Have `close` end something else that reads the worker, once its thread has ended."""
+        self._others.append(close)
 
     def close(self) -> None:
         """Finish the Step that runs, then end the thread."""
         self._steps.put(None)
         self._thread.join()
+        for close in self._others:
+            close()
 
     def _run(self) -> None:
         while True:
             try:
+                has_waited = self._steps.empty()
                 item = self._steps.get(timeout=_POLL_S if self._launched else None)
+                if has_waited:
+                    self._ready_s = time.monotonic()
             except Empty:
                 pass
             else:
@@ -104,7 +128,8 @@ class InprocExecutor:
         if step.incarnation <= self._failed_incarnation:
             return
         try:
-            self._launched.append(_Launched(step, self._worker.launch(step)))
+            began_s = self._ready_s
+            self._launched.append(_Launched(step, self._worker.launch(step), began_s))
         except Exception as error:  # noqa: BLE001 - see _fail
             self._fail(step, error)
 
@@ -115,6 +140,8 @@ class InprocExecutor:
         except Exception as error:  # noqa: BLE001 - see _fail
             self._fail(first.step, error)
         else:
+            if self._layers is not None:
+                self._clock.note(first.step, self._layers, first.began_s, time.monotonic())
             self._post(result)
 
     def _fail(self, step: Step, error: Exception) -> None:

@@ -2,7 +2,8 @@
 
     {"speeds": {"s1.i1.r0": 0.3}, "links": {"a|b": {"cut": true}}}      a, b: workers or hosts
 
-Beside it, in FILE.workers, the executor writes each worker's process id. Read in a directory of
+Beside it, in FILE.workers or FILE.workers.REPLICA, the executor writes each worker's process id.
+Where there are several replicas, the lab may call a worker REPLICA/WORKER. Read in a directory of
 the lab's own; what does not parse is said once and left out. Knows nothing of processes.
 """
 
@@ -40,11 +41,13 @@ class LabState:
 
     Args:
         hosts: of each worker, the lab's host that it runs on.
+        replica: its name; "": there is no other.
     """
 
-    def __init__(self, path: Path, hosts: Mapping[str, str | None]) -> None:
+    def __init__(self, path: Path, hosts: Mapping[str, str | None], replica: str = "") -> None:
         self._path = path
         self._hosts = hosts
+        self._replica = replica
         self._seen: tuple[int, int] | None = None
         self._state = _State()
         self._slowed: set[tuple[str, str]] = set()
@@ -75,11 +78,13 @@ class LabState:
                 links[peer] = Link(each.cut, each.bandwidth, each.latency)
             elif (worker, peer) in self._slowed:
                 links[peer] = Link()
-        return Lab(self._state.speeds.get(worker, planned_speed), links)
+        speeds = self._state.speeds
+        return Lab(speeds.get(self._full(worker), speeds.get(worker, planned_speed)), links)
 
     def write_workers(self, pids: Mapping[str, int]) -> None:
-        target = self._path.with_name(self._path.name + ".workers")
-        draft = target.with_name(target.name + ".new")
+        ending = f".workers.{self._replica}" if self._replica else ".workers"
+        target = self._path.with_name(self._path.name + ending)
+        draft = target.with_name(f"new-{target.name}")
         try:
             draft.write_bytes(msgspec.json.encode(dict(pids)))
             draft.replace(target)
@@ -88,10 +93,14 @@ class LabState:
 
     def _link(self, worker: str, peer: str) -> _LinkState | None:
         """The link between two workers: by their own names, else by their hosts'."""
-        for a, b in ((worker, peer), (self._hosts[worker], self._hosts[peer])):
+        full = self._full(worker), self._full(peer)
+        for a, b in (full, (worker, peer), (self._hosts[worker], self._hosts[peer])):
             if a is None or b is None:
                 continue
             for key in (f"{a}|{b}", f"{b}|{a}"):
                 if key in self._state.links:
                     return self._state.links[key]
         return None
+
+    def _full(self, worker: str) -> str:
+        return f"{self._replica}/{worker}" if self._replica else worker

@@ -22,9 +22,12 @@ from typing import Protocol
 from shoal.core.plan import RankPlan
 from shoal.wire.channel import AsyncChannel, Codec
 from shoal.wire.messages import HostNet
+from shoal.wire.probe_messages import LaunchProbe
 from shoal.wire.worker_messages import FromWorker, LaunchWorker, ToWorker
 
 WorkerCodec = Codec[FromWorker, ToWorker]
+
+Launch = LaunchWorker | LaunchProbe
 
 SECRETS = ("SHOAL_API_KEY", "HF_TOKEN")
 _LOOPBACK = "127.0.0.1"
@@ -63,8 +66,8 @@ class Spot(Protocol):
     is_child: bool
     num_cpus: int | None
 
-    async def start(self, launch: LaunchWorker, codec: WorkerCodec) -> Running:
-        """Start a worker there, and tell it what to load.
+    async def start(self, launch: Launch, codec: WorkerCodec) -> Running:
+        """Start a worker there, and tell it what to load or to measure.
 
         Raises:
             ShoalError, OSError: it cannot be started.
@@ -110,7 +113,7 @@ class _LocalSpot:
         self.address = host.address
         self._command = host.command
 
-    async def start(self, launch: LaunchWorker, codec: WorkerCodec) -> Running:
+    async def start(self, launch: Launch, codec: WorkerCodec) -> Running:
         ours, theirs = socket.socketpair()
         with theirs:
             process = _spawn(launch, theirs.fileno(), self._command)
@@ -120,12 +123,12 @@ class _LocalSpot:
         return _Child(process, channel)
 
 
-def _spawn(launch: LaunchWorker, fd: int, prefix: Sequence[str]) -> subprocess.Popen[bytes]:
+def _spawn(launch: Launch, fd: int, prefix: Sequence[str]) -> subprocess.Popen[bytes]:
     fds = [fd] if launch.group_fd is None else [fd, launch.group_fd]
     env = {name: value for name, value in os.environ.items() if name not in SECRETS}
-    env["OMP_NUM_THREADS"] = str(launch.options.num_threads)
+    env["OMP_NUM_THREADS"] = str(launch.num_threads)
     return subprocess.Popen(
-        [*prefix, sys.executable, "-m", "shoal.worker.process", str(fd)],
+        [*prefix, sys.executable, "-m", launch.module, str(fd)],
         pass_fds=fds,
         stdin=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C is the engine's to handle

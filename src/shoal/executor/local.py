@@ -14,6 +14,7 @@ import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from shoal.core.model_spec import ModelSpec
 from shoal.core.options import EngineOptions
 from shoal.core.plan import ReplicaPlan
 from shoal.core.step import ExecutorEvent, Step, StepResult
+from shoal.core.step_times import MAX_STEPS_KEPT, InstanceStep, drained
 from shoal.executor import Post
 from shoal.executor.capacity import Capacity, Facts, links_line, settle
 from shoal.executor.crew import Crew
@@ -102,8 +104,9 @@ class LocalExecutor:
         self._recovery = Recovery(
             replica, self._crew, post=self._tell, began=self._forget, give_up=self._give_up
         )
-        self._lab = _lab_state(self._crew)
+        self._lab = _lab_state(self._crew, _name_among_others(kv_keys))
         self._submitted_s: dict[int, float] = {}
+        self._taken: deque[InstanceStep] = deque(maxlen=MAX_STEPS_KEPT)
         self._result_s = 0.0
         self._is_watched = False
         self._looking: asyncio.Task[None] | None = None
@@ -136,6 +139,9 @@ class LocalExecutor:
             step = replace(step, dealing=self._dealer.version)
         frame = self._crew.codec.encode(Run(step))
         self._loop.call_soon_threadsafe(self._deliver, step, frame)
+
+    def steps_taken(self) -> tuple[InstanceStep, ...]:
+        return drained(self._taken)
 
     def close(self) -> None:
         """End every worker."""
@@ -272,6 +278,7 @@ class LocalExecutor:
                 self._done(result)
             case Beat():
                 self._recovery.liveness.beat(worker.name, message, time.monotonic())
+                self._taken.extend(InstanceStep(worker.instance, each) for each in message.taken)
             case Failed():
                 self._recovery.step_failed(worker, message)
             case ResetDone(incarnation):
@@ -365,9 +372,17 @@ def make_launcher(hosts: Mapping[str, HostNet]) -> Launcher:
     return LocalLauncher(hosts)
 
 
-def _lab_state(crew: Crew) -> LabState | None:
+def _name_among_others(kv_keys: KVKeys | None) -> str:
+    """Of this replica, where there are several; one alone may have keys for its own routes."""
+    if kv_keys is None:
+        return ""
+    known = {name.partition("/")[0] for keys in kv_keys.of_worker.values() for name in keys.public}
+    return kv_keys.replica if len(known) > 1 else ""
+
+
+def _lab_state(crew: Crew, replica: str) -> LabState | None:
     path = os.environ.get(VARIABLE)
-    return LabState(Path(path), crew.hosts_of) if path else None
+    return LabState(Path(path), crew.hosts_of, replica) if path else None
 
 
 class _TotalProgress:

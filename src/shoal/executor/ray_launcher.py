@@ -24,7 +24,7 @@ import zmq
 
 from shoal.core.errors import ConfigError, DeviceError, ShoalError
 from shoal.core.plan import RankPlan
-from shoal.executor.launcher import LocalLauncher, Running, Spot, WorkerCodec
+from shoal.executor.launcher import Launch, LocalLauncher, Running, Spot, WorkerCodec
 from shoal.executor.remote import RemoteWorker
 from shoal.wire.agent_link import EXECUTOR, AgentLink
 from shoal.wire.curve import MeshKeys
@@ -86,6 +86,10 @@ class RayLauncher:
         spots = (iter(local), iter(remote))
         return [next(spots[rank.host is not None]) for rank in ranks]
 
+    def nodes(self) -> list[Node]:
+        """The machines that are there."""
+        return [node_of(each) for each in self._ray.nodes() if each["Alive"]]
+
     def close(self) -> None:
         for instance in list(self._groups):
             self._give_up(instance)
@@ -122,7 +126,7 @@ class RayLauncher:
         is_first = instance not in self._was_placed
         load = Counter(at for others in self._workers_at.values() for at in others)
         while True:
-            nodes = self._nodes()
+            nodes = self.nodes()
             heard = nodes if is_first else self._without_avoided(nodes)
             chosen = choose_nodes(ranks, heard, load, only_named=is_first)
             if chosen is not None and (group := self._reserve(chosen)) is not None:
@@ -152,9 +156,6 @@ class RayLauncher:
         now = time.monotonic()
         return [node for node in nodes if self._avoided_until_s.get(node.id, 0.0) < now]
 
-    def _nodes(self) -> list[Node]:
-        return [node_of(each) for each in self._ray.nodes() if each["Alive"]]
-
 
 class _RaySpot:
     is_child = False
@@ -168,7 +169,7 @@ class _RaySpot:
         self._cluster = cluster
         self._group, self._bundle, self._node = group, bundle, node
 
-    async def start(self, launch: LaunchWorker, codec: WorkerCodec) -> Running:
+    async def start(self, launch: Launch, codec: WorkerCodec) -> Running:
         try:
             link, pid, agent, launch = await asyncio.to_thread(self._start, launch)
         except ShoalError:
@@ -184,27 +185,33 @@ class _RaySpot:
         running.send_frame(codec.encode(launch))
         return running
 
-    def _start(self, launch: LaunchWorker) -> tuple[AgentLink, int, Any, LaunchWorker]:
+    def _start(self, launch: Launch) -> tuple[AgentLink, int, Any, Launch]:
         public, secret = (half.decode() for half in zmq.curve_keypair())
-        call, name, options = self._launcher.call, launch.name, launch.options
+        call, name = self._launcher.call, launch.name
         agent = self._launcher.agent(self._group, self._bundle, self._node, name, public)
         agent_public, agent_address = call(agent.introduce.remote())
-        found, complaint = call(
-            agent.find_model.remote(options.model_path, self._cluster.model, options.fingerprint),
-            _FETCH_S,
-        )
-        if complaint:
-            raise ConfigError(f"{name}: {complaint}")
+        if isinstance(launch, LaunchWorker):
+            launch = self._with_model(launch, agent)
         keys = MeshKeys(EXECUTOR, secret, {EXECUTOR: public, name: agent_public})
         mesh = Mesh(keys, self._cluster.here)
         try:
             mesh.connect(name, agent_address)
-            pid = call(agent.start.remote(mesh.address, options.num_threads))
+            pid = call(agent.start.remote(mesh.address, launch.num_threads, launch.module))
         except ShoalError:
             mesh.close()
             raise
-        launch = msgspec.structs.replace(launch, options=replace(options, model_path=found))
         return AgentLink(mesh, name), int(pid), agent, launch
+
+    def _with_model(self, launch: LaunchWorker, agent: Any) -> LaunchWorker:
+        """Told where the model is on its machine."""
+        options = launch.options
+        found, complaint = self._launcher.call(
+            agent.find_model.remote(options.model_path, self._cluster.model, options.fingerprint),
+            _FETCH_S,
+        )
+        if complaint:
+            raise ConfigError(f"{launch.name}: {complaint}")
+        return msgspec.structs.replace(launch, options=replace(options, model_path=found))
 
 
 def choose_nodes(

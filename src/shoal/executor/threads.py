@@ -18,10 +18,12 @@ from shoal.core.options import EngineOptions
 from shoal.core.plan import ReplicaPlan
 from shoal.core.split import stacked
 from shoal.core.step import Step, StepFailure
+from shoal.core.step_times import InstanceStep
 from shoal.executor import Post
 from shoal.executor.capacity import Capacity, settle
 from shoal.executor.shares import rank_options
-from shoal.wire.worker_messages import Done, Failed, Loaded, PeerMessage, Release, ResetDone
+from shoal.wire.peer_messages import PeerMessage
+from shoal.wire.worker_messages import Done, Failed, Loaded, Release, ResetDone
 from shoal.worker.groups import groups_in_threads
 from shoal.worker.launch import LoadedWorker, load_worker, warm_up
 from shoal.worker.place import Place
@@ -104,6 +106,13 @@ class ThreadExecutor:
                     runner.post(step)
                 elif step.released:
                     runner.post(Release(step.released))
+
+    def steps_taken(self) -> tuple[InstanceStep, ...]:
+        return tuple(
+            InstanceStep(instance, each)
+            for instance, runners in enumerate(self._instances)
+            for each in runners[0].steps.take()
+        )
 
     def close(self) -> None:
         for runner in self._runners.values():

@@ -2,7 +2,7 @@
 
     plan.yaml               what its server runs
     settings.json           speeds, links, hosts: read by the server, again when it changes
-    settings.json.workers   name → process, written by the server
+    settings.json.workers*  name → process, written by each of its engines
     record.json             the server's process, its address, the workers' names
     server.log              what the server said
 
@@ -133,9 +133,16 @@ class LabFolder:
         _write(self._record, json.dumps(asdict(record), indent=1))
 
     def worker_pids(self) -> dict[str, int]:
-        """Of the workers that the server last started."""
-        path = Path(f"{self.settings}.workers")
-        return {str(name): int(pid) for name, pid in _read(path).items()} if path.exists() else {}
+        """Of the workers that the server last started; the first replica's by short names too."""
+        found: dict[str, int] = {}
+        for path in sorted(self.path.glob(f"{self.settings.name}.workers*")):
+            replica = path.name.removeprefix(f"{self.settings.name}.workers").removeprefix(".")
+            for name, pid in _read(path).items():
+                if replica:
+                    found[f"{replica}/{name}"] = int(pid)
+                if replica in ("", "replica-0"):
+                    found[str(name)] = int(pid)
+        return found
 
     def clear(self) -> None:
         """Remove all of it but the lock, which is held."""

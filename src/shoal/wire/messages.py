@@ -2,7 +2,7 @@
 
     router → engine   Launch, then Submit | Cancel | LendKV | LendPrefix | EndLease | ReceiveKV;
                       leaving is closing
-    engine → router   Loading*, then Ready | LaunchFailed, then (News | Lent | Pulled)*
+    engine → router   Loading*, then Ready | LaunchFailed, then (News | Lent | Pulled | StepsTook)*
 
 Knows nothing of sockets.
 """
@@ -18,6 +18,7 @@ from shoal.core.options import EngineOptions
 from shoal.core.plan import ReplicaPlan
 from shoal.core.request import GenerateRequest, Output
 from shoal.core.stats import EngineInfo, EngineStats
+from shoal.core.step_times import InstanceStep
 from shoal.wire.kv_messages import KVKeys
 
 
@@ -60,12 +61,14 @@ class Launch(msgspec.Struct, tag=True, frozen=True):
         replica: how the model is shared out; None: all of it on the device of `options`.
         hosts: those that the plan's ranks name.
         kv_keys: by which its workers exchange KV with those of all replicas; None: they do not.
+        record: folder and name of a recording of its decisions; None: there is none.
     """
 
     options: EngineOptions
     replica: ReplicaPlan | None = None
     hosts: dict[str, HostNet] = {}
     kv_keys: KVKeys | None = None
+    record: tuple[str, str] | None = None
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True):
@@ -159,4 +162,10 @@ class Pulled(msgspec.Struct, tag=True, frozen=True):
     num_blocks: int
 
 
-FromEngine = Loading | Ready | LaunchFailed | News | Lent | Pulled
+class StepsTook(msgspec.Struct, tag=True, frozen=True):
+    """What Steps took since the last one, or the latest of them."""
+
+    steps: tuple[InstanceStep, ...]
+
+
+FromEngine = Loading | Ready | LaunchFailed | News | Lent | Pulled | StepsTook

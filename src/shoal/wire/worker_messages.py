@@ -7,23 +7,29 @@
     worker → executor   Bound, Loading*, Loaded | LaunchFailed, after Connect Warm,
                         then Beat*, Done, Failed, ResetDone, Pulled,
                         ExpertLoad*, Dealt
-    worker → worker     Activations | Tokens | Go, over authenticated sockets (`wire/mesh.py`)
+
+Workers among each other speak as `peer_messages.py` says. Processes that measure are started the
+same way, and speak as `probe_messages.py` says.
 
 Knows nothing of sockets.
 """
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import msgspec
 
 from shoal.core.kv import KVSource
 from shoal.core.link_forms import FormSteps
-from shoal.core.options import EngineOptions, LinkFormat
+from shoal.core.options import EngineOptions
 from shoal.core.plan import ReplicaPlan
 from shoal.core.split import Dealing, Range
 from shoal.core.step import Step, StepResult
+from shoal.core.step_times import StepTaken
 from shoal.wire.curve import MeshKeys
 from shoal.wire.messages import LaunchFailed, Loading
+from shoal.wire.probe_messages import Answer, LaunchProbe, Question
 
 
 class LaunchWorker(msgspec.Struct, tag=True, frozen=True, kw_only=True):
@@ -42,6 +48,8 @@ class LaunchWorker(msgspec.Struct, tag=True, frozen=True, kw_only=True):
         kv_keys: to exchange KV with workers of all replicas; None: it does not.
     """
 
+    module: ClassVar[str] = "shoal.worker.process"
+
     name: str
     options: EngineOptions
     replica: ReplicaPlan
@@ -54,6 +62,10 @@ class LaunchWorker(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     keys: MeshKeys
     speed: float = 1.0
     kv_keys: MeshKeys | None = None
+
+    @property
+    def num_threads(self) -> int | None:
+        return self.options.num_threads
 
 
 class Connect(msgspec.Struct, tag=True, frozen=True):
@@ -190,6 +202,8 @@ ToWorker = (
     | PullBlocks
     | StopPull
     | DropPull
+    | LaunchProbe
+    | Question
 )
 
 
@@ -278,12 +292,14 @@ class Beat(msgspec.Struct, tag=True, frozen=True, kw_only=True):
         num_steps: finished since it began.
         busy_s: for how long it has been at the Step that runs; 0: none does.
         heard_s: seconds since each peer was last heard.
+        taken: what the latest Steps took; rank 0 of its instance says it.
     """
 
     incarnation: int
     num_steps: int
     busy_s: float
     heard_s: dict[str, float]
+    taken: tuple[StepTaken, ...] = ()
 
 
 class Done(msgspec.Struct, tag=True, frozen=True):
@@ -363,37 +379,5 @@ FromWorker = (
     | Pulled
     | StoreSet
     | StoreGet
+    | Answer
 )
-
-
-class Activations(msgspec.Struct, tag=True, frozen=True):
-    """Goes before the bytes of a Step's hidden states [num_tokens, hidden size].
-
-    Attributes:
-        dtype: as they were computed.
-        form: as they are sent.
-    """
-
-    incarnation: int
-    step_id: int
-    num_tokens: int
-    dtype: str
-    form: LinkFormat = "exact"
-
-
-class Tokens(msgspec.Struct, tag=True, frozen=True):
-    """What a Step sampled, row by row; -1: that row did not."""
-
-    incarnation: int
-    step_id: int
-    token_ids: tuple[int, ...]
-
-
-class Go(msgspec.Struct, tag=True, frozen=True):
-    """The Step that the ranks of an instance run next."""
-
-    incarnation: int
-    step_id: int
-
-
-PeerMessage = Activations | Tokens | Go

@@ -50,6 +50,7 @@ def load_decoder(
     weights_memory_bytes: int | None = None,
     host_memory_bytes: int | None = None,
     progress: Progress | None = None,
+    source: WeightSource | None = None,
 ) -> Decoder | PackedDecoder:
     """A decoder with the weights of a safetensors folder or .gguf file.
 
@@ -68,6 +69,7 @@ def load_decoder(
             memory, or on disk (or experts alone) where that is the device. None: all are there.
         host_memory_bytes: what layers beyond a GPU's memory may take. None: what they need.
         progress: called with (bytes read, bytes to read) as loading goes on.
+        source: of tensors, by their names of Hugging Face; None: the checkpoint's files.
 
     Raises:
         WeightsError: a missing tensor, a wrong shape, a truncated or corrupt file, pickles.
@@ -75,8 +77,10 @@ def load_decoder(
         ConfigError: a precision that the weights do not allow.
         DeviceError: no memory for them.
     """
-    source: WeightSource = GGUFSource(path) if path.is_file() else SafetensorsSource(path)
-    names = gguf_names(spec) if path.is_file() else hf_names(spec, source.names)
+    is_gguf = source is None and path.is_file()
+    if source is None:
+        source = GGUFSource(path) if is_gguf else SafetensorsSource(path)
+    names = gguf_names(spec) if is_gguf else hf_names(spec, source.names)
     formats = choose_formats(spec, source, names, quantize)
     if not isinstance(kernels, Session):  # rows are looked up in plain tensors
         formats = replace(

@@ -7,6 +7,7 @@
     work.py        what a shard reads and computes in a Step
     tables.py      between measured points
     transport.py   messages and collectives
+    layers.py      seconds of layers that were measured, by tokens
     constants.py   what a roofline leaves out, of this kind of device or of the nearest
     times.py       seconds of a Step on an instance, and on a replica's stages
     serving.py     TTFT and TPOT of a steady load

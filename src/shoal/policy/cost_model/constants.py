@@ -1,6 +1,6 @@
 """What a roofline leaves out on a device: its own constants, or the nearest kind's, which is named.
 
-    own         kind, engine and precision that were fitted
+    own         engine and precision that were fitted on the device itself, or on its kind
     of a kind   another precision of it, then another engine on it
     derived     its rates were measured by a probe: what a kernel reaches of them, and launches
     nearest     the kind whose bandwidth and flops are nearest
@@ -41,7 +41,8 @@ TYPICAL = Constants(
 
 def constants_for(cluster: Cluster, device: Device, engine: str, precision: Precision) -> Constants:
     """The best there are; `source` names where they come from."""
-    known = cluster.constants
+    own = [each for each in cluster.constants if each.device == device.name]
+    known = own or [each for each in cluster.constants if not each.device]
     for each in known:
         if (each.kind, each.engine, each.precision) == (device.kind, engine, precision):
             return each

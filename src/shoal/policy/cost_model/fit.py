@@ -1,10 +1,11 @@
 """Constants from measured times: least squares of relative errors, of which large ones count less.
 
     measured ~ a / eta + b c + d / mfu + e      a, b, d, e: what the model says by itself
+               (+ f step + g row + h / attention, where those are wanted too)
 
-Which kernels wait for memory and which for arithmetic depends on eta and mfu, so a, b and d are
-made again from what was found, until it stays; from several starts, of which the best is kept.
-Knows nothing of where measurements come from.
+Which kernels wait for memory and which for arithmetic depends on eta and mfu, so a, b and d (how
+what is predicted grows with each) are made again from what was found, until it stays; from several
+starts, of which the best is kept. Knows nothing of where measurements come from.
 """
 
 from __future__ import annotations
@@ -28,34 +29,82 @@ _PRIOR = 0.1
 
 _PLAIN = 0.05
 """Relative errors beyond this count by themselves, not by their squares (Huber, 1964)."""
-_LEAST_SHARE, _MOST_SHARE = 0.02, 1.2
-_MOST_LAYER_S = 0.1
+_SHARES = (1 / 1.2, 1 / 0.02)
+_NUDGE = 1e-3
+_NUMBERS = {3: "three", 6: "six"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Unknown:
+    """A constant that times are straight lines in: itself, or of a share its inverse."""
+
+    name: str
+    low: float
+    high: float
+    is_share: bool = False
+    usual: float = 1.0
+    doubt: float = 0.0  # it may well be that much
+
+    def of(self, constants: Constants) -> float:
+        value: float | None = getattr(constants, self.name)
+        if value is None or value <= 0:
+            return self.usual
+        return 1 / value if self.is_share else value
+
+
+_THREE = (
+    _Unknown("eta", *_SHARES, is_share=True),
+    _Unknown("layer_s", 1e-9, 0.1),
+    _Unknown("mfu", *_SHARES, is_share=True),
+)
+# Of one device they also make up for rates that were measured too low.
+_OWN_SHARES = (1 / 4.0, 1 / 0.01)
+_ALL = (
+    _Unknown("eta", *_OWN_SHARES, is_share=True),
+    _Unknown("layer_s", 1e-9, 0.1, doubt=1e-3),
+    _Unknown("mfu", *_OWN_SHARES, is_share=True),
+    _Unknown("step_s", 1e-9, 1.0, usual=1e-4, doubt=5e-3),
+    _Unknown("row_s", 1e-9, 0.1, usual=1e-5, doubt=1e-3),
+    _Unknown("attention", 1 / 4.0, 1e4, is_share=True, usual=4.0),
+)
+
+NUM_ALL = len(_ALL)
 
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """A measured time, and what the model makes of it under some constants."""
+    """A measured time, and what the model makes of it under some constants.
+
+    `weight`: it counts as so many.
+    """
 
     measured_s: float
     predict: Predict
+    weight: float = 1.0
 
 
-def fit(observations: Sequence[Observation], start: Constants) -> Constants:
+def fit(observations: Sequence[Observation], start: Constants, *, every: bool = False) -> Constants:
     """Constants of the kind, engine and precision of `start`.
 
     `error` of what comes back is the mean relative error over the observations.
 
+    Args:
+        every: also what a Step and a row cost, and attention's share of the flops, which times of
+            Steps at several sizes tell apart and times of whole answers do not.
+
     Raises:
-        ConfigError: fewer than three observations, or a time that is not more than 0.
+        ConfigError: fewer observations than constants, or a time that is not more than 0.
     """
-    if len(observations) < 3:
+    unknowns = _ALL if every else _THREE
+    if len(observations) < len(unknowns):
         raise ConfigError(
-            f"{len(observations)} times were measured; three constants need three at least"
+            f"{len(observations)} times were measured; {_NUMBERS[len(unknowns)]} constants need "
+            f"{_NUMBERS[len(unknowns)]} at least"
         )
     if any(not 0 < each.measured_s < math.inf for each in observations):
         raise ConfigError("a measured time is not more than 0; leave it out")
     found = [
-        _settled(observations, start, replace(start, eta=eta, mfu=mfu))
+        _settled(observations, unknowns, start, replace(start, eta=eta, mfu=mfu))
         for eta, mfu in ((start.eta, start.mfu), *itertools.product(_STARTS, _STARTS))
     ]
     errors = [(mean_error(observations, each), index) for index, each in enumerate(found)]
@@ -70,58 +119,82 @@ def mean_error(observations: Sequence[Observation], constants: Constants) -> flo
 
 
 def _settled(
-    observations: Sequence[Observation], expected: Constants, constants: Constants
+    observations: Sequence[Observation],
+    unknowns: Sequence[_Unknown],
+    expected: Constants,
+    constants: Constants,
 ) -> Constants:
     """Improved until it stays: first by all errors alike, since at first most are large."""
+    prior = [each.of(expected) for each in unknowns]
+    values = [each.of(constants) for each in unknowns]
     for count in range(_ROUNDS):
-        before, plain = constants, math.inf if count < _ROUNDS // 2 else _PLAIN
-        constants = _improved(observations, expected, before, plain)
-        if (
-            count > _ROUNDS // 2
-            and math.isclose(constants.eta, before.eta, rel_tol=_SAME)
-            and math.isclose(constants.mfu, before.mfu, rel_tol=_SAME)
+        before, plain = values, math.inf if count < _ROUNDS // 2 else _PLAIN
+        values = _improved(observations, unknowns, expected, prior, before, plain)
+        if count > _ROUNDS // 2 and all(
+            math.isclose(new, old, rel_tol=_SAME) for new, old in zip(values, before, strict=True)
         ):
             break
-    return constants
+    return _under(expected, unknowns, values)
+
+
+def _under(
+    constants: Constants, unknowns: Sequence[_Unknown], values: Sequence[float]
+) -> Constants:
+    given = {
+        each.name: 1 / value if each.is_share else value
+        for each, value in zip(unknowns, values, strict=True)
+    }
+    return replace(constants, **given)  # type: ignore[arg-type]
 
 
 def _improved(
-    observations: Sequence[Observation], expected: Constants, constants: Constants, plain: float
-) -> Constants:
-    """One linear fit of 1 / eta, c and 1 / mfu; what the times do not tell is as expected."""
+    observations: Sequence[Observation],
+    unknowns: Sequence[_Unknown],
+    expected: Constants,
+    prior: Sequence[float],
+    values: Sequence[float],
+    plain: float,
+) -> list[float]:
+    """One linear fit; what the times do not tell is as expected."""
+    now = _under(expected, unknowns, values)
+    nudged = [
+        _under(expected, unknowns, [*values[:n], values[n] * (1 + _NUDGE), *values[n + 1 :]])
+        for n in range(len(unknowns))
+    ]
     rows, wanted = [], []
     for each in observations:
-        time = each.predict(constants)
-        off = abs(time.total_s / each.measured_s - 1)
+        total = each.predict(now).total_s
+        off = abs(total / each.measured_s - 1)
         doubt = math.sqrt(min(1.0, plain / off)) if off else 1.0
+        doubt *= math.sqrt(each.weight)
         weight = doubt / each.measured_s
-        rows.append(
-            [
-                weight * time.memory_s * constants.eta,
-                weight * time.overhead_s / constants.layer_s,
-                weight * time.compute_s * constants.mfu,
-            ]
-        )
-        wanted.append(doubt - weight * time.communication_s)
-    old = [1 / constants.eta, constants.layer_s, 1 / constants.mfu]
-    prior = [1 / expected.eta, expected.layer_s, 1 / expected.mfu]
+        slopes = [
+            (each.predict(other).total_s - total) / (value * _NUDGE)
+            for other, value in zip(nudged, values, strict=True)
+        ]
+        fixed = total - sum(a * b for a, b in zip(slopes, values, strict=True))
+        rows.append([weight * slope for slope in slopes])
+        wanted.append(doubt - weight * fixed)
     for index, value in enumerate(prior):
-        share = _PRIOR / max(value, old[index])  # of ten times as much, no more than of a tenth
-        rows.append([share if other == index else 0.0 for other in range(3)])
+        # Of ten times as much, no more than of a tenth.
+        share = _PRIOR / max(value, values[index], unknowns[index].doubt)
+        rows.append([share if other == index else 0.0 for other in range(len(prior))])
         wanted.append(share * value)
-    inverse_eta, layer_s, inverse_mfu = _bounded(rows, wanted, old)
-    return replace(constants, eta=1 / inverse_eta, layer_s=layer_s, mfu=1 / inverse_mfu)
+    return _bounded(rows, wanted, values, [(each.low, each.high) for each in unknowns])
 
 
-def _bounded(rows: list[list[float]], wanted: list[float], old: list[float]) -> list[float]:
+def _bounded(
+    rows: list[list[float]],
+    wanted: list[float],
+    old: Sequence[float],
+    bounds: Sequence[tuple[float, float]],
+) -> list[float]:
     """Least squares inside what can be; what leaves it is set to the edge, and the others again."""
-    shares = (1 / _MOST_SHARE, 1 / _LEAST_SHARE)
-    bounds = [shares, (1e-9, _MOST_LAYER_S), shares]
     values = list(old)
-    free = [0, 1, 2]
+    free = list(range(len(bounds)))
     while free:
         left = [
-            want - sum(row[index] * values[index] for index in range(3) if index not in free)
+            want - sum(row[n] * values[n] for n in range(len(bounds)) if n not in free)
             for row, want in zip(rows, wanted, strict=True)
         ]
         found = _least_squares([[row[index] for index in free] for row in rows], left)

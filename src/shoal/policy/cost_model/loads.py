@@ -22,6 +22,7 @@ class StepLoad:
     Attributes:
         num_tokens: new ones, of all rows.
         num_sampled: rows whose last token's logits are wanted.
+        num_ended: of these, rows of more than one token: prompts that end here.
         windows: those of the model's layers (`windows_of`).
         kv_tokens, pairs: for each window, positions of KV that are read, and pairs of a query and
             a key, in one layer.
@@ -32,6 +33,12 @@ class StepLoad:
     windows: Windows
     kv_tokens: tuple[int, ...]
     pairs: tuple[int, ...]
+    num_ended: int = 0
+
+    @property
+    def num_decoding(self) -> int:
+        """Sequences that get a token and had one before."""
+        return self.num_sampled - self.num_ended
 
     @classmethod
     def of(cls, rows: Iterable[tuple[int, int, bool]], windows: Windows = (None,)) -> StepLoad:
@@ -39,15 +46,16 @@ class StepLoad:
         Args:
             rows: (position of the first new token, new tokens, whether the row samples).
         """
-        tokens = sampled = 0
+        tokens = sampled = ended = 0
         reads, pairs = [0] * len(windows), [0] * len(windows)
         for start, count, samples in rows:
             tokens += count
             sampled += samples
+            ended += samples and count > 1
             for index, window in enumerate(windows):
                 reads[index] += _reads(start, count, window)
                 pairs[index] += _pairs(start, count, window)
-        return cls(tokens, sampled, windows, tuple(reads), tuple(pairs))
+        return cls(tokens, sampled, windows, tuple(reads), tuple(pairs), ended)
 
     @classmethod
     def decode(cls, batch: int, context: int, windows: Windows = (None,)) -> StepLoad:
@@ -66,6 +74,7 @@ class StepLoad:
             self.windows,
             tuple(a + b for a, b in zip(self.kv_tokens, other.kv_tokens, strict=True)),
             tuple(a + b for a, b in zip(self.pairs, other.pairs, strict=True)),
+            self.num_ended + other.num_ended,
         )
 
     def times(self, count: int) -> StepLoad:
@@ -76,6 +85,7 @@ class StepLoad:
             self.windows,
             tuple(each * count for each in self.kv_tokens),
             tuple(each * count for each in self.pairs),
+            self.num_ended * count,
         )
 
 

@@ -1,7 +1,7 @@
 """Seconds of a Step: on one instance, and on the stages of a replica.
 
     instance   sum over kernels of max(bytes / (eta x bandwidth), flops / (mfu x flops/s))
-               + layers x c                        of the slowest rank
+               + layers x c + what a Step and a row that samples cost, of the slowest rank
                + (2 x layers + 1) all-reduces      of hidden states, tokens x hidden x bytes
     hop        hidden states from one stage to the next
 
@@ -22,6 +22,7 @@ from shoal.core.model_spec import ModelSpec
 from shoal.core.plan import Hop, InstancePlan, ReplicaPlan
 from shoal.core.split import Range, Shard
 from shoal.policy.cost_model.constants import constants_for
+from shoal.policy.cost_model.layers import MeasuredLayers, measured_layers
 from shoal.policy.cost_model.loads import StepLoad
 from shoal.policy.cost_model.memory import kv_token_bytes, weight_bytes
 from shoal.policy.cost_model.numbers import Numbers
@@ -70,18 +71,28 @@ class StepTime:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What a device gives a shard's kernels."""
+    """What a device gives a shard's kernels; attention's products are made in activations."""
 
     bytes_per_s: float
     flops_per_s: float
     layer_s: float
+    attention_flops_per_s: float
+    step_s: float
+    row_s: float
 
     @classmethod
     def of(cls, device: Device, constants: Constants, numbers: Numbers) -> Rates:
+        speed, flops_per_s = device.speed, device.flops_per_s(numbers.products)
+        attention = flops_per_s * constants.mfu
+        if constants.attention is not None:
+            attention = device.flops_per_s(numbers.activations) * constants.attention
         return cls(
-            device.bandwidth_bytes_per_s * constants.eta * device.speed,
-            device.flops_per_s(numbers.products) * constants.mfu * device.speed,
-            constants.layer_s / device.speed,
+            device.bandwidth_bytes_per_s * constants.eta * speed,
+            flops_per_s * constants.mfu * speed,
+            constants.layer_s / speed,
+            attention * speed,
+            constants.step_s / speed,
+            constants.row_s / speed,
         )
 
 
@@ -89,12 +100,16 @@ def rank_time(work: ShardWork, rates: Rates, load: StepLoad) -> StepTime:
     """Of one rank by itself."""
     memory = compute = 0.0
     for part in work.parts(load):
-        read, multiply = part.size_bytes / rates.bytes_per_s, part.flops / rates.flops_per_s
+        flops_per_s = rates.attention_flops_per_s if part.is_attention else rates.flops_per_s
+        read, multiply = part.size_bytes / rates.bytes_per_s, part.flops / flops_per_s
         if read >= multiply:
             memory += read
         else:
             compute += multiply
-    return StepTime(memory, compute, work.num_layers * rates.layer_s, 0.0)
+    overhead = work.num_layers * rates.layer_s + rates.step_s
+    if work.head_bytes:
+        overhead += load.num_sampled * rates.row_s
+    return StepTime(memory, compute, overhead, 0.0)
 
 
 class InstanceCost:
@@ -123,36 +138,57 @@ class InstanceCost:
                 f"{len(shards)} shards are to run on {len(devices)} devices; name one for each"
             )
         self.spec, self.shards, self.devices = spec, tuple(shards), tuple(devices)
-        self.numbers, custom = numbers, engine != "shoal"
+        self.numbers = numbers
         streams = [devices[rank] for rank in shards[0].streams]
-        self._sums = GroupLinks(cluster, streams, custom=custom)
-        self._exchange = GroupLinks(cluster, devices, custom=custom)
+        self._sums = GroupLinks(cluster, streams, engine=engine)
+        self._exchange = GroupLinks(cluster, devices, engine=engine)
         self.work = tuple(shard_work(spec, shard, numbers) for shard in shards)
+        self._measured = _measured(cluster, spec, shards, devices, numbers)
+        if self._measured is not None:
+            self.work = (shard_work(spec, _without_layers(shards[0]), numbers),)
         self._settle(
             [constants_for(cluster, device, engine, numbers.precision) for device in devices]
         )
 
-    def under(self, constants: Constants) -> InstanceCost:
-        """The same under other constants, on every device."""
+    def under(self, *constants: Constants) -> InstanceCost:
+        """The same under other constants: of each device, or of all of them."""
         other = copy(self)
-        other._settle([constants] * len(self.devices))
+        other._settle(constants * len(self.devices) if len(constants) == 1 else constants)
         return other
 
     @property
     def error(self) -> float:
         """Relative, of its times: that of its least sure constants."""
+        if self._measured is not None:
+            return self._measured.error
         return max(each.error for each in self.constants)
+
+    @property
+    def step_s(self) -> float:
+        """What any Step takes, however few layers it goes through."""
+        return max(each.step_s for each in self._rates)
 
     def rank_times(self, load: StepLoad) -> tuple[StepTime, ...]:
         """Of each rank by itself, without communication."""
         pairs = zip(self.work, self._rates, strict=True)
-        return tuple(rank_time(work, rates, load) for work, rates in pairs)
+        found = tuple(rank_time(work, rates, load) for work, rates in pairs)
+        if self._measured is None:
+            return found
+        return (found[0] + self._layers_time(self._measured, load),)
 
     def time(self, load: StepLoad) -> StepTime:
         """Of a Step: ranks wait for the slowest at every sum."""
         each = (rank_time(work, rates, load) for work, rates in self._different)
         slowest = max(each, key=_total)
+        if self._measured is not None:
+            slowest = slowest + self._layers_time(self._measured, load)
         return replace(slowest, communication_s=self.communication_s(load))
+
+    def _layers_time(self, measured: MeasuredLayers, load: StepLoad) -> StepTime:
+        """What was not measured is in `work`."""
+        num_layers = len(self.shards[0].layers)
+        decode_s, prompt_s = measured.seconds(load)
+        return StepTime(memory_s=num_layers * decode_s, compute_s=num_layers * prompt_s)
 
     def communication_s(self, load: StepLoad) -> float:
         """Sums among ranks that keep hidden states, and exchanges with the others."""
@@ -242,7 +278,7 @@ class ReplicaCost:
         for hop in dict.fromkeys(hop for route in plan.routes for hop in route):
             parts[hop] = InstanceCost(
                 spec,
-                [_part(shard, hop.layers) for shard in plan.shards(hop.instance)],
+                [part_of(shard, hop.layers) for shard in plan.shards(hop.instance)],
                 self.devices[hop.instance],
                 cluster,
                 self.numbers[hop.instance],
@@ -316,7 +352,26 @@ def numbers_of(instance: InstancePlan, default: Numbers) -> Numbers:
     return numbers
 
 
-def _part(shard: Shard, layers: Range) -> Shard:
+def _measured(
+    cluster: Cluster,
+    spec: ModelSpec,
+    shards: Sequence[Shard],
+    devices: Sequence[Device],
+    numbers: Numbers,
+) -> MeasuredLayers | None:
+    """Of one rank that has whole layers; times of parts of layers were not measured."""
+    if len(shards) > 1 or not len(shards[0].layers):
+        return None
+    return measured_layers(cluster, spec, devices[0], numbers)
+
+
+def _without_layers(shard: Shard) -> Shard:
+    """Embedding and head alone."""
+    end = shard.layers.stop
+    return replace(shard, layers=Range(end, end), experts=(), dealings=())
+
+
+def part_of(shard: Shard, layers: Range) -> Shard:
     """Some of a shard's layers."""
     if layers == shard.layers:
         return shard

@@ -25,6 +25,10 @@ _PROTOCOLS = {
 }
 """Of NCCL's LL, LL128 and Simple: base, hop, share of the link's rate."""
 
+_CUSTOM_UP_TO = {"trtllm": ((2, math.inf), (4, 1e6), (math.inf, 5e5))}
+"""Bytes from which an engine leaves sums to NCCL though it has kernels for them, by ranks up to so
+many. TensorRT-LLM, allreduceOp.cpp, selectImplementation; not said of an engine: what is faster."""
+
 
 def message_s(link: Link, size_bytes: float) -> float:
     """One way."""
@@ -49,33 +53,35 @@ class GroupLinks:
 
     Args:
         devices: in the order of ranks.
-        custom: small sums go through an engine's own kernels, where those were measured.
+        engine: others than shoal have kernels of their own for small sums; they count where they
+            were measured.
     """
 
     def __init__(
-        self, cluster: Cluster, devices: Sequence[Device], *, custom: bool = False
+        self, cluster: Cluster, devices: Sequence[Device], *, engine: str = "shoal"
     ) -> None:
         self.num_ranks = len(devices)
         names = [each.name for each in devices]
         pairs = [cluster.link(a, b) for a, b in itertools.combinations(names, 2)]
         self.slowest = max(pairs, key=_slowness) if pairs else None
         hosts = {each.host for each in devices}
-        tables = cluster.host(hosts.pop()).all_reduce if len(hosts) == 1 else ()
-        backends = ("nccl", "custom") if custom else ("nccl",)
-        self._tables = [
+        tables = _tables(cluster, hosts)
+        self._nccl, self._custom = (
             sorted((each for each in tables if each.backend == backend), key=_ranks)
-            for backend in backends
-            if any(each.backend == backend for each in tables)
-        ]
+            for backend in ("nccl", "custom")
+        )
+        self._most_custom_bytes = _most_custom_bytes(engine, self.num_ranks)
 
     def all_reduce_s(self, size_bytes: float) -> float:
         """Of a sum over all ranks."""
         if self.slowest is None or size_bytes <= 0:
             return 0.0
+        own = self._custom if size_bytes < self._most_custom_bytes else []
+        tables = [each for each in (self._nccl, own) if each]
         link, num_ranks = self.slowest, self.num_ranks
-        if not self._tables:
+        if not tables:
             return ring_s(link, num_ranks, size_bytes)
-        return min(all_reduce_at(each, link, num_ranks, size_bytes) for each in self._tables)
+        return min(all_reduce_at(each, link, num_ranks, size_bytes) for each in tables)
 
     def all_to_all_s(self, most_bytes: float) -> float:
         """
@@ -83,6 +89,17 @@ class GroupLinks:
             most_bytes: what the rank gets that gets most.
         """
         return 0.0 if self.slowest is None else message_s(self.slowest, most_bytes)
+
+
+def _tables(cluster: Cluster, hosts: set[str]) -> Sequence[AllReduceTable]:
+    """Measured among devices of one host; or among just these hosts, else the slowest of parts."""
+    if len(hosts) == 1:
+        return cluster.host(next(iter(hosts))).all_reduce
+    inside = [each for each in cluster.all_reduce if hosts.issuperset(each.hosts)]
+    if not inside:
+        return ()
+    most = max(len(each.hosts) for each in inside)
+    return [max((each for each in inside if len(each.hosts) == most), key=_last_s)]
 
 
 def all_reduce_at(
@@ -105,8 +122,20 @@ def all_reduce_at(
     return time_at(near.points, size_bytes) * ratio
 
 
+def _most_custom_bytes(engine: str, num_ranks: int) -> float:
+    """Larger sums are left to NCCL."""
+    if engine == "shoal":
+        return 0.0
+    limits = _CUSTOM_UP_TO.get(engine, ())
+    return next((size for ranks, size in limits if num_ranks <= ranks), math.inf)
+
+
 def _slowness(link: Link) -> tuple[float, float]:
     return 1 / link.bytes_per_s, link.latency_s
+
+
+def _last_s(table: AllReduceTable) -> float:
+    return table.points[-1][1]
 
 
 def _ranks(table: AllReduceTable) -> int:

@@ -28,6 +28,7 @@ class Part:
 
     size_bytes: float
     flops: float
+    is_attention: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +82,7 @@ class ShardWork:
             yield Part(self.head_bytes, 2.0 * sampled * self.head_weights)
         reads = sum(n * each for n, each in zip(self.layers_by_window, load.kv_tokens, strict=True))
         pairs = sum(n * each for n, each in zip(self.layers_by_window, load.pairs, strict=True))
-        yield Part(reads * self.kv_layer_bytes, pairs * self.pair_flops)
+        yield Part(reads * self.kv_layer_bytes, pairs * self.pair_flops, is_attention=True)
 
 
 def shard_work(spec: ModelSpec, shard: Shard, numbers: Numbers) -> ShardWork:

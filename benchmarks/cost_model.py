@@ -16,7 +16,7 @@ import platform
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import cache
 from importlib import resources
@@ -47,7 +47,9 @@ LLAMA_70B = ModelSpec(
     tied_embeddings=False,
 )
 KINDS = {"h100_sxm": "H100-SXM", "h200_sxm": "H200-SXM"}
-NUMBERS = Numbers(weights="fp8", tables="bfloat16", compute="fp8")
+_FP8 = Numbers(weights="fp8", tables="bfloat16", compute="fp8")
+NUMBERS = {"vllm": _FP8, "trtllm": replace(_FP8, kv="fp8")}
+"""Checkpoints in fp8 that NVIDIA makes for TensorRT-LLM say fp8 for KV too; vLLM keeps 16 bits."""
 MEMORY_SHARE, RESERVE_BYTES = 0.9, 3.5e9
 SOURCE = "ai-dynamo/aiconfigurator 095f58a (Apache-2.0), Llama-3.1-70B, isl 1024"
 
@@ -95,7 +97,7 @@ def replica_of(row: Row) -> ReplicaCost:
     )
     plan = ReplicaPlan(stages=(stage,), routes=default_routes((stage,)))
     cluster = Cluster(hosts=(host,), devices=tuple(devices))
-    return ReplicaCost(LLAMA_70B, plan, cluster, NUMBERS, engine=row.engine)
+    return ReplicaCost(LLAMA_70B, plan, cluster, NUMBERS[row.engine], engine=row.engine)
 
 
 @cache

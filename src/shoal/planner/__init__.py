@@ -5,6 +5,8 @@
     profiles.py    a tensor-parallel group: times and memory of its layers, split by split
     fill.py        layers over the stages of a pipeline
     pipeline.py    what a pipeline of groups gives: TPOT, TTFT, requests per second
+    prompts.py     a replica that only starts requests
+    ceiling.py     what a pipeline can't exceed, for little work
     service.py     the most and the quickest that it can do
     chains.py      every pipeline of a few devices
     small.py       the best plan of few devices: all of them are looked at
@@ -14,6 +16,7 @@
     search.py      one of both; where a wish can't be met, the nearest plan
     what_if.py     left out and why; a device less, slower, or more; what other wishes give
     to_plan.py     the outcome as a Plan
+    placement.py   a Plan from layers that others gave to devices, overlapping as they may
     explain.py     the outcome for people
     engines.py     the nearest configuration of other engines, and what they can't express
 

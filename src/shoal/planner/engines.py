@@ -115,6 +115,11 @@ def _even_limits(replica: ReplicaPlan, engine: str) -> list[str]:
 
 def _common_limits(replica: ReplicaPlan, engine: str) -> list[str]:
     lines = []
+    if replica.role != "any":
+        lines.append(
+            f"# {engine}: that this replica is for {replica.role} only is not expressed; it takes "
+            "whole requests"
+        )
     if any(len(stage.instances) > 1 for stage in replica.stages):
         lines.append(
             f"# {engine}: a stage with several instances can't be expressed; one of each is left"

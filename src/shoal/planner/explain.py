@@ -9,6 +9,7 @@ Knows nothing of how a plan is found.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from shoal.core.cluster import Precision
@@ -17,6 +18,7 @@ from shoal.planner.pipeline import Operation, Segment
 from shoal.planner.search import Outcome
 from shoal.planner.small import Choice
 from shoal.planner.what_if import LeftOut, RunnerUp
+from shoal.policy.cost_model.times import StepTime
 
 QUALITY: Mapping[Precision, str] = {
     "float32": "as trained",
@@ -102,6 +104,8 @@ def _error(outcome: Outcome) -> float:
 
 def _replica(choice: Choice, operation: Operation) -> dict[str, Any]:
     return {
+        "role": choice.chain.role,
+        "moved_s": choice.chain.moved_s,
         "requests_per_s": choice.rate_per_s,
         "ttft_s": operation.ttft_s,
         "tpot_s": operation.tpot_s,
@@ -128,7 +132,13 @@ def _stages(choice: Choice, operation: Operation) -> list[dict[str, Any]]:
         step = variant.layer_time(operation.batch).times(len(layers))
         if ends[1]:
             step = step + variant.end_time(operation.batch)
+        else:
+            step = replace(step, overhead_s=step.overhead_s + variant.step_s)
         prompts = operation.batch / goal.output_tokens * len(layers) * variant.prompt_layer_s
+        if choice.chain.role == "prefill":
+            step, prompts = StepTime(), len(layers) * variant.prompt_layer_s
+        elif choice.chain.role == "decode":
+            prompts = 0.0
         kinds = dict.fromkeys(each.source for each in variant.cost.constants)
         rows.append(
             {
@@ -187,6 +197,9 @@ def _summary(found: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"{found['usd_per_hour']:.2f} USD/h, {per_million:.2f} USD per million output tokens"
         )
+    if found["watts"] is not None and found["tokens_per_s"]:
+        joules = found["watts"] / found["tokens_per_s"]
+        lines.append(f"{found['watts']:,.0f} W, {joules:.2g} J an output token when all are busy")
     if found["exact"]:
         lines.append("all plans of these devices were looked at")
     else:
@@ -203,6 +216,8 @@ def _stage_table(found: Mapping[str, Any]) -> list[str]:
     rows: list[tuple[str, ...]] = [head]
     for (first, last), replica in _runs(found["replicas"]):
         name = str(first) if first == last else f"{first}-{last}"
+        if replica["role"] != "any":
+            name += f" {replica['role']}"
         for index, each in enumerate(replica["stages"]):
             count = len(each["instances"])
             devices = each["kind"] if count == 1 else f"{count} x ({each['kind']})"
@@ -223,7 +238,9 @@ def _stage_table(found: Mapping[str, Any]) -> list[str]:
 
 
 def _explanation(found: Mapping[str, Any]) -> list[str]:
-    lines = ["", "a decode step, ms"]
+    lines = ["", "a decode step, or a prompt of a replica that only starts requests, ms"]
+    if all(each["role"] == "any" for each in found["replicas"]):
+        lines = ["", "a decode step, ms"]
     head = ("replica", "stage", "batch", "memory", "compute", "layers", "sums", "prompts", "total")
     rows: list[tuple[str, ...]] = [head]
     parts = ("memory_s", "compute_s", "overhead_s", "communication_s", "prompts_s")
@@ -240,11 +257,7 @@ def _explanation(found: Mapping[str, Any]) -> list[str]:
         for index, each in enumerate(replica["stages"]):
             if each["summed_bytes_per_token"]:
                 lines.append(_sent(first, index, each))
-    lines += [
-        f"replica {first}: {each['sequences']} sequences, in {each['micro_batches']} batches of "
-        f"{each['batch']}"
-        for (first, _), each in _runs(found["replicas"])
-    ]
+    lines += [_work(first, each) for (first, _), each in _runs(found["replicas"])]
     for precision, cost in _precisions(found):
         lines.append(f"weights in {precision}: {cost}")
     for source in _constants(found):
@@ -258,6 +271,19 @@ def _explanation(found: Mapping[str, Any]) -> list[str]:
         )
     for each in found["one_more"]:
         lines.append(f"one more {each['kind']}: {each['requests_per_s']:+.3g} requests/s")
+    return lines
+
+
+def _work(first: int, replica: Mapping[str, Any]) -> str:
+    """What it has to do at one time."""
+    if replica["role"] == "prefill":
+        return f"replica {first} starts up to {replica['requests_per_s']:.3g} requests/s"
+    lines = (
+        f"replica {first}: {replica['sequences']} sequences, in {replica['micro_batches']} batches "
+        f"of {replica['batch']}"
+    )
+    if replica["role"] == "decode":
+        lines += f"; KV of a prompt takes {_ms(replica['moved_s'])} to get here"
     return lines
 
 
@@ -284,7 +310,11 @@ def _runs(replicas: Sequence[Any]) -> list[tuple[tuple[int, int], Any]]:
 
 def _likeness(replica: Mapping[str, Any]) -> list[Any]:
     rate = f"{replica['requests_per_s']:.2g}"
-    return [rate, *((s["kind"], s["layers"], s["precision"]) for s in replica["stages"])]
+    return [
+        replica["role"],
+        rate,
+        *((s["kind"], s["layers"], s["precision"]) for s in replica["stages"]),
+    ]
 
 
 def _precisions(found: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -74,14 +74,13 @@ def fill(
     stages: Sequence[StageTimes], num_layers: int, num_micro_batches: int, hops_s: float
 ) -> tuple[int, ...] | None:
     """Layers of each stage, at least 1; None: they have no room for all."""
-    if len(stages) > num_layers or sum(each.most_layers for each in stages) < num_layers:
-        return None
-    if any(each.most_layers < 1 for each in stages):
+    room = [each.most_layers for each in stages]
+    if len(stages) > num_layers or sum(room) < num_layers or min(room) < 1:
         return None
     if len(stages) == 1:
         return (num_layers,)
     order = sorted(range(len(stages)), key=lambda index: stages[index].time_s(1))
-    best = _filled([each.most_layers for each in stages], order, num_layers)
+    best = _filled(room, order, num_layers)
     assert best is not None, "room was counted above"
     path, slowest = periods(stages, best, num_micro_batches, hops_s)
     best_s = max(path, slowest)
@@ -110,9 +109,12 @@ def periods(
     stages: Sequence[StageTimes], layers: Sequence[int], num_micro_batches: int, hops_s: float
 ) -> tuple[float, float]:
     """A token's way through all stages, and what the slowest takes for all micro-batches."""
-    times = [each.time_s(n) for n, each in zip(layers, stages, strict=True)]
-    slowest = max(t / each.num_instances for t, each in zip(times, stages, strict=True))
-    return sum(times) + hops_s, num_micro_batches * slowest
+    path, slowest = hops_s, 0.0
+    for count, each in zip(layers, stages, strict=True):
+        time = each.time_s(count)
+        path += time
+        slowest = max(slowest, time / each.num_instances)
+    return path, num_micro_batches * slowest
 
 
 def _filled(room: Sequence[int], order: Sequence[int], num_layers: int) -> list[int] | None:
@@ -121,7 +123,9 @@ def _filled(room: Sequence[int], order: Sequence[int], num_layers: int) -> list[
         return None
     layers, left = [1] * len(room), num_layers - len(room)
     for index in order:
-        more = min(room[index] - 1, left)
-        layers[index] += more
-        left -= more
+        if room[index] > left:
+            layers[index] += left
+            return layers
+        layers[index] = room[index]
+        left -= room[index] - 1
     return None if left else layers

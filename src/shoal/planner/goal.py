@@ -55,6 +55,7 @@ class Goal:
         precisions: of weights that a stage may have, the best quality first.
         kv_precision: of KV.
         max_concurrency: requests that one replica takes at once.
+        may_specialise: some replicas may start requests, and others go on with them.
 
     Raises:
         ConfigError: numbers that no workload has, an objective without the rate it needs.
@@ -70,6 +71,7 @@ class Goal:
     precisions: tuple[Precision, ...] = ("bfloat16",)
     kv_precision: Precision = "bfloat16"
     max_concurrency: int = 256
+    may_specialise: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("input", self.input_tokens), ("output", self.output_tokens)):
@@ -78,8 +80,12 @@ class Goal:
                     f"{name} tokens are {value:g}; a request has at least 1, and fewer than 10 "
                     "million"
                 )
-        if self.rate_per_s is not None and not 0 < self.rate_per_s < 1e7:
-            raise ConfigError(f"the rate is {self.rate_per_s:g} requests/s; it must be more than 0")
+        if self.rate_per_s is not None and not 0 < self.rate_per_s < math.inf:
+            raise ConfigError(
+                f"the rate is {self.rate_per_s:g} requests/s; it must be a number of more than 0"
+            )
+        if self.kv_precision == "int4":
+            raise ConfigError("KV is not kept in int4; take bfloat16, fp8 or int8")
         if self.max_concurrency < 1:
             raise ConfigError(f"max concurrency is {self.max_concurrency}; it must be at least 1")
         if self.objective == "cost" and self.rate_per_s is None:

@@ -14,7 +14,7 @@ instance here. Knows nothing of reasons.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shoal.core.cluster import Device
 from shoal.planner.chains import Bench
@@ -268,7 +268,9 @@ class LargeSearch:
         names = [each.name for each in devices]
         bench = Bench(self.problem, devices)
         if len(names) <= MOST_DEVICES:
-            return list(SmallSearch(self.problem, bench, names).most_goodput())
+            # Beside replicas for whole requests, so are these.
+            alike = replace(self.problem, goal=replace(self.problem.goal, may_specialise=False))
+            return list(SmallSearch(alike, bench, names).most_goodput())
         groups = [bench.group([name]) for name in names]
         usable = [Segment((each,)) for each in groups if each.variants]
         if not usable or len(usable) > min(self.problem.spec.num_layers, _MOST_STAGES):

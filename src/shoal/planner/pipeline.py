@@ -17,13 +17,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 from shoal.core.cluster import Cluster, Link
+from shoal.core.plan import Role
 from shoal.planner.fill import Option, StageTimes, fill, periods
 from shoal.planner.goal import Goal
 from shoal.planner.profiles import Group, Problem
 from shoal.policy.cost_model.transport import message_s
+
+Fixed = tuple[tuple[int, ...], tuple[int, ...]] | None
+"""Layers and variants of each stage; None: the best for each batch."""
 
 CHUNK_TOKENS = 512
 """Of a prompt that are computed in one Step."""
@@ -88,7 +93,8 @@ class Chain:
     """Segments in order; layers and batches are still free.
 
     Args:
-        thorough: all counts of micro-batches are tried, not only one and one for each stage.
+        thorough: all counts of micro-batches are tried, not only one for each stage and, where that
+            is too many, one.
     """
 
     def __init__(
@@ -96,17 +102,29 @@ class Chain:
     ) -> None:
         self.segments = tuple(segments)
         self.thorough = thorough
+        self.role: Role = "any"
+        self.moved_s = 0.0
         self.goal: Goal = problem.goal
         self.spec = problem.spec
         self.hops = _hops(problem, self.segments)
         last = len(self.segments) - 1
         self.ends = tuple((index == 0, index == last) for index in range(len(self.segments)))
 
+    def acting(self, role: Role, moved_s: float = 0.0) -> Chain:
+        """The same for a part of every request.
+
+        Args:
+            moved_s: until a request's KV is here.
+        """
+        other = copy(self)
+        other.role, other.moved_s = role, moved_s
+        return other
+
     def micro_batch_counts(self) -> Iterator[int]:
-        """How many micro-batches are worth trying: up to one for each instance."""
+        """How many micro-batches are worth trying, the most first: up to one for each instance."""
         most = sum(each.num_instances for each in self.segments)
         tried = range(1, min(most, _MOST_TRIED) + 1) if self.thorough else (1,)
-        return iter(sorted({*tried, len(self.segments), most}))
+        return iter(sorted({*tried, len(self.segments), most}, reverse=True))
 
     def fastest(
         self, num_micro_batches: int, batch: int, arrivals_per_s: float | None = None
@@ -116,7 +134,7 @@ class Chain:
         Args:
             arrivals_per_s: for which requests wait; None: as many as are carried.
         """
-        stages = self._stages(num_micro_batches, batch)
+        stages = self.stages(num_micro_batches, batch)
         hops_s = self.hops.step_s(batch)
         layers = fill(stages, self.spec.num_layers, num_micro_batches, hops_s)
         if layers is None:
@@ -137,14 +155,15 @@ class Chain:
         """The same with layers and variants that are given."""
         stages = [
             StageTimes((stage.options[variant],), stage.num_instances)
-            for stage, variant in zip(self._stages(num_micro_batches, batch), variants, strict=True)
+            for stage, variant in zip(self.stages(num_micro_batches, batch), variants, strict=True)
         ]
         if any(n > each.most_layers for n, each in zip(layers, stages, strict=True)):
             return None
         batches = (num_micro_batches, batch)
         return self._operation(stages, layers, variants, batches, arrivals_per_s)
 
-    def _stages(self, num_micro_batches: int, batch: int) -> list[StageTimes]:
+    def stages(self, num_micro_batches: int, batch: int) -> list[StageTimes]:
+        """Times and room of each, with so many sequences."""
         return [
             self._stage(segment, ends, num_micro_batches, batch)
             for segment, ends in zip(self.segments, self.ends, strict=True)
@@ -154,11 +173,11 @@ class Chain:
         self, segment: Segment, ends: tuple[bool, bool], num_micro_batches: int, batch: int
     ) -> StageTimes:
         num_sequences = -(-num_micro_batches * batch // segment.num_instances)
-        prompts = batch / self.goal.output_tokens
+        prompts = batch / self.goal.output_tokens if self.role == "any" else 0.0
         options = tuple(
             Option(
                 layer_s=each.layer_s(batch) + prompts * each.prompt_layer_s,
-                fixed_s=each.end_s(batch) if ends[1] else 0.0,
+                fixed_s=each.end_s(batch) if ends[1] else each.step_s,
                 most_layers=each.most_layers(num_sequences, *ends),
             )
             for each in segment.group.variants
@@ -176,10 +195,15 @@ class Chain:
         num_micro_batches, batch = batches
         hops_s = self.hops.step_s(batch)
         path_s, slowest_s = periods(stages, layers, num_micro_batches, hops_s)
-        tpot_s = max(path_s, slowest_s)
-        rate = num_micro_batches * batch / (self.goal.output_tokens * tpot_s)
+        output_tokens = self.goal.output_tokens
+        tpot_s = max(path_s, slowest_s) + self.moved_s / max(output_tokens - 1, 1.0)
+        rate = num_micro_batches * batch / (output_tokens * tpot_s)
+        if self.moved_s:
+            rate = min(rate, 1 / self.moved_s)
         arrivals = rate if arrivals_per_s is None else min(rate, arrivals_per_s)
-        ttft_s = self._ttft_s(layers, variants, arrivals, path_s - hops_s)
+        ttft_s: float | None = 0.0
+        if self.role == "any":
+            ttft_s = self.ttft_s(layers, variants, arrivals, path_s - hops_s)
         if ttft_s is None:
             return None
         return Operation(
@@ -192,10 +216,11 @@ class Chain:
             rate_per_s=rate,
         )
 
-    def _ttft_s(
+    def ttft_s(
         self, layers: tuple[int, ...], variants: tuple[int, ...], rate: float, step_s: float
     ) -> float | None:
-        """None: prompts alone are more than the slowest stage can do."""
+        """With steps of that length in the way; None: prompts alone are more than the slowest stage
+        can do."""
         found = [
             segment.group.variants[variant]
             for segment, variant in zip(self.segments, variants, strict=True)

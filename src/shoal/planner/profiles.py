@@ -90,8 +90,13 @@ class Variant:
             spec, self._ends[True, True], devices, cluster, numbers, engine=engine
         )
         self._rooms = [self._rank_room(device, rank) for rank, device in enumerate(devices)]
+        self._unlike: list[_Room] = []
+        for each in self._rooms:
+            if each not in self._unlike:
+                self._unlike.append(each)
+        self.step_s = self.cost.step_s
         prompt = self.cost.time(problem.prompt())
-        self.prompt_layer_s = prompt.total_s / self._num_layers
+        self.prompt_layer_s = (prompt.total_s - self.step_s) / self._num_layers
         self._layer_s: dict[int, float] = {}
         self._end_s: dict[int, float] = {}
 
@@ -107,10 +112,12 @@ class Variant:
 
     def layer_time(self, batch: int) -> StepTime:
         """The same, by what it is spent on."""
-        return self.cost.time(self.problem.decode(batch)).times(1 / self._num_layers)
+        time = self.cost.time(self.problem.decode(batch))
+        time = replace(time, overhead_s=time.overhead_s - self.step_s)
+        return time.times(1 / self._num_layers)
 
     def end_s(self, batch: int) -> float:
-        """Of embedding and head."""
+        """Of embedding and head, and of any Step."""
         if batch not in self._end_s:
             self._end_s[batch] = self.end_time(batch).total_s
         return self._end_s[batch]
@@ -121,7 +128,7 @@ class Variant:
     def most_layers(self, num_sequences: int, is_first: bool, is_last: bool) -> int:
         """That fit beside the KV of so many sequences, and of the longest one there may be."""
         tokens = self.problem.kept_tokens(num_sequences)
-        return max(min(each.most_layers(tokens, is_first, is_last) for each in self._rooms), 0)
+        return max(min(each.most_layers(tokens, is_first, is_last) for each in self._unlike), 0)
 
     def kv_budgets(self, num_layers: int, is_first: bool, is_last: bool) -> tuple[int, ...]:
         """Bytes that weights and activations of so many layers leave, on each rank."""
@@ -239,6 +246,8 @@ def numbers_for(devices: Sequence[Device], precision: Precision, kv: Precision) 
         weights=kept,
         activations=activations,
         kv=kv if kv == "int8" or kv == "fp8" else activations,
+        # The compiled kernels round what integer weights are multiplied with.
+        compute="int8" if packed and kept in ("int8", "int4") else None,
         packed=packed,
     )
 

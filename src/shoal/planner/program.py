@@ -25,11 +25,13 @@ class Packing:
     bound: float
 
 
-def pack(values: Sequence[float], uses: Sequence[Sequence[int]], stock: Sequence[int]) -> Packing:
+def pack(
+    values: Sequence[float], uses: Sequence[Sequence[float]], stock: Sequence[float]
+) -> Packing:
     """
     Args:
         values: of each column, at least 0.
-        uses: of each column, how much it takes of each resource; something of one at least.
+        uses: of each column, how much it takes of each resource; more than 0 of one at least.
         stock: of each resource.
     """
     rows = [
@@ -90,7 +92,7 @@ def _pivot(
 
 
 def _raised(
-    prices: Sequence[float], values: Sequence[float], uses: Sequence[Sequence[int]]
+    prices: Sequence[float], values: Sequence[float], uses: Sequence[Sequence[float]]
 ) -> tuple[float, ...]:
     """Prices at which no column is worth more than what it takes."""
     scale = 1.0

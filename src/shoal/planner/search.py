@@ -20,7 +20,7 @@ from shoal.planner.large import LargeSearch
 from shoal.planner.pipeline import Operation
 from shoal.planner.profiles import Problem, numbers_for
 from shoal.planner.service import keeps, peak, quickest
-from shoal.planner.small import MOST_DEVICES, Choice, SmallSearch
+from shoal.planner.small import MOST_DEVICES, Choice, SmallSearch, carried
 from shoal.policy.cost_model.memory import weight_bytes
 from shoal.policy.cost_model.numbers import Numbers
 
@@ -54,7 +54,7 @@ class Outcome:
     @property
     def capacity_per_s(self) -> float:
         """Requests that all replicas carry."""
-        return sum(each.rate_per_s for each in self.choices)
+        return carried(self.choices)
 
     @property
     def gap(self) -> float:
@@ -78,15 +78,18 @@ class Outcome:
         return self.mean("latency")
 
     def mean(self, what: Literal["ttft", "tpot", "latency"]) -> float:
-        """Of "ttft", "tpot" or "latency", over requests as replicas share them."""
-        weights = [each.rate_per_s for each in self.choices]
-        pairs = zip(weights, self.at_rate, strict=True)
-        return sum(weight * self._of(each, what) for weight, each in pairs) / sum(weights)
-
-    def _of(self, operation: Operation, what: str) -> float:
+        """Over requests, as replicas share them."""
         if what == "latency":
-            return operation.latency_s(self.problem.goal.output_tokens)
-        return operation.ttft_s if what == "ttft" else operation.tpot_s
+            later_s = (self.problem.goal.output_tokens - 1) * self.mean("tpot")
+            return self.mean("ttft") + later_s
+        others = "decode" if what == "ttft" else "prefill"
+        total = weights = 0.0
+        for choice, operation in zip(self.choices, self.at_rate, strict=True):
+            if choice.chain.role != others:
+                value = operation.ttft_s if what == "ttft" else operation.tpot_s
+                total += choice.rate_per_s * value
+                weights += choice.rate_per_s
+        return total / weights
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -134,7 +137,7 @@ def _outcome(
         return None
     goal = problem.goal
     full = tuple(_at_its_most(each) for each in choices)
-    total = sum(each.rate_per_s for each in full)
+    total = carried(full)
     unmet: tuple[str, ...] = ()
     rate = goal.rate_per_s
     if rate is not None and rate > total * (1 + 1e-9):
@@ -145,17 +148,18 @@ def _outcome(
         rate = None
     at_rate: list[Operation] = []
     for each in full:
-        operation = each.operation
-        if rate is not None or goal.objective == "latency":
-            own = (rate or 0.0) * each.rate_per_s / total
+        operation, role = each.operation, each.chain.role
+        if rate is not None or goal.objective == "latency" or role != "any":
+            flow = total if rate is None and role != "any" else rate or 0.0
+            own = flow * each.rate_per_s / sum(c.rate_per_s for c in full if c.chain.role == role)
             fixed = (operation.layers, operation.variants)
             operation = quickest(each.chain, own, fixed) or operation
         at_rate.append(operation)
     if not unmet and not all(keeps(goal, each) for each in at_rate):
-        worst = max(at_rate, key=lambda each: each.tpot_s)
+        tpot_s, ttft_s = max(o.tpot_s for o in at_rate), max(o.ttft_s for o in at_rate)
         unmet = (
-            f"the SLO ({goal.slo}): at this rate TPOT is {worst.tpot_s * 1e3:.3g} ms and TTFT "
-            f"{worst.ttft_s * 1e3:.3g} ms; lower --rate, add devices, or take --objective goodput",
+            f"the SLO ({goal.slo}): at this rate TPOT is {tpot_s * 1e3:.3g} ms and TTFT "
+            f"{ttft_s * 1e3:.3g} ms; lower --rate, add devices, or take --objective goodput",
         )
     return Outcome(
         problem=problem,

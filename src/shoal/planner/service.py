@@ -9,22 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from shoal.planner.goal import Goal
-from shoal.planner.pipeline import Chain, Operation
+from shoal.planner.pipeline import Chain, Fixed, Operation
+from shoal.planner.prompts import starting
 
 _SLACK = 1e-9
-
-Fixed = tuple[tuple[int, ...], tuple[int, ...]] | None
-"""Layers and variants of each stage; None: the best for each batch."""
 
 
 def peak(chain: Chain, fixed: Fixed = None) -> Operation | None:
     """The most requests per second that keep the SLO; None: not even one request does."""
-    found = (_largest(chain, count, fixed) for count in chain.micro_batch_counts())
-    return max(
-        (each for each in found if each is not None),
-        key=lambda each: each.rate_per_s,
-        default=None,
-    )
+    if chain.role == "prefill":
+        return starting(chain, None, fixed)
+    every = (_largest(chain, count, fixed) for count in chain.micro_batch_counts())
+    found = (each for each in every if each is not None)
+    if not chain.thorough:
+        return next(found, None)  # more in flight carry more, if they keep the SLO at all
+    return max(found, key=lambda each: each.rate_per_s, default=None)
 
 
 def quickest(chain: Chain, rate_per_s: float, fixed: Fixed = None) -> Operation | None:
@@ -32,6 +31,8 @@ def quickest(chain: Chain, rate_per_s: float, fixed: Fixed = None) -> Operation 
 
     The SLO is not asked: who wants low latency gets the lowest there is.
     """
+    if chain.role == "prefill":
+        return starting(chain, rate_per_s, fixed)
     counts = chain.micro_batch_counts()
     found = (_smallest(chain, count, rate_per_s, fixed) for count in counts)
     return min(
@@ -60,7 +61,7 @@ def _largest(chain: Chain, count: int, fixed: Fixed) -> Operation | None:
             best = found
         return True
 
-    _last(fits, chain.goal.max_concurrency // count)
+    last(fits, chain.goal.max_concurrency // count)
     return best
 
 
@@ -70,7 +71,7 @@ def _smallest(chain: Chain, count: int, rate_per_s: float, fixed: Fixed) -> Oper
         return found is not None and found.rate_per_s < rate_per_s
 
     most = chain.goal.max_concurrency // count
-    batch = _last(too_small, most) + 1
+    batch = last(too_small, most) + 1
     found = _at(chain, count, batch, fixed, rate_per_s) if batch <= most else None
     return found if found is not None and found.rate_per_s >= rate_per_s else None
 
@@ -83,7 +84,7 @@ def _at(
     return chain.at(*fixed, count, batch, arrivals_per_s)
 
 
-def _last(holds: Callable[[int], bool], most: int) -> int:
+def last(holds: Callable[[int], bool], most: int) -> int:
     """The last of 1, 2, ..., most for which it holds, where it holds for all before; 0: none."""
     low, high = 0, 1
     while high <= most and holds(high):

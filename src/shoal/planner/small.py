@@ -4,8 +4,10 @@
     each       all its pipelines (`chains.py`), with the best layers for the batch it works at
 
 Goodput and cost add up over replicas, so that sets of devices are looked at once each (dynamic
-programming over sets). Latency does not: requests are shared out by what replicas could carry, and
-a replica's best pipeline depends on its share; a few candidates of each set are kept for that.
+programming over sets): of replicas that do all of a request, or of those that start requests and
+those that go on with them, by themselves. Latency does not: requests are shared out by what
+replicas could carry, and a replica's best pipeline depends on its share; a few candidates of each
+set are kept for that.
 Knows nothing of many devices: the work doubles and more with each.
 """
 
@@ -14,9 +16,12 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
+from shoal.core.plan import Role
+from shoal.planner.ceiling import ceiling
 from shoal.planner.chains import Bench, Names, partitions
 from shoal.planner.pipeline import Chain, Operation, Segment
 from shoal.planner.profiles import Problem
+from shoal.planner.prompts import moved_s
 from shoal.planner.service import peak, quickest
 
 MOST_DEVICES = 6
@@ -25,6 +30,8 @@ _SHARES = (1.0, 0.5, 0.25)
 """Of the rate, at which pipelines of a set compete for being kept."""
 _WORTH_RATE, _WORTH_LATENCY = 1e-3, 5e-3
 """Gains below that are none: fewer devices are better then."""
+_WORTH_ROLES = 5e-3
+"""Moving KV about for less than that is not worth it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +51,17 @@ class Choice:
         return self.operation.rate_per_s
 
 
+_Memo = dict[Names, tuple[float, tuple[Choice, ...]]]
+
+
 class SmallSearch:
     """Args: `names` of the devices, at most `MOST_DEVICES`."""
 
     def __init__(self, problem: Problem, bench: Bench, names: Sequence[str]) -> None:
         self.problem, self.bench, self.names = problem, bench, tuple(names)
         self._kept: dict[Hashable, tuple[Choice, ...]] = {}
+        self._chains: dict[Hashable, tuple[Chain, ...]] = {}
+        self._memos: dict[Role, _Memo] = {}
 
     def most_goodput(self) -> tuple[Choice, ...]:
         """The most requests per second within the SLO; empty: not one."""
@@ -62,7 +74,7 @@ class SmallSearch:
         best: tuple[float, float, tuple[Choice, ...]] | None = None
         for names in subsets(self.names):
             found = self._best_of(names)
-            rate = sum(each.rate_per_s for each in found)
+            rate = carried(found)
             price = sum(goal.price(self.bench.devices[n]) for each in found for n in each.names)
             if rate >= goal.rate_per_s and (best is None or (price, -rate) < best[:2]):
                 best = price, -rate, found
@@ -81,11 +93,11 @@ class SmallSearch:
                     best = found
         return best[1] if best else ()
 
-    def candidates(self, names: Names) -> tuple[Choice, ...]:
+    def candidates(self, names: Names, role: Role = "any") -> tuple[Choice, ...]:
         """Pipelines of exactly these devices that are best at something; the most goodput first."""
-        key = self.bench.key(names)
+        key = role, self.bench.key(names)
         if key not in self._kept:
-            self._kept[key] = tuple(self._find(names))
+            self._kept[key] = tuple(self._find(names, role))
         kept = self._kept[key]
         if kept and sorted(kept[0].names) != sorted(names):
             return tuple(
@@ -93,13 +105,16 @@ class SmallSearch:
             )
         return kept
 
-    def _find(self, names: Names) -> Iterator[Choice]:
+    def _find(self, names: Names, role: Role) -> Iterator[Choice]:
         goal = self.problem.goal
-        chains = list(self.bench.chains(names))
-        peaks = [(chain, peak(chain)) for chain in chains]
-        carrying = [Choice(chain, found) for chain, found in peaks if found is not None]
-        if carrying:
-            yield max(carrying, key=lambda each: each.rate_per_s)
+        arrives_s = moved_s(self.problem, names) if role == "decode" else 0.0
+        key = self.bench.key(names)
+        if key not in self._chains:
+            self._chains[key] = tuple(self.bench.chains(names))
+        chains = [each.acting(role, arrives_s) for each in self._chains[key]]
+        best = _most_carrying(chains)
+        if best is not None:
+            yield best
         if goal.objective != "latency":
             return
         rates = (0.0,) if goal.rate_per_s is None else [each * goal.rate_per_s for each in _SHARES]
@@ -111,21 +126,33 @@ class SmallSearch:
 
     def _best_of(self, names: Names) -> tuple[Choice, ...]:
         """Replicas of some of these devices that together carry most."""
-        memo: dict[Names, tuple[float, tuple[Choice, ...]]] = {(): (0.0, ())}
-        return self._most(names, memo)[1]
+        best = self._in_role(names, "any")
+        if not self.problem.goal.may_specialise:
+            return best
+        most = carried(best) * (1 + _WORTH_ROLES)
+        for starters in subsets(names):
+            starting = self._in_role(starters, "prefill")
+            if sum(each.rate_per_s for each in starting) <= most:
+                continue
+            others = tuple(each for each in names if each not in starters)
+            both = (*starting, *self._in_role(others, "decode"))
+            if carried(both) > most and _keep_alike(both):
+                best, most = both, carried(both)
+        return best
 
-    def _most(
-        self, names: Names, memo: dict[Names, tuple[float, tuple[Choice, ...]]]
-    ) -> tuple[float, tuple[Choice, ...]]:
+    def _in_role(self, names: Names, role: Role) -> tuple[Choice, ...]:
+        return self._most(names, role, self._memos.setdefault(role, {(): (0.0, ())}))[1]
+
+    def _most(self, names: Names, role: Role, memo: _Memo) -> tuple[float, tuple[Choice, ...]]:
         if names not in memo:
             first, rest = names[0], names[1:]
-            best = self._most(rest, memo)  # without the first
+            best = self._most(rest, role, memo)  # without the first
             for others in (*subsets(rest), ()):
-                found = self.candidates((first, *others))
+                found = self.candidates((first, *others), role)
                 if not found:
                     continue
                 left = tuple(each for each in rest if each not in others)
-                rate, choices = self._most(left, memo)
+                rate, choices = self._most(left, role, memo)
                 if rate + found[0].rate_per_s > best[0] * (1 + _WORTH_RATE):
                     best = rate + found[0].rate_per_s, (found[0], *choices)
             memo[names] = best
@@ -153,6 +180,37 @@ class SmallSearch:
         return mean_s, tuple(choices)
 
 
+def carried(choices: Sequence[Choice]) -> float:
+    """Requests per second: those that are started must also be gone on with."""
+    rates: dict[Role, float] = {"any": 0.0, "prefill": 0.0, "decode": 0.0}
+    for each in choices:
+        rates[each.chain.role] += each.rate_per_s
+    return rates["any"] + min(rates["prefill"], rates["decode"])
+
+
+def _keep_alike(choices: Sequence[Choice]) -> bool:
+    """Whether all keep the same numbers: KV of others would be computed again."""
+    kept = {
+        segment.group.variants[number].numbers
+        for each in choices
+        for segment, number in zip(each.chain.segments, each.operation.variants, strict=True)
+    }
+    return len(kept) == 1
+
+
+def _most_carrying(chains: Sequence[Chain]) -> Choice | None:
+    """The most requests per second; those that cannot reach what was found are not looked at."""
+    best: Choice | None = None
+    ceilings = [(ceiling(chain), index) for index, chain in enumerate(chains)]
+    for most, index in sorted(ceilings, key=lambda each: (-each[0], each[1])):
+        if most <= (best.rate_per_s if best else 0.0):
+            break
+        found = peak(chains[index])
+        if found is not None and (best is None or found.rate_per_s > best.rate_per_s):
+            best = Choice(chains[index], found)
+    return best
+
+
 def subsets(names: Names) -> Iterator[Names]:
     """All but the empty one, the small ones first."""
     masks = sorted(range(1, 1 << len(names)), key=lambda mask: (mask.bit_count(), mask))
@@ -176,4 +234,4 @@ def moved(bench: Bench, chain: Chain, names: Names) -> Chain:
         Segment(tuple(bench.group(swapped(group.names)) for group in segment.groups))
         for segment in chain.segments
     ]
-    return Chain(bench.problem, segments)
+    return Chain(bench.problem, segments).acting(chain.role, chain.moved_s)

@@ -51,7 +51,8 @@ def replica_plan(choice: Choice, cluster: Cluster) -> ReplicaPlan:
                 )
             )
         )
-    replica = ReplicaPlan(stages=tuple(stages), routes=default_routes(tuple(stages)))
+    routes = default_routes(tuple(stages))
+    replica = ReplicaPlan(stages=tuple(stages), routes=routes, role=chain.role)
     check(replica, chain.spec)
     return replica
 

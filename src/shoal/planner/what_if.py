@@ -97,6 +97,8 @@ def _reason(outcome: Outcome, device: Device) -> str:
         return f"the others carry {goal.rate_per_s:g} requests/s without it"
     best: tuple[float, Choice, Operation] | None = None
     for choice in outcome.choices:
+        if choice.chain.role == "prefill":
+            continue  # more of them would start more than the others can go on with
         found = _with_one_more(problem, choice, device)
         if found is not None and (best is None or found.rate_per_s > best[0]):
             best = found.rate_per_s, choice, found
@@ -128,7 +130,8 @@ def _longer(problem: Problem, choice: Choice, device: Device) -> Chain | None:
     segments = choice.chain.segments
     if not group.variants or len(segments) >= problem.spec.num_layers:
         return None
-    return Chain(problem, (Segment((group,)), *segments), thorough=False)
+    longer = Chain(problem, (Segment((group,)), *segments), thorough=False)
+    return longer.acting(choice.chain.role, choice.chain.moved_s)
 
 
 def one_more(outcome: Outcome) -> Iterator[tuple[str, float]]:
@@ -147,18 +150,13 @@ def one_more(outcome: Outcome) -> Iterator[tuple[str, float]]:
     cluster = problem.cluster
     if len(cluster.devices) >= MOST_DEVICES:
         return
-    seen = set()
-    for device in cluster.devices:
-        if device.kind in seen:
-            continue
-        seen.add(device.kind)
+    goal = replace(problem.goal, objective="goodput", rate_per_s=None)
+    now = outcome if goal == problem.goal else find_plan(replace(problem, goal=goal))
+    for device in {each.kind: each for each in reversed(cluster.devices)}.values():
         grown = _grown(cluster, device)
-        if grown is None:
-            continue
-        goal = replace(problem.goal, objective="goodput", rate_per_s=None)
-        found = find_plan(replace(problem, cluster=grown, goal=goal))
-        now = find_plan(replace(problem, goal=goal))
-        yield device.kind, found.capacity_per_s - now.capacity_per_s
+        if grown is not None:
+            found = find_plan(replace(problem, cluster=grown, goal=goal))
+            yield device.kind, found.capacity_per_s - now.capacity_per_s
 
 
 def _grown(cluster: Cluster, device: Device) -> Cluster | None:
@@ -192,10 +190,11 @@ def runner_ups(outcome: Outcome) -> Iterator[RunnerUp]:
         ),
         ("most requests per second, no SLO", replace(goal, objective="goodput", slo=Slo())),
         ("most requests per second", replace(goal, objective="goodput")),
+        ("replicas for prompts only (--roles)", replace(goal, may_specialise=True)),
     )
     seen = {_shape(outcome)}
     for wish, other in wishes:
-        if other == goal:
+        if other == goal or (other.may_specialise and goal.objective == "latency"):
             continue
         found = find_plan(replace(problem, goal=other))
         if _shape(found) not in seen:
@@ -205,6 +204,6 @@ def runner_ups(outcome: Outcome) -> Iterator[RunnerUp]:
 
 def _shape(outcome: Outcome) -> tuple[object, ...]:
     return tuple(
-        (each.operation.layers, tuple(s.group.names for s in each.chain.segments))
+        (each.chain.role, each.operation.layers, tuple(s.group.names for s in each.chain.segments))
         for each in outcome.choices
     )

@@ -1,0 +1,83 @@
+"""What no way to run a pipeline exceeds, for little work: most pipelines need no closer look.
+
+    TPOT    >= path(b)              whatever the layers, and however many batches are in flight
+    rate    <= b / (O x share(b))   share: of the slowest stage, with layers in fractions
+
+for b sequences in a batch, at the largest b whose path keeps the SLO and whose KV has room; both
+with the fastest split of each stage, even where it has no room. The rate rises with b: weights are
+read once for more. Knows nothing of how pipelines are found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from shoal.planner.fill import StageTimes
+from shoal.planner.pipeline import Chain
+from shoal.planner.prompts import MOST_BUSY, prompt_stages
+from shoal.planner.service import last
+
+_HALVINGS = 20
+
+_Relaxed = tuple[float, float, int, int]
+"""Seconds of a layer and beside them, room, instances."""
+
+
+def ceiling(chain: Chain) -> float:
+    """Requests per second; 0: not even one request keeps the TPOT that is asked for."""
+    goal, num_layers = chain.goal, chain.spec.num_layers
+    if chain.role == "prefill":
+        stages = _relaxed(prompt_stages(chain))
+        if _path_s(stages, num_layers) is None:
+            return 0.0
+        return MOST_BUSY / _slowest_s(stages, num_layers)
+
+    def fits(batch: int) -> bool:
+        stages = _relaxed(chain.stages(1, batch))
+        path_s = _path_s(stages, num_layers)
+        if path_s is None:
+            return False
+        return goal.slo.tpot_s is None or path_s + chain.hops.step_s(batch) <= goal.slo.tpot_s
+
+    batch = last(fits, goal.max_concurrency)
+    if not batch:
+        return 0.0
+    share_s = _slowest_s(_relaxed(chain.stages(1, batch)), num_layers)
+    return batch / (goal.output_tokens * share_s)
+
+
+def _relaxed(stages: Sequence[StageTimes]) -> list[_Relaxed]:
+    return [
+        (
+            min(option.layer_s for option in each.options),
+            min(option.fixed_s for option in each.options),
+            each.most_layers,
+            each.num_instances,
+        )
+        for each in stages
+    ]
+
+
+def _path_s(stages: Sequence[_Relaxed], num_layers: int) -> float | None:
+    """Through all stages, the most layers on the quickest; None: no room."""
+    left = num_layers - len(stages)
+    if left < 0 or min(most for _, _, most, _ in stages) < 1:
+        return None
+    total = 0.0
+    for layer_s, fixed_s, most, _ in sorted(stages):
+        more = min(most - 1, left)
+        left -= more
+        total += fixed_s + (1 + more) * layer_s
+    return None if left else total
+
+
+def _slowest_s(stages: Sequence[_Relaxed], num_layers: int) -> float:
+    """The least that the slowest stage can take, where layers may be cut."""
+    low, high = 0.0, max((fixed + layer * most) / k for layer, fixed, most, k in stages)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        held = sum(
+            min(most, max(middle * k - fixed, 0.0) / layer) for layer, fixed, most, k in stages
+        )
+        low, high = (low, middle) if held >= num_layers else (middle, high)
+    return low

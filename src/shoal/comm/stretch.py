@@ -1,6 +1,7 @@
 """A slower device than there is: a thread's own measured CPU time, stretched to a given speed.
 
     with speed 0.3                      CPU 3 ms → owes 7 ms, and sleeps them
+    and it waited 2 ms for a core       owes 5 ms: it would have had a core of its own
 
 What is stretched is work that ran, not a model of it; waiting and sleeping cost nothing more. For
 the lab. Knows nothing of what is computed.
@@ -8,6 +9,8 @@ the lab. Knows nothing of what is computed.
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 
 from shoal.core.errors import ConfigError
@@ -21,7 +24,7 @@ class Stretch:
 
     def __init__(self, speed: float = 1.0) -> None:
         self.set_speed(speed)
-        self._began_ns: int | None = None
+        self._began_ns: tuple[int, int] | None = None
         self._debt_ns = 0.0
 
     def set_speed(self, speed: float) -> None:
@@ -29,13 +32,15 @@ class Stretch:
         self._owed_per_ns = 1 / checked_speed(speed) - 1
 
     def begin(self) -> None:
-        self._began_ns = time.thread_time_ns() if self._owed_per_ns else None
+        self._began_ns = (time.thread_time_ns(), _core_wait_ns()) if self._owed_per_ns else None
 
     def pay(self) -> None:
         """Sleep off what was computed since `begin`; a sleep's own error is carried over."""
         if self._began_ns is None:
             return
-        self._debt_ns += (time.thread_time_ns() - self._began_ns) * self._owed_per_ns
+        computed_ns, waited_ns = time.thread_time_ns(), _core_wait_ns()
+        computed_ns, waited_ns = computed_ns - self._began_ns[0], waited_ns - self._began_ns[1]
+        self._debt_ns += max(0.0, computed_ns * self._owed_per_ns - waited_ns)
         self._began_ns = None
         if self._debt_ns > _SMALLEST_SLEEP_NS:
             slept_from = time.monotonic_ns()
@@ -53,3 +58,17 @@ def checked_speed(speed: float) -> float:
             f"a worker's speed is {speed}; give a number above 0, and at most 1.0 (as it is)"
         )
     return speed
+
+
+def _core_wait_ns() -> int:
+    """How long this thread was ready to run and had no core; 0 where the kernel does not say."""
+    try:
+        file = os.open(f"/proc/self/task/{threading.get_native_id()}/schedstat", os.O_RDONLY)
+    except OSError:
+        return 0
+    try:
+        return int(os.read(file, 64).split()[1])
+    except (OSError, IndexError, ValueError):
+        return 0
+    finally:
+        os.close(file)

@@ -71,8 +71,8 @@ class Agent:
             return "", f"{name} is another model on {socket.gethostname()}; copy {path} there"
         return str(found.path), ""
 
-    def start(self, executor_address: str, num_threads: int | None) -> int:
-        """Start the worker; its process id.
+    def start(self, executor_address: str, num_threads: int | None, module: str) -> int:
+        """Start the worker, which `module` is; its process id.
 
         Called in the main thread, as the worker ends with the thread that started it.
         """
@@ -84,7 +84,7 @@ class Agent:
             env["OMP_NUM_THREADS"] = str(num_threads)
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-m", "shoal.worker.process", str(theirs.fileno())],
+                [sys.executable, "-m", module, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,

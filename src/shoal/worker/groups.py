@@ -81,8 +81,11 @@ class Rendezvous:
             return self._values.pop(key)
 
 
-def make_group(place: GroupPlace, rendezvous: Rendezvous) -> Group | None:
+def make_group(place: GroupPlace, store: Store) -> Group | None:
     """This rank's end; None: it is alone.
+
+    Args:
+        store: of the ranks that find each other.
 
     Raises:
         CommError: the others did not come.
@@ -90,7 +93,6 @@ def make_group(place: GroupPlace, rendezvous: Rendezvous) -> Group | None:
     """
     if place.kind == "none":
         return None
-    store = rendezvous.store
     try:
         everyone = _make(place, place.rank, place.size, store)
         if len(place.streams) == place.size:

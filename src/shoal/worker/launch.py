@@ -23,6 +23,7 @@ from shoal.core.step import SequenceStart, Step, StepRow
 from shoal.kernels.cpu.step import Session
 from shoal.model.decoder import Decoder
 from shoal.model.packed_decoder import PackedDecoder
+from shoal.model.sources import WeightSource
 from shoal.model.weights import load_decoder
 from shoal.wire.worker_messages import Loaded
 from shoal.worker.capacity import kv_text, settle_max_model_len, size_text, useful_blocks
@@ -114,6 +115,7 @@ def load_worker(
     routes: tuple[Route, ...] | None = None,
     say: Say,
     progress: Progress,
+    source: WeightSource | None = None,
 ) -> LoadedWorker:
     """Load a model, or one rank's part of it. Exchanges nothing with other ranks.
 
@@ -121,6 +123,7 @@ def load_worker(
         shard: its part; None: all of it.
         group: the ranks that share its layers.
         routes: of the replica; None: there is one, and all of it is here.
+        source: of weights; None: the checkpoint that the options name.
 
     Raises:
         DeviceError, ModelError, ConfigError: what the user can mend.
@@ -144,6 +147,7 @@ def load_worker(
         weights_memory_bytes=_weights_budget(options, spec, shard, choice.device),
         host_memory_bytes=weights_budget_bytes(torch.device("cpu"), options.device_share),
         progress=progress,
+        source=source,
     )
     say(f"precision  {_precision(decoder, compute)} on {choice.device} ({choice.label})")
     say(f"kernels    {compute.label}")

@@ -23,7 +23,7 @@ from shoal.comm.codec import decode, encode, encoded_bytes
 from shoal.core.errors import WireError
 from shoal.core.link_forms import FormSteps, form_of
 from shoal.wire.mesh import Mesh
-from shoal.wire.worker_messages import Activations, PeerMessage
+from shoal.wire.peer_messages import Activations, PeerMessage
 from shoal.worker.stage import FromPeer, Unsent
 
 log = logging.getLogger(__name__)

@@ -69,6 +69,7 @@ from shoal.worker.runner import Worker
 from shoal.worker.speed import Speed
 from shoal.worker.stage import Chore, StageRunner
 from shoal.worker.transfer import KVPort
+from shoal.worker.turns import take_short_turns
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,8 @@ _PR_SET_PDEATHSIG = 1
 def main() -> None:
     """Serve the executor at the other end until it is gone."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    _die_with_parent()
+    die_with_parent()
+    take_short_turns()
     codec: Codec[ToWorker, FromWorker] = Codec(ToWorker)
     channel: Channel = ThreadChannel(socket.socket(fileno=int(sys.argv[1])), codec)
     messages = channel.receive()
@@ -149,7 +151,7 @@ class _WorkerProcess:
                 sums=SumForm() if place.shard.has_token_ranges else self._sums,
                 hidden_size=spec.hidden_size,
             ),
-            self._rendezvous,
+            self._rendezvous.store,
         )
         loaded = load_worker(
             options,
@@ -293,7 +295,13 @@ class _WorkerProcess:
             incarnation, num_steps, busy_s = runner.progress()
             heard_s = {peer: self._mesh.heard(peer) for peer in self._place.hears}
             self._channel.send(
-                Beat(incarnation=incarnation, num_steps=num_steps, busy_s=busy_s, heard_s=heard_s)
+                Beat(
+                    incarnation=incarnation,
+                    num_steps=num_steps,
+                    busy_s=busy_s,
+                    heard_s=heard_s,
+                    taken=runner.steps.take() if self._place.rank == 0 else (),
+                )
             )
             if meter is not None and number % _BEATS_A_LOAD == 0:
                 load = meter.look()
@@ -302,7 +310,7 @@ class _WorkerProcess:
             time.sleep(_BEAT_EVERY_S)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Linux ends this process with the one that started it, though it be stopped."""
     parent = os.getppid()
     prctl = getattr(ctypes.CDLL(None), "prctl", None)

@@ -22,16 +22,14 @@ from torch import Tensor
 from shoal.comm import Group
 from shoal.core.errors import CommError, WireError
 from shoal.core.step import Step
+from shoal.core.step_times import StepClock
+from shoal.wire.peer_messages import Activations, Go, PeerMessage, Tokens
 from shoal.wire.worker_messages import (
-    Activations,
     Done,
     Failed,
-    Go,
-    PeerMessage,
     Release,
     Reset,
     ResetDone,
-    Tokens,
 )
 from shoal.worker.dealing import ComputeClock, Dealings
 from shoal.worker.launched import LaunchedStep
@@ -110,6 +108,7 @@ class StageRunner:
 
     Attributes:
         clock: of the Steps it has computed.
+        steps: what they took, one by one.
     """
 
     def __init__(
@@ -125,6 +124,7 @@ class StageRunner:
         incarnation: int = 0,
     ) -> None:
         self.clock = ComputeClock(group)
+        self.steps = StepClock()
         self._worker = worker
         self._place = place
         self._transport = transport
@@ -141,7 +141,8 @@ class StageRunner:
         self._order = StepOrder(follows=place.follows)
         self._activations: dict[int, Tensor] = {}
         self._early: deque[FromPeer] = deque(maxlen=_MAX_EARLY)
-        self._launched: deque[tuple[Step, LaunchedStep]] = deque()
+        self._launched: deque[tuple[Step, LaunchedStep, float]] = deque()
+        self._ready_s = 0.0  # when what came last, after nothing was left to do, was there
         self._num_steps = 0
         self._busy_since_s: float | None = None
 
@@ -186,7 +187,10 @@ class StageRunner:
     def _take_in(self) -> bool:
         """All that was posted; at least one, unless a device is to be looked at. False: stop."""
         try:
+            has_waited = self._inbox.empty()
             item = self._inbox.get(timeout=_POLL_S if self._launched else None)
+            if has_waited:
+                self._ready_s = time.monotonic()
             while item is not None:
                 self._take(item)
                 item = self._inbox.get_nowait()
@@ -279,7 +283,7 @@ class StageRunner:
             self._stretch.pay()
         self.clock.end()
         if launched.hidden_TE is None:
-            self._launched.append((step, launched))
+            self._launched.append((step, launched, self._ready_s))
             self._collect_done()
             return
         if self._queue is not None:
@@ -289,13 +293,15 @@ class StageRunner:
         message = Activations(step.incarnation, step.step_id, len(hidden_TE), dtype)
         for peer in self._place.takers(step.route):
             self._send(peer, message, hidden_TE)
+        self._note(step, self._ready_s)
         self._num_steps += 1
 
     def _collect_done(self) -> None:
         while self._launched and self._launched[0][1].done:
-            step, launched = self._launched.popleft()
+            step, launched, began_s = self._launched.popleft()
             try:
                 self._collect(step, launched)
+                self._note(step, began_s)
             except Exception as error:  # noqa: BLE001 - as in _run_step
                 self._fail(step, error)
 
@@ -307,6 +313,10 @@ class StageRunner:
         self._num_steps += 1
         if self._place.rank == 0:
             self._report(Done(launched.wait()))
+
+    def _note(self, step: Step, began_s: float) -> None:
+        hop = self._place.routes[step.route][self._place.hops[step.route]]
+        self.steps.note(step, hop.layers, began_s, time.monotonic())
 
     def _send(self, peer: str, message: PeerMessage, hidden_TE: Tensor | None = None) -> None:
         try:

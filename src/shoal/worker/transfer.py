@@ -112,13 +112,23 @@ class KVPort:
         self._known: dict[str, str] = {}
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[KVMessage] = msgspec.msgpack.Decoder(KVMessage)
+        self._is_open = True
+        self._thread = threading.Thread(target=self._serve, name="shoal-kv", daemon=True)
 
     @property
     def address(self) -> str:
         return self._mesh.address
 
     def start(self) -> None:
-        threading.Thread(target=self._serve, name="shoal-kv", daemon=True).start()
+        self._thread.start()
+
+    def close(self) -> None:
+        """End what `start` began, and the mesh; what is under way is not told of."""
+        self._is_open = False
+        with contextlib.suppress(WireError):  # then it wakes by itself, a little later
+            self._mesh.send(self._mesh.name, self._encoder.encode(Look()))
+        self._thread.join()
+        self._mesh.close()
 
     def lend(self, order: LendBlocks) -> None:
         """Let blocks be read from now on; from any thread."""
@@ -272,7 +282,7 @@ class KVPort:
 
     def _serve(self) -> None:
         look_at = 0.0
-        while True:
+        while self._is_open:
             try:
                 arrived = self._mesh.receive(_LOOK_EVERY_S)
                 if arrived is not None:

@@ -9,7 +9,8 @@
 // piece, then all copy the sums. Parts for one rank each go with a table of their sizes, the same
 // on every piece; who reads copies its own.
 //
-// Who waits spins, because the others are microseconds away, yields, then sleeps on its bell.
+// Who waits spins, because the others are microseconds away, yields, then sleeps on its bell; where
+// it waited long the last time, it sleeps at once, as who yields a core may not get it back soon.
 // Knows nothing of models, Python or torch.
 #include "stretch.h"
 
@@ -37,6 +38,7 @@ constexpr int64_t kSlotBytes = 256 << 10; // both slots of two ranks fit a core'
 constexpr int64_t kOneShotBytes = 64 << 10;
 constexpr int kSpins = 200; // about 10 us
 constexpr int64_t kYieldNs = 100'000;
+constexpr int64_t kLongWaitNs = 200'000; // more than a short one and being woken take
 constexpr int64_t kMostBytes = 1LL << 40; // of a part; more is a mistake
 constexpr uint64_t kParts = ~0ULL; // what a rank says of a piece that holds parts
 constexpr int kTagBits = 44; // of a tag, for the count; the incarnation is above
@@ -269,17 +271,21 @@ class Group {
             if (has_failed()) return kAborted;
             pause_briefly();
         }
+        bool& was_long = was_long_[round_ % 2];
         int64_t from_ns = now_ns(CLOCK_MONOTONIC);
-        while (now_ns(CLOCK_MONOTONIC) - from_ns < kYieldNs) { // the other may need this core
+        while (!was_long && now_ns(CLOCK_MONOTONIC) - from_ns < kYieldNs) { // it may need this core
             if (there.load(std::memory_order_acquire) >= tag) return kDone;
             if (has_failed()) return kAborted;
             sched_yield();
         }
-        return sleep_until_there(other, tag, from_ns + deadline_ns_);
+        Status status = sleep_until_there(other, tag, from_ns + deadline_ns_);
+        was_long = now_ns(CLOCK_MONOTONIC) - from_ns > kLongWaitNs;
+        return status;
     }
 
     Status sleep_until_there(int other, uint64_t tag, int64_t deadline_ns) {
         Rank& self = ranks_[rank_];
+        stretch_.doze();
         self.awaits.store(other + 1);
         Status status = kDone;
         while (status == kDone) {
@@ -322,6 +328,7 @@ class Group {
     const int64_t deadline_ns_;
     std::atomic<uint32_t> incarnation_{0};
     uint64_t published_ = 0, round_ = 0;
+    bool was_long_[2] = {}; // the last wait in an even and in an odd round: a layer has two sums
     const char* parts_ = nullptr; // of an exchange, and its sizes
     int64_t longest_ = 0;
     std::vector<int64_t> leaving_, coming_, starts_;

@@ -22,14 +22,14 @@ setup-serve:
 serve: setup-serve ## set up what serving needs, then serve MODEL=smollm2-135m on 127.0.0.1:8000 (ARGS="--port 9000")
 	@exec $(BIN)/shoal serve $(MODEL) $(ARGS)
 
-test: setup ## set up, then the whole test suite (ARGS="-k name")
-	@$(BIN)/python -m pytest $(ARGS)
+test: setup ## set up, then the whole test suite, in two processes (ARGS="-k name", "-n 0")
+	@$(BIN)/python -m pytest -n 2 $(ARGS)
 
 check: setup ## format, lint, types, import rules, pure and property tests: about a minute
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest -q tests/pure tests/property $(ARGS)
+	@$(BIN)/python -m pytest -q -n 2 tests/pure tests/property $(ARGS)
 
 format: setup ## format, and mend what the linter can
 	@$(BIN)/ruff format .

@@ -5,19 +5,31 @@
 
 Where a model cannot be had the tests that need it are skipped, except under CI (the
 environment variable CI is set), where they fail: CI that tests less says so.
+
+With `-n 2` (pytest-xdist) all of tests/e2e runs in one process, in order, and files of the other
+folders one by one in the other: servers wait most of their time, the others compute.
 """
 
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from gemma3_download import fetch_gemma3
 
 _NO_GPU = "no NVIDIA GPU here (torch.cuda.is_available() is False)"
+_SLOW_FILE_S = 20.0
+
+# How long an example takes says more about what else runs here than about the code.
+settings.register_profile(
+    "busy", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("busy")
 
 
 @pytest.hookimpl(trylast=True)  # after -m has dropped what nobody asked for
@@ -29,7 +41,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.skip(reason=_NO_GPU))
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from by_folder import ByFolder  # imports pytest-xdist, which need not be there
+
+    return ByFolder(config, log)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    _name_slow_files(terminalreporter)
     skipped = terminalreporter.stats.get("skipped", [])
     num_gpu = sum(
         "gpu" in report.keywords and _NO_GPU in str(report.longrepr) for report in skipped
@@ -38,6 +58,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(
             f"NOT TESTED: {num_gpu} gpu tests were skipped: {_NO_GPU}", yellow=True, bold=True
         )
+
+
+def _name_slow_files(terminalreporter: pytest.TerminalReporter) -> None:
+    spent_s: defaultdict[str, float] = defaultdict(float)
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                spent_s[report.nodeid.partition("::")[0]] += report.duration
+    slow = {name: seconds for name, seconds in spent_s.items() if seconds > _SLOW_FILE_S}
+    for name in sorted(slow, key=slow.__getitem__, reverse=True):
+        terminalreporter.write_line(f"slow: {slow[name]:4.0f} s  {name}")
 
 
 def _has_gpu() -> bool:

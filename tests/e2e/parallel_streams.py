@@ -54,7 +54,7 @@ class Stream:
     def run(self, url: str, headers: Mapping[str, str] | None = None) -> None:
         request = {**self.body, "stream": True, "return_token_ids": True}
         with httpx.stream(
-            "POST", f"{url}/v1/completions", json=request, headers=headers, timeout=120
+            "POST", f"{url}/v1/completions", json=request, headers=headers, timeout=240
         ) as response:
             for line in response.iter_lines():
                 if not line.startswith("data: {"):
@@ -82,14 +82,14 @@ class Streams:
             thread.start()
 
     def wait_until_each_has(self, num_tokens: int) -> None:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 120
         while min(len(stream.tokens) for stream in self.streams) < num_tokens:
-            assert time.monotonic() < end, "no tokens within 60 s"
+            assert time.monotonic() < end, "no tokens within 120 s"
             time.sleep(0.01)
 
     def results(self) -> list[list[int]]:
         for thread in self._threads:
-            thread.join(120)
+            thread.join(240)
             assert not thread.is_alive(), "a stream hangs"
         assert [stream.ends for stream in self.streams] == [["length"]] * len(self.streams)
         return [stream.tokens for stream in self.streams]

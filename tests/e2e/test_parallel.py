@@ -16,7 +16,7 @@ import pytest
 from parallel_streams import PLANS, Streams, plan_file, workers_of
 from server_process import ServerProcess, StartServer
 
-MAX_TOKENS = 24
+MAX_TOKENS = 16
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +33,7 @@ def test_a_plan_serves_the_tokens_of_one_device(
 ) -> None:
     server = start_server("--dtype", "float32", "--plan", str(plan_file(tmp_path, PLANS[name])))
     assert len(workers_of(server)) == PLANS[name].count("cpu")
+    _check_strangers_hear_nothing(server)
     for count, tokens in want.items():
         assert Streams(server.url, count, MAX_TOKENS).results() == tokens
     _check_it_leaves_nothing(server)
@@ -59,10 +60,8 @@ def test_gemma_on_two_ranks(gemma3_gguf: Path, start_server: StartServer) -> Non
     assert found[0] == found[1]
 
 
-def test_workers_listen_on_loopback_only_and_hang_up_on_strangers(
-    start_server: StartServer, tmp_path: Path
-) -> None:
-    server = start_server("--plan", str(plan_file(tmp_path, PLANS["2, 1, 2 ranks"])))
+def _check_strangers_hear_nothing(server: ServerProcess) -> None:
+    """Workers listen on loopback only, and hang up on whoever has no key."""
     workers = workers_of(server)
     listening = [
         each.laddr
@@ -74,22 +73,20 @@ def test_workers_listen_on_loopback_only_and_hang_up_on_strangers(
     ports = [each.port for each in listening]
     assert len(set(ports)) == len(ports) >= len(workers)
     for port in ports:
-        with socket.create_connection(("127.0.0.1", port), timeout=5) as stranger:
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as stranger:
             stranger.sendall(b"GET / HTTP/1.1\r\n\r\n" + bytes(1000))
-            stranger.settimeout(10)
+            stranger.settimeout(60)
             heard = b""
             with contextlib.suppress(ConnectionResetError):
                 while part := stranger.recv(4096):
                     heard += part
         assert len(heard) <= 64, "more than a greeting"  # ZeroMQ's, which names CURVE
-    assert Streams(server.url, 2, 8).results()
-    _check_it_leaves_nothing(server)
 
 
 def _check_it_leaves_nothing(server: ServerProcess) -> None:
     workers = workers_of(server)
     assert server.stop() == 0
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while any(worker.is_running() for worker in workers):
         assert time.monotonic() < end, "workers are left"
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""Requests leave an instance for its stand-in, over HTTP, with their KV, and nobody can tell."""
+"""Requests leave an instance for its stand-in, over HTTP, with their KV; and what Steps took."""
 
 from __future__ import annotations
 
@@ -16,11 +16,27 @@ import pytest
 from parallel_streams import PLANS, Stream, plan_file
 from server_process import ServerProcess, StartServer
 
+from shoal.cli.probe_from import refitted
+from shoal.core.cluster import Cluster, Device, Host
+from shoal.core.errors import ConfigError
+from shoal.policy.cost_model.constants import constants_for
+
 KEY = "route-moves-key"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 NUM_STREAMS = 2
-MAX_TOKENS, LONG = 40, 96
+MAX_TOKENS, LONG = 40, 160
 TEXT = "The river rose in the night, and by morning the lower fields were gone. "
+SLOW = Device(
+    name="local.cpu",
+    kind="cpu",
+    host="local",
+    device="cpu",
+    memory_bytes=8 << 30,
+    bandwidth_bytes_per_s=5e9,
+    flops=(("float32", 50e9),),
+    precisions=("float32",),
+    launch_s=9e-3,
+)
 _COPIED = r'^shoal_copied_tokens_total\{replica="replica-0"\} (\S+)$'
 
 
@@ -39,14 +55,14 @@ class Served:
         """Its instances."""
         base = f"{self.server.url}/admin/replicas"
         path = f"{base}/replica-0/instances/{what}" if what else base
-        answer = httpx.request("POST" if what else "GET", path, headers=HEADERS, timeout=10)
+        answer = httpx.request("POST" if what else "GET", path, headers=HEADERS, timeout=60)
         assert answer.status_code == 200, answer.text
         found: dict[str, Any] = answer.json()["replicas"]["replica-0"]["instances"]
         return found
 
     def refusal(self, what: str) -> tuple[int, str]:
         path = f"{self.server.url}/admin/replicas/replica-0/instances/{what}"
-        answer = httpx.post(path, headers=HEADERS, timeout=10)
+        answer = httpx.post(path, headers=HEADERS, timeout=60)
         return answer.status_code, answer.json()["error"]["code"]
 
     def copied(self) -> int:
@@ -56,7 +72,7 @@ class Served:
         return int(float(found[1]))
 
     def wait_until(self, instance: int, **fields: object) -> None:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 120
         while True:
             now = self.admin()[str(instance)]
             if all(now[name] == value for name, value in fields.items()):
@@ -82,14 +98,14 @@ class Running:
             thread.start()
 
     def wait_for(self, num_tokens: int) -> None:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 120
         while min(len(each.tokens) for each in self.streams) < num_tokens:
-            assert time.monotonic() < end, "no tokens within 60 s"
+            assert time.monotonic() < end, "no tokens within 120 s"
             time.sleep(0.005)
 
     def results(self) -> list[list[int]]:
         for thread in self._threads:
-            thread.join(120)
+            thread.join(240)
         assert [each.ends for each in self.streams] == [["length"]] * NUM_STREAMS
         return [each.tokens for each in self.streams]
 
@@ -124,6 +140,31 @@ def test_a_drained_instance_is_left_and_taken_again(served: Served, want: list[l
     served.admin("1/resume")
     served.wait_until(2, requests=NUM_STREAMS // 2)
     assert running.results() == want
+
+
+def test_steps_that_ran_say_what_the_cost_model_should(
+    served: Served, want: list[list[int]], smollm2_gguf: Path
+) -> None:
+    """`shoal probe --from`, on a cluster file that is wrong by far."""
+    cluster = Cluster(hosts=(Host(name="local"),), devices=(SLOW,))
+    end = time.monotonic() + 60
+    while True:  # they are told once a second
+        try:
+            found = refitted(f"{served.server.url}/v1", KEY, str(smollm2_gguf), cluster)
+            break
+        except ConfigError as error:
+            assert "too few different Steps" in str(error), error
+            assert time.monotonic() < end, error
+            time.sleep(0.2)
+    assert want
+    fitted = constants_for(found, SLOW, "shoal", "float32")
+    guessed = constants_for(cluster, SLOW, "shoal", "float32")
+    assert (fitted.device, fitted.precision) == ("local.cpu", "float32")
+    assert served.server.url in fitted.source
+    assert fitted.layer_s + fitted.step_s < guessed.layer_s
+    assert found.request_s >= 0.0
+    with pytest.raises(ConfigError, match="API key"):
+        refitted(served.server.url, None, str(smollm2_gguf), cluster)
 
 
 @pytest.mark.parametrize("victim", ["s1.i1.r0", "s1.i2.r0"])

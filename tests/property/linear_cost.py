@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shoal.policy.cost_model.loads import StepLoad, Windows
+from shoal.sim.instance_seconds import decode_loads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +36,10 @@ class LinearCost:
         products_s = self.token_s * load.num_tokens + self.pair_s * load.pairs[0]
         reading_s = self.context_s * load.kv_tokens[0]
         return self.step_s + max(self.weights_s, products_s) + reading_s
+
+    def decodes_s(self, lengths: Sequence[int], count: int, route: int, hop: int) -> list[float]:
+        loads = decode_loads(lengths, count, self.windows)
+        return [self.compute_s(load, route, hop) for load in loads]
 
     def transfer_s(self, num_tokens: int, route: int, hop: int) -> float:
         del num_tokens, route, hop

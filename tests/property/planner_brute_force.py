@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 
 from shoal.core.cluster import Device
 from shoal.core.split import Split, cut, stacked
 from shoal.planner.profiles import Problem, Variant, numbers_for
+from shoal.planner.prompts import moved_s
 from shoal.policy.cost_model.transport import message_s
 
 SIXTEENTHS = 16
@@ -35,12 +36,52 @@ class BruteForce:
 
     def most_goodput(self) -> float:
         """Requests per second of the best replicas."""
+        best = self._of_all_sets(self._peak)
+        return self._packed(frozenset(self.devices), best)
+
+    def most_goodput_with_roles(self) -> float:
+        """The same where some devices only start requests, and others only go on with them."""
+        names = frozenset(self.devices)
+        starting, decoding = self._of_all_sets(self._started), self._of_all_sets(self._decoded)
+        best = 0.0
+        for count in range(1, len(names)):
+            for own in map(frozenset, itertools.combinations(sorted(names), count)):
+                started = self._packed(own, starting)
+                best = max(best, min(started, self._packed(names - own, decoding)))
+        return best
+
+    def _of_all_sets(
+        self, rate_of: Callable[[tuple[tuple[str, ...], ...]], float]
+    ) -> dict[frozenset[str], float]:
         names = tuple(self.devices)
-        best: dict[frozenset[str], float] = {}
-        for count in range(1, len(names) + 1):
-            for own in itertools.combinations(names, count):
-                best[frozenset(own)] = max(map(self._peak, _pipelines(own)), default=0.0)
-        return self._packed(frozenset(names), best)
+        return {
+            frozenset(own): max(map(rate_of, _pipelines(own)), default=0.0)
+            for count in range(1, len(names) + 1)
+            for own in itertools.combinations(names, count)
+        }
+
+    def _started(self, stages: tuple[tuple[str, ...], ...]) -> float:
+        """Prompts per second; each stage is busy for nine tenths of the time at most."""
+        tables = []
+        for index, own in enumerate(stages):
+            table = [math.inf] * (self.layers + 1)
+            for each in self.variants(own):
+                most = each.most_layers(len(stages) + 1, *_ends(index, stages))
+                for n in range(1, most + 1):
+                    table[n] = min(table[n], n * each.prompt_layer_s)
+            tables.append(table)
+        slowest = min(
+            (
+                max(table[n] for table, n in zip(tables, layers, strict=True))
+                for layers in compositions(self.layers, len(stages))
+            ),
+            default=math.inf,
+        )
+        return 0.9 / slowest
+
+    def _decoded(self, stages: tuple[tuple[str, ...], ...]) -> float:
+        names = {name for own in stages for name in own}
+        return self._peak(stages, prompts=False, moved_s=moved_s(self.problem, names))
 
     def least_latency(self) -> float:
         """Seconds of a request that is alone; prompts are of one chunk."""
@@ -64,22 +105,25 @@ class BruteForce:
                 found = max(found, best[own] + self._packed(names - own, best))
         return found
 
-    def _peak(self, stages: tuple[tuple[str, ...], ...]) -> float:
+    def _peak(
+        self, stages: tuple[tuple[str, ...], ...], prompts: bool = True, moved_s: float = 0.0
+    ) -> float:
         goal = self.problem.goal
+        late_s = moved_s / (goal.output_tokens - 1)
         best = 0.0
         for micro_batches in range(1, min(len(stages), _MOST_MICRO_BATCHES) + 1):
             for batch in range(1, goal.max_concurrency // micro_batches + 1):
                 tables = [
-                    self.option_tables(own, micro_batches, batch, _ends(index, stages))
+                    self.option_tables(own, micro_batches, batch, _ends(index, stages), prompts)
                     for index, own in enumerate(stages)
                 ]
                 hops = self._hops(stages, batch)
                 for layers in compositions(self.layers, len(stages)):
                     times = [table[n] for table, n in zip(tables, layers, strict=True)]
-                    tpot = max(sum(times) + hops, micro_batches * max(times))
+                    tpot = max(sum(times) + hops, micro_batches * max(times)) + late_s
                     if tpot < math.inf and tpot <= (goal.slo.tpot_s or math.inf):
                         best = max(best, micro_batches * batch / (goal.output_tokens * tpot))
-        return best
+        return min(best, 1 / moved_s) if moved_s else best
 
     def _alone(self, stages: tuple[tuple[str, ...], ...]) -> float:
         goal = self.problem.goal
@@ -110,14 +154,19 @@ class BruteForce:
         return best
 
     def _option_tables(
-        self, own: tuple[str, ...], micro_batches: int, batch: int, ends: tuple[bool, bool]
+        self,
+        own: tuple[str, ...],
+        micro_batches: int,
+        batch: int,
+        ends: tuple[bool, bool],
+        with_prompts: bool,
     ) -> list[float]:
         """Seconds of a step by layers, with the best split that has room for them."""
-        prompts = batch / self.problem.goal.output_tokens
+        prompts = batch / self.problem.goal.output_tokens if with_prompts else 0.0
         table = [math.inf] * (self.layers + 1)
         for each in self.variants(own):
             layer = each.layer_s(batch) + prompts * each.prompt_layer_s
-            fixed = each.end_s(batch) if ends[1] else 0.0
+            fixed = each.end_s(batch) if ends[1] else each.step_s
             for n in range(1, each.most_layers(micro_batches * batch, *ends) + 1):
                 table[n] = min(table[n], n * layer + fixed)
         return table

@@ -73,7 +73,7 @@ class Client:
 
     def wait(self, condition: Callable[[], bool]) -> None:
         with self._changed:
-            assert self._changed.wait_for(condition, timeout=20), "nothing came in 20 s"
+            assert self._changed.wait_for(condition, timeout=60), "nothing came in 60 s"
 
 
 def refuse(_grammar: Grammar, _prefix: tuple[int, ...]) -> GrammarMatcher:
@@ -100,7 +100,7 @@ def running(worker: LiveWorker) -> Iterator[tuple[EngineLoop, Client]]:
         thread.start()
         yield loop, client
         loop.stop()
-        thread.join(5)
+        thread.join(60)
         assert not thread.is_alive()
         executor.close()
 
@@ -191,6 +191,6 @@ def test_idle_time_brings_heartbeats() -> None:
         thread.start()
         listener.wait(lambda: len(beats) >= 1)
         loop.stop()
-        thread.join(5)
+        thread.join(60)
         executor.close()
     assert beats[0].num_blocks == 10

@@ -55,7 +55,7 @@ def fail_at_random(bench: Bench, rng: random.Random) -> None:
             bench.fail(lost=some, down=[*some, *partitioned])
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 2**32),
     num_stages=st.integers(1, 4),
@@ -371,10 +371,7 @@ def test_ready_instances_that_were_never_down_are_welcome() -> None:
         ({"routes": ()}, "no route"),
         ({"instance_blocks": (0,)}, "instance 0 has 0 KV blocks"),
         ({"routes": stages(1, 1)}, "route 0 goes through instances"),
-        (
-            {"routes": (*stages(1), *stages(1, 1)), "instance_blocks": (40, 40)},
-            "needed are 1 different ones",
-        ),
+        ({"routes": (stages(1)[0] * 2,)}, "name each of them once"),
         ({"routes": stages(1, 1), "instance_blocks": (40, 5)}, "holds only 80"),
     ],
 )

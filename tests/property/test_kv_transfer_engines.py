@@ -233,6 +233,8 @@ class Fleet:
         """Pulls go on with what is ready; some end, and what did not come is something wrong."""
         replica = self.replicas[name]
         for pull_id, pull in list(replica.pulls.items()):
+            if pull_id not in replica.pulls:
+                continue  # dropped at the end of one before it
             lender = next((r for r in self.replicas.values() if pull.lease_id in r.lent), None)
             wanted, done = len(pull.hops[0].block_ids), replica.num_written[pull_id]
             stop = done

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from planner_brute_force import BruteForce
@@ -83,6 +85,7 @@ goals = st.builds(
     output_tokens=st.sampled_from([32.0, 128.0]),
     slo=st.builds(Slo, tpot_s=st.sampled_from([None, 0.004, 0.02])),
     max_concurrency=st.sampled_from([4, 8]),
+    may_specialise=st.just(False),
 )
 few = settings(
     max_examples=4, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
@@ -104,6 +107,24 @@ def test_goodput_is_within_a_hundredth_of_the_best(
     # Where nothing keeps the wishes, the nearest plan says what it does not meet.
     assert bool(found.unmet) == (best == 0)
     assert best == 0 or found.value * WITHIN >= best
+
+
+@few
+@given(specs, clusters(2), goals)
+def test_roles_are_within_a_hundredth_of_the_best(
+    spec: ModelSpec, cluster: Cluster, goal: Goal
+) -> None:
+    problem = Problem(spec, cluster, replace(goal, may_specialise=True))
+    search = BruteForce(problem)
+    best = max(search.most_goodput(), search.most_goodput_with_roles())
+    try:
+        found = find_plan(problem)
+    except ConfigError as error:
+        assert best == 0 and "memory binds" in str(error)
+        return
+    assert best == 0 or found.value * WITHIN >= best
+    roles = {each.role for each in to_plan(found.choices, cluster, "m").replicas}
+    assert roles in ({"any"}, {"prefill", "decode"})
 
 
 @few
@@ -129,7 +150,8 @@ def test_the_plan_costs_what_it_was_found_for(
     spec: ModelSpec, cluster: Cluster, goal: Goal
 ) -> None:
     """The written Plan, through the cost model by itself: the same step, and room for it."""
-    problem = Problem(spec, cluster, Goal(output_tokens=goal.output_tokens, max_concurrency=4))
+    whole = Goal(output_tokens=goal.output_tokens, max_concurrency=4, may_specialise=False)
+    problem = Problem(spec, cluster, whole)
     try:
         found = find_plan(problem)
     except ConfigError as error:

@@ -270,6 +270,27 @@ def test_names_are_escaped_on_the_page() -> None:
     assert "<b>" not in page and "<u>" not in page and "<i>" not in page
 
 
+def test_a_page_of_many_replicas_shows_what_they_lie_between() -> None:
+    load = arrivals(*((at / 10, 10, 20) for at in range(40)))
+    _, report = simulate(load, [setup(f"replica-{number}") for number in range(20)])
+    page = html_page({"title": "many", "notes": [], **report})
+    (running,) = re.findall(r'<svg[^>]*aria-label="requests that run".*?</svg>', page)
+    assert running.count("<polyline") == 3
+    assert [each in running for each in ("least of 20", "median of 20", "most of 20")] == [True] * 3
+    assert "<details><summary>all 20</summary>" in page and "replica-19" in page
+    (busy,) = re.findall(r'<svg[^>]*aria-label="busy, share of time".*?</svg>', page)
+    labels = re.findall(r'text-anchor="end">([0-9.]+)<', busy)
+    assert labels == ["0", "0.25", "0.5", "0.75", "1"]
+
+
+def test_a_page_where_nothing_succeeded_says_so() -> None:
+    lost = [Fault(at_s=0.05, replica="replica-0", kind="lose")]
+    _, report = simulate(arrivals((0.1, 10, 20)), [setup()], faults=lost)
+    page = html_page({"title": "none", "notes": [], **report})
+    assert report["requests"]["succeeded"] == 0
+    assert "No request succeeded" in page and "How many requests are within" not in page
+
+
 def test_the_command_in_words(
     files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -186,7 +186,7 @@ def running(app: FastAPI) -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive(), "the server did not stop"
         listener.close()
 
@@ -196,12 +196,12 @@ def client(router: FakeRouter, **config: Any) -> Iterator[httpx.Client]:
     """A client of a fresh app over `router`."""
     with (
         running(make_app(router, **config)) as url,
-        httpx.Client(base_url=url, timeout=20) as http,
+        httpx.Client(base_url=url, timeout=60) as http,
     ):
         yield http
 
 
-def wait_until(condition: Any, limit_s: float = 5.0) -> None:
+def wait_until(condition: Any, limit_s: float = 60.0) -> None:
     end = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < end, f"not so within {limit_s} s"

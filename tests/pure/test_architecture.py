@@ -27,12 +27,14 @@ ALLOWED: dict[str, str] = {
     "model": "comm kernels core",
     "cluster": "plan_file kernels comm core",
     "planner": "policy cluster core",
+    "doctor": "planner policy plan_file cluster core",
     "sim": "router engine planner policy core",
     "comm": "core",
     "kvstore": "core",
     "policy": "core",
     "plan_file": "core",
     "lab": "plan_file core",
+    "probe": "executor worker model cluster wire comm kernels core",
     "text": "core",
     "wire": "core",
     "observe": "core",
@@ -50,7 +52,7 @@ EXCEPTIONS = {
 
 WITHOUT_TORCH = {
     *("core", "text", "wire", "router", "engine", "server", "observe", "policy"),
-    *("plan_file", "lab", "cluster", "planner", "sim"),
+    *("plan_file", "lab", "cluster", "planner", "sim", "doctor"),
 }
 TORCH = {"torch", "triton", "transformers"}
 
@@ -283,6 +285,7 @@ def test_docs_show_the_same_table() -> None:
         "cluster",
         "policy",
         "planner",
+        "doctor",
         "sim",
         "cli.main",
     ],

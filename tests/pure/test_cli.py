@@ -42,8 +42,8 @@ ENGINE = (
 SAMPLING = "--max-tokens --temperature --top-p --top-k --seed --stop"
 GOLDEN = {
     "": "--version --help",
-    "serve": f"{ENGINE} --config --help --host --port --api-key --served-model-name "
-    "--data-parallel-size --drain-timeout --request-timeout --max-num-seqs --max-waiting "
+    "serve": f"{ENGINE} --config --help --host --port --api-key --served-model-name --cluster "
+    "--data-parallel-size --drain-timeout --request-timeout --record --max-num-seqs --max-waiting "
     "--max-num-batched-tokens --kv-cache-memory-bytes --weights-memory-bytes "
     "--enable-prefix-caching --no-enable-prefix-caching "
     "--activation-format --expert-redeal --no-expert-redeal",
@@ -54,7 +54,9 @@ GOLDEN = {
     "--device --num-threads --revision --hf-token --json --config --help",
     "quantize": "--output --format --group-size --include-head --revision --hf-token --json --help",
     "lab": "--help",
-    "lab up": "--port --namespaces --no-namespaces --name --help",
+    "lab up": "--port --namespaces --no-namespaces --plan --name --help",
+    "probe": "--output --lab --namespaces --no-namespaces --model --precision --seconds --refresh "
+    "--from --cluster --api-key --json --help",
     "lab down": "--name --help",
     "lab slow": "--name --help",
     "lab stop": "--name --help",
@@ -67,7 +69,9 @@ GOLDEN = {
     "down": "--help",
     "plan": "--cluster --workload --rate --input-tokens --isl --output-tokens --osl "
     "--max-model-len --slo --objective --cost-unit --precision --kv-cache-precision "
-    "--max-num-seqs --engine --what-if --explain --emit --json --output --help",
+    "--max-num-seqs --engine --what-if --explain --roles --no-roles --emit --json --output --help",
+    "doctor": "--cluster --plan --model --with --port --all --strict --json --help",
+    "replay": "--json --help",
     "models": "--json --help",
     "models pull": "--revision --hf-token --help",
     "models remove": "--yes --help",

@@ -139,9 +139,9 @@ def session() -> Iterator[subprocess.Popen[bytes]]:
     """A process that leads a session, with a child."""
     program = (
         "import subprocess, sys, time\n"
-        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
         "print('up', flush=True)\n"
-        "time.sleep(60)"
+        "time.sleep(600)"
     )
     command = [sys.executable, "-c", program]
     with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as process:
@@ -175,8 +175,8 @@ def test_a_session_is_ended_whole(
         assert not raylet.is_alive(record)
         assert child.is_running()
     raylet.end(record)
-    session.wait(10)
-    child.wait(10)
+    session.wait(60)
+    child.wait(60)
     assert not files.exists()
 
 
@@ -319,7 +319,7 @@ def test_a_lost_message_ends_the_stream() -> None:
 
 def test_silence_is_noticed() -> None:
     executor, agent, _ = linked()
-    until_s = time.monotonic() + 10
+    until_s = time.monotonic() + 60
     while executor.silent_s > 0.3:
         assert time.monotonic() < until_s
         time.sleep(0.01)

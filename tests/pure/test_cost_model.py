@@ -269,7 +269,11 @@ def test_all_reduce_of_ranks_between_those_measured() -> None:
     }
     assert times[1] == 0.0
     assert times[2] < times[3] < times[4] < times[6] < times[8] < times[16]
-    custom = GroupLinks(cluster, cluster.devices[:8], custom=True)
+    trtllm = GroupLinks(cluster, cluster.devices[:8], engine="trtllm")
+    plain = GroupLinks(cluster, cluster.devices[:8])
+    assert trtllm.all_reduce_s(1 << 14) < plain.all_reduce_s(1 << 14)
+    assert trtllm.all_reduce_s(1 << 19) == plain.all_reduce_s(1 << 19)
+    custom = GroupLinks(cluster, cluster.devices[:8], engine="vllm")
     assert custom.all_reduce_s(1 << 14) < 0.5 * times[8]
     assert custom.all_reduce_s(1 << 28) <= GroupLinks(cluster, cluster.devices[:8]).all_reduce_s(
         1 << 28

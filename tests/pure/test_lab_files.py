@@ -36,6 +36,7 @@ def read(text: str, folder: Path) -> LabFile:
 
 
 def replica_of(lab: LabFile) -> ReplicaPlan:
+    assert lab.plan is not None
     (replica,) = lab.plan.resolve(SPEC).replicas
     return replica
 
@@ -46,6 +47,7 @@ def replica_of(lab: LabFile) -> ReplicaPlan:
 def test_a_lab_file(tmp_path: Path) -> None:
     links = "links:\n  default: {bandwidth: 20Mbit}\n  b | a: {bandwidth: 1.5 Gbit, latency: 5ms}\n"
     lab = read(f"{PLAN}hosts: [b, a, c]\n{links}", tmp_path)
+    assert lab.plan is not None
     assert (lab.plan.model, lab.hosts) == ("smollm2-135m", ("b", "a", "c"))
     assert lab.links == {
         ("a", "b"): LinkSpeed(187.5e6, 0.005),
@@ -84,13 +86,53 @@ def test_the_plan_may_be_a_file_beside_it(tmp_path: Path) -> None:
         (f"{PLAN}links: {{a|b: {{latency: 11s}}}}", 5, "10s at most"),
         ("stages: [{devices: cpu}]\nhosts: [a]", 1, "names no host, and the lab has some"),
         ("stages:\n- devices: [{device: cpu, host: A}]", 2, "use up to 8 small letters"),
-        ("replicas: [{stages: [{devices: cpu}]}, {stages: [{devices: cpu}]}]", 1, "keep one"),
+        ("hosts: {a: {speed: 2}}", 1, "speed is '2'"),
+        ("hosts: {a: {}, A: {}}", 1, "use up to 8 small letters"),
+        ("hosts: {a: {}, a: {}}", 1, "host a stands there twice"),
+        (f"{PLAN}hosts: {{a: {{}}}}", 4, "host 'b' is none of hosts: a"),
     ],
 )
 def test_errors_name_line_and_remedy(text: str, line: int, words: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=re.escape(words)) as raised:
         read(text, tmp_path)
     assert str(raised.value).startswith(f"{tmp_path / 'lab.yaml'}:{line}: ")
+
+
+HOSTS = "hosts: {a: {speed: 1.0}, b: {speed: 0.5, threads: 1}}\n"
+
+
+def test_hosts_that_say_what_they_are_need_no_plan(tmp_path: Path) -> None:
+    lab = read(f"{HOSTS}links: {{default: {{bandwidth: 20Mbit}}}}", tmp_path)
+    assert (lab.plan, lab.hosts) == (None, ("a", "b"))
+    assert [(each.host, each.speed, each.num_threads) for each in lab.cpus(8)] == [
+        ("a", 1.0, 4),
+        ("b", 0.5, 1),
+    ]
+    with pytest.raises(ConfigError, match="no speeds of their own"):
+        read(PLAN, tmp_path).cpus(8)
+
+
+def test_any_plan_runs_on_such_hosts(tmp_path: Path) -> None:
+    (tmp_path / "lab.yaml").write_text(HOSTS)
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(
+        "replicas:\n"
+        "  - {stages: [{devices: [{device: cpu, host: a}]}]}\n"
+        "  - {stages: [{devices: [{device: cpu, host: b, threads: 3}]}]}\n"
+    )
+    lab = read_lab(tmp_path / "lab.yaml", plan)
+    assert lab.plan is not None
+    replicas = [lab.with_hosts(each, 8) for each in lab.plan.resolve(SPEC).replicas]
+    assert workers_of(replicas) == {"replica-0/s0.i0.r0": "a", "replica-1/s0.i0.r0": "b"}
+    settings = first_settings(replicas, {("a", "b"): LinkSpeed(1e6)}, {}, has_namespaces=False)
+    assert settings.speeds == {"replica-0/s0.i0.r0": 1.0, "replica-1/s0.i0.r0": 0.5}
+    assert settings.links == {}
+    assert [each.instances[0].ranks[0].num_threads for each in replicas] == [4, 3]
+    plan.write_text("stages: [{devices: [{device: cpu, host: b, speed: 0.3}]}]")
+    slower = read_lab(tmp_path / "lab.yaml", plan).plan
+    assert slower is not None
+    with pytest.raises(ConfigError, match=r"host b at speed 0\.3, the lab at 0\.5"):
+        lab.with_hosts(slower.resolve(SPEC).replicas[0], 8)
 
 
 # --- what workers are told ---
@@ -103,19 +145,19 @@ def lab(tmp_path: Path) -> LabFile:
 
 def test_links_of_hosts_become_links_of_workers(lab: LabFile) -> None:
     replica = replica_of(lab)
-    assert workers_of(replica) == {"s0.i0.r0": "a", "s0.i0.r1": "a", "s1.i1.r0": "b"}
-    settings = first_settings(replica, lab.links, {"a": HostState()}, has_namespaces=False)
+    assert workers_of([replica]) == {"s0.i0.r0": "a", "s0.i0.r1": "a", "s1.i1.r0": "b"}
+    settings = first_settings([replica], lab.links, {"a": HostState()}, has_namespaces=False)
     assert settings.speeds == {"s0.i0.r0": 1.0, "s0.i0.r1": 0.5, "s1.i1.r0": 1.0}
     slow = LinkState(bandwidth=2.5e6, latency=0.005)
     assert settings.links == {"s0.i0.r0|s1.i1.r0": slow, "s0.i0.r1|s1.i1.r0": slow}
-    on_wires = first_settings(replica, lab.links, {}, has_namespaces=True)
+    on_wires = first_settings([replica], lab.links, {}, has_namespaces=True)
     assert set(on_wires.links.values()) == {LinkState(latency=0.005)}
 
 
 def test_cuts_keep_the_speed_of_a_link(lab: LabFile) -> None:
     replica = replica_of(lab)
-    workers = workers_of(replica)
-    first = first_settings(replica, lab.links, {}, has_namespaces=False)
+    workers = workers_of([replica])
+    first = first_settings([replica], lab.links, {}, has_namespaces=False)
     cut = with_cuts(first, workers, (("b", "s0.i0.r0"), ("s0.i0.r0", "s0.i0.r1")))
     assert cut.links["s0.i0.r0|s1.i1.r0"] == LinkState(True, 2.5e6, 0.005)
     assert cut.links["s0.i0.r0|s0.i0.r1"].cut
@@ -137,8 +179,8 @@ def test_executors_read_what_labs_write(lab: LabFile, tmp_path: Path) -> None:
     folder = LabFolder(tmp_path / "lab")
     replica = replica_of(lab)
     with folder.locked():
-        folder.write_settings(first_settings(replica, lab.links, {}, has_namespaces=False))
-    state = LabState(folder.settings, dict(workers_of(replica)))
+        folder.write_settings(first_settings([replica], lab.links, {}, has_namespaces=False))
+    state = LabState(folder.settings, dict(workers_of([replica])))
     assert state.changed()
     assert not state.changed()
     told = state.wanted("s0.i0.r1", 1.0)
@@ -204,7 +246,7 @@ def test_a_damaged_record_is_said(tmp_path: Path) -> None:
 
 
 def test_only_the_process_that_was_recorded_is_ended() -> None:
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     try:
         began_s = started_s(process.pid)
         assert is_alive(process.pid, began_s)
@@ -212,7 +254,7 @@ def test_only_the_process_that_was_recorded_is_ended() -> None:
         assert process.poll() is None
         assert process_state(process.pid) == "gone"  # a process, but no worker
         end(process.pid, began_s)
-        assert process.wait(10) is not None
+        assert process.wait(60) is not None
     finally:
         process.kill()
     assert not is_alive(process.pid, began_s)

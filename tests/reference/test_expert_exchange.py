@@ -46,7 +46,7 @@ from shoal.model.packed_decoder import PackedDecoder
 from shoal.model.spec import read_spec
 from shoal.model.weights import load_decoder
 from shoal.worker.group_kinds import group_memory
-from shoal.worker.groups import GroupPlace, Rendezvous, groups_in_threads, make_group
+from shoal.worker.groups import GroupPlace, groups_in_threads, make_group
 from shoal.worker.place import Place
 
 CPU = torch.device("cpu")
@@ -319,8 +319,6 @@ def two_groups(kind: str, size: int, streams: tuple[int, ...]) -> list[Any]:
     board, fd = Board(), group_memory(kind, size)
 
     def make(rank: int) -> Group | None:
-        rendezvous = Rendezvous(lambda message: None)
-        rendezvous.store = board.store()
         place = GroupPlace(
             kind=kind,
             rank=rank,
@@ -332,7 +330,7 @@ def two_groups(kind: str, size: int, streams: tuple[int, ...]) -> list[Any]:
             address="127.0.0.1",
             device="cpu",
         )
-        return make_group(place, rendezvous)
+        return make_group(place, board.store())
 
     made = each_in_a_thread(make, range(size))
     if fd is not None:

@@ -38,7 +38,7 @@ from shoal.worker import transfer
 
 NAMES = ("replica-0", "replica-1")
 TEXT = "The river rose in the night, and by morning the lower fields were gone. "
-MAX_TOKENS = 12
+MAX_TOKENS = 32
 LATER = 40
 """A piece that is not of the first blocks: there are 30 of those, one for each layer."""
 NUMBERS = itertools.count()
@@ -138,6 +138,7 @@ def replicas(smollm2_gguf: Path) -> Iterator[list[Replica]]:
         yield found
         for each in found:
             each.end()
+    assert "shoal-kv" not in {thread.name for thread in threading.enumerate()}
 
 
 @pytest.fixture(scope="module")

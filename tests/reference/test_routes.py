@@ -71,7 +71,7 @@ def test_any_plan_gives_the_tokens_of_one_device(checkpoint: Path, kernels: str)
     with engine(checkpoint, None, kernels) as (loop, client, _):
         want = tokens_of(loop, client, "alone")
     spec = read_spec(checkpoint)
-    for seed in range(6):
+    for seed in range(3 if kernels == "reference" else 6):  # it is some three times slower
         replica = random_plan(spec, random.Random(seed))
         with engine(checkpoint, replica, kernels) as (loop, client, _):
             assert tokens_of(loop, client, "shared") == want, replica

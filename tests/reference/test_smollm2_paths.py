@@ -12,12 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from test_smollm2 import (
     GREEDY,
     PROMPTS,
     SAMPLED,
     assert_greedy,
-    load_reference,
     same_until_tie,
 )
 
@@ -42,13 +42,14 @@ def users(smollm2_gguf: Path) -> Iterator[LLM]:
         yield users
 
 
-def test_plain_torch_gives_the_tokens_of_transformers(plain: LLM, smollm2_gguf: Path) -> None:
-    reference = load_reference(smollm2_gguf)
+def test_plain_torch_gives_the_tokens_of_transformers(
+    plain: LLM, smollm2_reference: torch.nn.Module
+) -> None:
     params = replace(GREEDY, max_tokens=48)
     (alone,) = plain.generate(PROMPTS[0], params)
     for completion in [alone, *plain.generate(PROMPTS[:8], params)]:
         assert len(completion.token_ids) == 48
-        assert_greedy(reference, completion)
+        assert_greedy(smollm2_reference, completion)
 
 
 def test_plain_torch_gives_a_seeds_tokens_alone_and_in_a_crowd(plain: LLM) -> None:

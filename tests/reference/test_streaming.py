@@ -146,7 +146,7 @@ def test_its_thread_ends_with_it(tmp_path: Path) -> None:
     assert threading.active_count() == before + 1
     thread = next(each for each in threading.enumerate() if each.name == "shoal-stream")
     del stream
-    thread.join(5)
+    thread.join(60)
     assert not thread.is_alive()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf_files import parsed_once
 from tokenizers import pre_tokenizers
 
 from shoal.core.request import SamplingParams
@@ -52,7 +53,9 @@ DATED_TEMPLATE = (
 def _pair(gguf: Path) -> tuple[Tokenizer, Any]:
     from transformers import AutoTokenizer
 
-    return load_tokenizer(gguf), AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    with parsed_once():
+        theirs = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    return load_tokenizer(gguf), theirs
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from shoal.core.kv import KVPlace
 from shoal.core.model_spec import ModelSpec
 from shoal.core.options import EngineOptions
 from shoal.core.plan import Hop, RankPlan, ReplicaPlan, Route, check
+from shoal.core.record import Recorder
 from shoal.core.request import Grammar
 from shoal.core.split import Range
 from shoal.core.stats import EngineInfo
@@ -69,6 +70,7 @@ def load_engine(
     kv_keys: KVKeys | None = None,
     tell_kv: TellKV | None = None,
     in_threads: bool = False,
+    record: tuple[str, str] | None = None,
 ) -> LoadedEngine:
     """Wire an engine: read, load, size, assemble.
 
@@ -77,6 +79,7 @@ def load_engine(
         hosts: of a lab, that the plan names.
         kv_keys: to exchange KV with workers of other replicas; `tell_kv` hears of it.
         in_threads: a plan's workers are threads of this process, for tests.
+        record: folder and name of a recording of what the engine decides.
 
     Raises:
         ModelError, DeviceError, ConfigError: what the user can mend.
@@ -111,6 +114,9 @@ def load_engine(
     carrier = None
     if workers.mover is not None and tell_kv is not None:
         carrier = KVCarrier(workers.mover, config.model_digest, tell_kv)
+    recorder = None
+    if record is not None:
+        recorder = Recorder(Path(record[0]), record[1], what="engine", config=config)
     loop = EngineLoop(
         EngineState(config),
         workers.executor,
@@ -119,6 +125,7 @@ def load_engine(
         report=report,
         clock=MonotonicClock(),
         carrier=carrier,
+        recorder=recorder,
     )
     workers.when_lost(loop.stop)
     info = EngineInfo(
@@ -194,7 +201,7 @@ def _start_worker(
         digest=launched.digest,
         lines=(),
     )
-    executor = InprocExecutor(launched.worker)
+    executor = InprocExecutor(launched.worker, Range(0, spec.num_layers))
     if kv_keys is None:
         return _Workers(executor, capacity, _ignore)
     return _Workers(executor, capacity, _ignore, _open_port(launched, spec, kv_keys, executor))
@@ -232,6 +239,7 @@ def _open_port(
         arrived=executor.tell,
     )
     port.start()
+    executor.close_too(port.close)
     return mover
 
 

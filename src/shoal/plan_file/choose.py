@@ -67,6 +67,11 @@ class Parallelism:
             and self.pipeline_parallel_size == 1
         )
 
+    @property
+    def is_open(self) -> bool:
+        """Nothing was said of devices."""
+        return self.is_plain and self.data_parallel_size == 1 and self.device == "auto"
+
     def replicas(self, spec: ModelSpec) -> tuple[ReplicaPlan, ...]:
         """What runs.
 

@@ -11,6 +11,7 @@ from shoal.core.clock import Clock
 from shoal.core.errors import ConfigError
 from shoal.core.request import MAX_COMPLETIONS, GenerateRequest, Output
 from shoal.core.stats import EngineInfo, EngineStats, ReplicaView
+from shoal.core.step_times import ReplicaSteps
 from shoal.observe import ServingMetrics
 from shoal.text import Tokenizer
 
@@ -80,6 +81,10 @@ class Router(Protocol):
 
     def stats(self) -> Mapping[str, EngineStats]:
         """By replica name."""
+        ...
+
+    def steps(self, name: str) -> ReplicaSteps:
+        """What a replica's latest Steps took."""
         ...
 
     def replicas(self) -> Mapping[str, ReplicaView]:

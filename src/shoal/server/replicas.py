@@ -1,6 +1,8 @@
-"""/admin/replicas: how each replica stands, and taking one out of service while requests run.
+"""/admin/replicas: how each replica stands, what its Steps take, and taking one out of
+service while requests run.
 
     GET  /admin/replicas
+    GET  /admin/replicas/NAME/steps      what its latest Steps held, and took (shoal probe --from)
     POST /admin/replicas/NAME/drain      its requests move to others, with their KV
     POST /admin/replicas/NAME/resume
     POST /admin/replicas/NAME/instances/N/drain, resume
@@ -47,6 +49,13 @@ def replica_routes(context: ServerContext) -> APIRouter:
     @routes.get("/admin/replicas", response_class=Response)
     async def show_replicas() -> Response:
         return error_response(_NO_KEY) if not context.config.api_keys else _shown(context)
+
+    @routes.get("/admin/replicas/{name}/steps", response_class=Response)
+    async def steps(name: str) -> Response:
+        if (refused := refusal(name)) is not None:
+            return refused
+        body = msgspec.json.encode(router.steps(name))
+        return Response(body, media_type="application/json")
 
     @routes.post("/admin/replicas/{name}/drain", response_class=Response)
     async def drain(name: str) -> Response:

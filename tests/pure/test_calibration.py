@@ -15,7 +15,7 @@ from shoal.core.plan import InstancePlan, RankPlan, ReplicaPlan, StagePlan, defa
 from shoal.core.split import Range, split_by_weights, whole
 from shoal.core.step import Step, StepRow
 from shoal.core.step_times import InstanceStep, StepClock, StepTaken
-from shoal.policy.cost_model.calibration import device_constants, running_constants
+from shoal.policy.cost_model.calibration import device_constants, narrow, running_constants
 from shoal.policy.cost_model.constants import constants_for
 from shoal.policy.cost_model.loads import StepLoad
 from shoal.policy.cost_model.numbers import Numbers
@@ -77,12 +77,22 @@ def _true(device: Device, slowness: float = 1.0) -> Constants:
     )
 
 
-def _taken(device: Device, constants: Constants, noise: float = 0.0) -> Iterator[StepTaken]:
+def _runs(
+    device: Device, constants: Constants, noise: float = 0.0
+) -> list[tuple[ModelSpec, list[StepTaken]]]:
+    """Of the model's width, and of half of it."""
+    widths = (SPEC, narrow(SPEC))
+    return [(spec, list(_taken(spec, device, constants, noise))) for spec in widths]
+
+
+def _taken(
+    spec: ModelSpec, device: Device, constants: Constants, noise: float = 0.0
+) -> Iterator[StepTaken]:
     rng = random.Random(1)
     cluster = Cluster(hosts=(Host(name=device.host),), devices=(device,))
     for layers in DEPTHS:
-        shard = part_of(whole(SPEC), layers)
-        cost = InstanceCost(SPEC, [shard], [device], cluster, INT8).under(constants)
+        shard = part_of(whole(spec), layers)
+        cost = InstanceCost(spec, [shard], [device], cluster, INT8).under(constants)
         for rows in KINDS:
             seconds = cost.time(StepLoad.of(rows)).total_s
             yield StepTaken(layers, rows, seconds * rng.uniform(1 - noise, 1 + noise))
@@ -91,14 +101,14 @@ def _taken(device: Device, constants: Constants, noise: float = 0.0) -> Iterator
 def test_steps_that_were_not_timed_are_foretold() -> None:
     device = _device("a")
     true = _true(device)
-    found = device_constants(SPEC, device, INT8, _taken(device, true), source="a test")
+    found = device_constants(device, INT8, _runs(device, true), source="a test")
     cluster = Cluster(hosts=(Host(name="a"),), devices=(device,))
     for layers in (Range(0, 16), Range(12, 16), Range(6, 10)):
         cost = InstanceCost(SPEC, [part_of(whole(SPEC), layers)], [device], cluster, INT8)
         for load in (StepLoad.decode(2, 500), StepLoad.decode(8, 100), StepLoad.prefill(200)):
             want = cost.under(true).time(load).total_s
             assert cost.under(found).time(load).total_s == pytest.approx(want, rel=0.05)
-    for name in ("mfu", "attention", "row_s"):
+    for name in ("eta", "layer_s", "mfu", "attention", "row_s"):
         assert getattr(found, name) == pytest.approx(getattr(true, name), rel=0.15), name
     assert (found.device, found.precision, found.source) == ("a.cpu", "int8", "a test")
     assert found.error < 0.02
@@ -106,15 +116,15 @@ def test_steps_that_were_not_timed_are_foretold() -> None:
 
 def test_noise_is_said() -> None:
     device = _device("a")
-    steps = _taken(device, _true(device), noise=0.2)
-    assert 0.03 < device_constants(SPEC, device, INT8, steps, source="").error < 0.2
+    runs = _runs(device, _true(device), noise=0.2)
+    assert 0.03 < device_constants(device, INT8, runs, source="").error < 0.2
 
 
 def test_too_few_steps_are_refused() -> None:
     device = _device("a")
-    steps = list(_taken(device, _true(device)))[:3]
+    steps = list(_taken(SPEC, device, _true(device)))[:3]
     with pytest.raises(ConfigError, match="six at least"):
-        device_constants(SPEC, device, INT8, steps, source="")
+        device_constants(device, INT8, [(SPEC, steps)], source="")
 
 
 def _pipeline() -> tuple[ReplicaPlan, Cluster]:

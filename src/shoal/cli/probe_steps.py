@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast, get_args
 
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from shoal.core.cluster import Device
     from shoal.probe.survey import Survey
 
-_BUDGET_S = 8.0
+_BUDGET_S, _TIMES = 2.5, 2
+"""A machine that is slow for a while is so to the model's width and to half of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,27 +32,37 @@ class Steps:
             ConfigError, ModelError: no such precision or model.
         """
         from shoal.cli.model_shape import spec_of
+        from shoal.policy.cost_model.calibration import narrow
 
         spec = spec_of(self.model)
-        return tuple(Calibrate(spec, _options(each), _BUDGET_S) for each in self._named())
+        return tuple(
+            Calibrate(width, _options(each), _BUDGET_S)
+            for each in self._named()
+            for width in (*dict.fromkeys((spec, narrow(spec))),) * _TIMES
+        )
 
     def constants(self, cluster: Cluster, survey: Survey) -> tuple[Constants, ...]:
         """Of every device and precision that was run."""
         found: list[Constants] = []
         for device in cluster.devices:
+            runs: dict[Precision, list[Calibrated]] = {}
             for answer in survey.calibrated.get(device.name, ()):
-                found += self._constants(device, answer)
+                runs.setdefault(_precision(answer.options), []).append(answer)
+            for precision, answers in runs.items():
+                found += self._constants(device, precision, answers)
         return tuple(found)
 
-    def _constants(self, device: Device, answer: Calibrated) -> Iterator[Constants]:
+    def _constants(
+        self, device: Device, precision: Precision, answers: Sequence[Calibrated]
+    ) -> Iterator[Constants]:
         from shoal.planner.profiles import numbers_for
         from shoal.policy.cost_model.calibration import device_constants
 
-        precision = _precision(answer.options)
         numbers = numbers_for([device], precision, "bfloat16")
         if numbers is not None:
             source = f"shoal probe --model {self.model}"
-            yield device_constants(answer.spec, device, numbers, answer.taken, source=source)
+            runs = [(answer.spec, answer.taken) for answer in answers]
+            yield device_constants(device, numbers, runs, source=source)
 
     def _named(self) -> list[Precision]:
         names = [each.strip() for each in self.precisions.split(",")]

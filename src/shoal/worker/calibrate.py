@@ -44,10 +44,10 @@ _PROMPTS = ((0, 16), (0, 64), (0, 256), (_FAR - 128, 128), (0, 512))
 """Positions before a chunk, and its tokens."""
 _BLOCKS_OF_CONTEXT = _FAR // BLOCK_SIZE
 _NUM_BLOCKS = 4 * _BLOCKS_OF_CONTEXT
-_LEAST_ROUNDS, _MOST_ROUNDS = 3, 9
+_LEAST_ROUNDS, _MOST_ROUNDS, _IN_A_ROW = 2, 5, 2
+"""Rounds go through all Steps: a machine that is slow for some seconds is so to all of them."""
 
 Say = Callable[[str], None]
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,15 +71,13 @@ def calibrate(
     speed: float = 1.0,
     budget_s: float = 10.0,
     say: Say = lambda line: None,
-    progress: Progress = lambda done, total: None,
 ) -> Calibration:
     """Steps of random weights on the device of `options`, in its precision and on its threads.
 
     Args:
         options: `model_path` is not read.
         speed: of a lab's device.
-        budget_s: for all Steps; the slowest still run a few times.
-        progress: told of Steps that are through, and of how many there are.
+        budget_s: for all Steps; they still run a few times.
 
     Raises:
         DeviceError, ConfigError: the device has no memory for a layer, or no such precision.
@@ -104,13 +102,23 @@ def calibrate(
     _fill(loaded.worker.kv)
     clock = _Steps(loaded.worker, Speed(speed))
     kinds = [(route, layers, rows) for rows in _kinds(small) for route, layers in enumerate(depths)]
-    taken = []
-    for number, (route, layers, rows) in enumerate(kinds):
-        seconds = clock.seconds(route, rows, budget_s / len(kinds), from_hidden=layers.start > 0)
-        shown = tuple((row.start, row.num_tokens, row.samples) for row in rows)
-        taken.append(StepTaken(layers, shown, seconds))
-        progress(number + 1, len(kinds))
-    return Calibration(small, loaded.facts.dtype, tuple(taken))
+    times: list[list[float]] = [[] for _ in kinds]
+    began_s = time.perf_counter()
+    for number in range(_MOST_ROUNDS):
+        for (route, layers, rows), seconds in zip(kinds, times, strict=True):
+            seconds += clock.seconds(route, rows, from_hidden=layers.start > 0)
+        spent_s = time.perf_counter() - began_s
+        if number + 1 >= _LEAST_ROUNDS and spent_s > budget_s:
+            break
+    taken = tuple(
+        StepTaken(layers, tuple((row.start, row.num_tokens, row.samples) for row in rows), each)
+        for (_, layers, rows), each in zip(kinds, map(_lower_quartile, times), strict=True)
+    )
+    return Calibration(small, loaded.facts.dtype, taken)
+
+
+def _lower_quartile(seconds: Sequence[float]) -> float:
+    return statistics.quantiles(seconds, n=4, method="inclusive")[0]
 
 
 def shallow(spec: ModelSpec) -> ModelSpec:
@@ -135,19 +143,16 @@ class _Steps:
         self._worker, self._speed = worker, speed
         self._num_steps = 0
 
-    def seconds(
-        self, route: int, rows: Sequence[StepRow], budget_s: float, *, from_hidden: bool
-    ) -> float:
+    def seconds(self, route: int, rows: Sequence[StepRow], *, from_hidden: bool) -> Iterator[float]:
+        """Of some Steps alike, after one that is not timed."""
         self._worker.reset()
         hidden_TE = None
         if from_hidden:
             hidden_TE = self._worker.zeros(sum(row.num_tokens for row in rows))
         self._run(route, rows, hidden_TE)
         bare = [replace(row, start_state=None) for row in rows]
-        times: list[float] = []
-        while len(times) < _LEAST_ROUNDS or (len(times) < _MOST_ROUNDS and sum(times) < budget_s):
-            times.append(self._run(route, bare, hidden_TE))
-        return statistics.quantiles(times, n=4, method="inclusive")[0]
+        for _ in range(_IN_A_ROW):
+            yield self._run(route, bare, hidden_TE)
 
     def _run(self, route: int, rows: Sequence[StepRow], hidden_TE: Tensor | None) -> float:
         step = Step(step_id=self._num_steps, route=route, rows=tuple(rows))

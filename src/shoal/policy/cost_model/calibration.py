@@ -36,15 +36,36 @@ _MOST_KEPT = 64
 
 _USUAL_STEP_S, _USUAL_ROW_S = 1e-4, 1e-5
 
+_GRANULE = 64
+"""Columns of half a layer are a whole number of these, so that every precision packs them."""
+
 Predict = Callable[[Range, StepLoad, Constants], StepTime]
 """Of these layers."""
 
 
+def narrow(spec: ModelSpec) -> ModelSpec:
+    """The same with half as wide layers, as a rank of two has them.
+
+    In Steps of one width, what a layer reads can't be told from what it costs besides.
+    """
+    num_kv_heads = max(spec.num_kv_heads // 2, 1)
+    ffn_size = max(spec.ffn_size // 2 // _GRANULE * _GRANULE, _GRANULE)
+    experts = spec.experts
+    if experts is not None and experts.num_groups == 1:
+        experts = replace(experts, num_experts=max(experts.num_experts // 2, experts.num_active))
+    return replace(
+        spec,
+        num_heads=num_kv_heads * (spec.num_heads // spec.num_kv_heads),
+        num_kv_heads=num_kv_heads,
+        ffn_size=min(ffn_size, spec.ffn_size),
+        experts=experts,
+    )
+
+
 def device_constants(
-    spec: ModelSpec,
     device: Device,
     numbers: Numbers,
-    taken: Iterable[StepTaken],
+    runs: Iterable[tuple[ModelSpec, Iterable[StepTaken]]],
     *,
     source: str,
     engine: str = "shoal",
@@ -52,12 +73,29 @@ def device_constants(
     """What Steps of whole layers on one device say of it.
 
     Args:
-        spec: of what ran.
+        runs: of what ran, and its Steps; better of more than one width.
 
     Raises:
         ConfigError: fewer different Steps than constants.
     """
     cluster = Cluster(hosts=(Host(name=device.host),), devices=(device,))
+    observations = [
+        each
+        for spec, taken in runs
+        for each in _of_device(spec, device, cluster, numbers, taken, engine)
+    ]
+    start = _start(cluster, device, engine, numbers, source)
+    return fit(observations, start, every=True)
+
+
+def _of_device(
+    spec: ModelSpec,
+    device: Device,
+    cluster: Cluster,
+    numbers: Numbers,
+    taken: Iterable[StepTaken],
+    engine: str,
+) -> list[Observation]:
 
     @lru_cache(_MOST_KEPT)
     def cost(layers: Range) -> InstanceCost:
@@ -71,8 +109,7 @@ def device_constants(
     def predict(layers: Range, load: StepLoad, constants: Constants) -> StepTime:
         return under(layers, constants).time(load)
 
-    start = _start(cluster, device, engine, numbers, source)
-    return fit(_observations(spec, taken, predict), start, every=True)
+    return _observations(spec, taken, predict)
 
 
 def running_constants(

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lab_session import Session, Trace, azure, conditions
+from lab_session import Session, Trace, arguments, azure, conditions, keep
 
 LAB = """\
 hosts:
@@ -53,27 +52,16 @@ class Loads:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--trace", type=Path, required=True, help="Azure's CSV")
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--precision", default="int8")
+    parser = arguments((__doc__ or "").splitlines()[0])
     parser.add_argument("--rate", type=float, default=0.5, help="where latency is measured")
     parser.add_argument("--requests", type=int, default=10)
     parser.add_argument("--crowd", type=int, default=36, help="requests, for throughput")
     parser.add_argument("--step", type=int, default=6, help="layers by which pipelines differ")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--vocab-size", type=int, default=49152)
-    parser.add_argument("--cluster", type=Path, default=None, help="probed before, of this lab")
-    parser.add_argument("--output", type=Path, default=None, help="FILE.json and FILE.md")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         session = Session(folder=Path(folder), model=args.model, precision=args.precision)
-        lab, cluster = session.folder / "lab.yaml", session.folder / "cluster.yaml"
-        lab.write_text(LAB)
-        if args.cluster is None:
-            session.probe(lab, cluster)
-        else:
-            cluster.write_text(args.cluster.read_text())
+        lab, cluster = session.probed(LAB, args.cluster)
         loads, lengths = _loads(session, args)
         plans = _planned(session, cluster, args, lengths)
         said = {name: text for name, (_, text) in plans.items()}
@@ -98,10 +86,7 @@ def main() -> None:
             "sweep": first,
             "again": again,
         }
-    if args.output is not None:
-        args.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-        args.output.with_suffix(".md").write_text(_markdown(report))
-    sys.stdout.write(_markdown(report))
+    keep(report, _markdown(report), args.output)
 
 
 def by_hand(step: int) -> Iterator[tuple[str, str]]:

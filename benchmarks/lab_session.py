@@ -5,6 +5,7 @@ Knows nothing of what is compared with what.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -12,7 +13,7 @@ import platform
 import secrets
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -35,6 +36,16 @@ class Session:
     model: str
     precision: str = "int8"
     api_key: str = field(default_factory=lambda: secrets.token_hex(16))
+
+    def probed(self, lab: str, kept: Path | None) -> tuple[Path, Path]:
+        """A lab file, and what the probe says of it; `kept`: what it said before."""
+        lab_file, cluster = self.folder / "lab.yaml", self.folder / "cluster.yaml"
+        lab_file.write_text(lab)
+        if kept is None:
+            self.probe(lab_file, cluster)
+        else:
+            cluster.write_text(kept.read_text())
+        return lab_file, cluster
 
     def probe(self, lab: Path, cluster: Path) -> None:
         """Through the lab's throttles: what planner and simulator know of it."""
@@ -137,6 +148,26 @@ def azure(path: Path, first: int, count: int, shrink: int, longest: tuple[int, i
                 answer = min(max(int(row["GeneratedTokens"]) // shrink, 4), longest[1])
                 requests.append((at, prompt, answer))
     return Trace(tuple(requests))
+
+
+def arguments(what: str) -> argparse.ArgumentParser:
+    """Those that every benchmark of a lab has."""
+    parser = argparse.ArgumentParser(description=what)
+    parser.add_argument("--trace", type=Path, required=True, help="Azure's CSV")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--precision", default="int8")
+    parser.add_argument("--cluster", type=Path, default=None, help="probed before, of this lab")
+    parser.add_argument("--vocab-size", type=int, default=49152)
+    parser.add_argument("--output", type=Path, default=None, help="FILE.json and FILE.md")
+    return parser
+
+
+def keep(report: Mapping[str, Any], table: str, output: Path | None) -> None:
+    """Shown, and written where somebody said."""
+    if output is not None:
+        output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+        output.with_suffix(".md").write_text(table)
+    sys.stdout.write(table)
 
 
 def conditions(command: Sequence[str]) -> dict[str, str]:

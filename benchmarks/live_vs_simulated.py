@@ -17,7 +17,6 @@ within their spread.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lab_session import Session, Trace, azure, conditions
+from lab_session import Session, Trace, arguments, azure, conditions, keep
 
 LAB = """\
 hosts:
@@ -58,36 +57,22 @@ _LOW_RATE = 0.05
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--trace", type=Path, required=True, help="Azure's CSV")
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--precision", default="int8")
+    parser = arguments((__doc__ or "").splitlines()[0])
     parser.add_argument("--plans", default=",".join(PLANS), help="with commas between them")
     parser.add_argument("--requests", type=int, default=60)
     parser.add_argument("--seconds", type=float, default=40.0, help="of a run, about")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--cluster", type=Path, default=None, help="probed before, of this lab")
-    parser.add_argument("--vocab-size", type=int, default=49152)
-    parser.add_argument("--output", type=Path, default=None, help="FILE.json and FILE.md")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         session = Session(folder=Path(folder), model=args.model, precision=args.precision)
-        lab, cluster = session.folder / "lab.yaml", session.folder / "cluster.yaml"
-        lab.write_text(LAB)
-        if args.cluster is None:
-            session.probe(lab, cluster)
-        else:
-            cluster.write_text(args.cluster.read_text())
+        lab, cluster = session.probed(LAB, args.cluster)
         rows = {}
         for name in args.plans.split(","):
             rows[name] = _row(session, args, lab, cluster, name)
             sys.stderr.write(_table({name: rows[name]}))
         text = cluster.read_text()
     report = {**conditions(sys.argv), "cluster": text, "plans": rows}
-    if args.output is not None:
-        args.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-        args.output.with_suffix(".md").write_text(_markdown(report))
-    sys.stdout.write(_markdown(report))
+    keep(report, _markdown(report), args.output)
 
 
 def _row(

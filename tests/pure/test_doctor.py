@@ -16,7 +16,6 @@ from shoal.core.errors import ConfigError
 from shoal.doctor.facts import Machine
 from shoal.doctor.finding import Finding, examine
 from shoal.doctor.gather import read_machine, relevant
-from shoal.doctor.limits import memory_room, quota_cpus
 from shoal.doctor.report import as_json, lines, read_report, worst
 from shoal.doctor.versions import VERSION_CHECKS
 
@@ -157,21 +156,3 @@ def test_only_variables_of_our_libraries_are_kept() -> None:
     kept = relevant({"OMP_NUM_THREADS": "2", "HF_TOKEN": "secret", "NCCL_X": "y" * 1000})
     assert kept.keys() == {"OMP_NUM_THREADS", "NCCL_X"}
     assert len(kept["NCCL_X"]) == 400
-
-
-def test_limits_of_control_groups_of_both_versions(tmp_path: Path) -> None:
-    for name, content in {
-        "proc/self/cgroup": "4:memory:/jail\n3:cpu,cpuacct:/jail\n",
-        "sys/fs/cgroup/cpu/jail/cpu.cfs_quota_us": "-1",
-        "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "400000",
-        "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000",
-        "sys/fs/cgroup/memory/jail/memory.limit_in_bytes": "1000",
-        "sys/fs/cgroup/memory/jail/memory.usage_in_bytes": "700",
-        "sys/fs/cgroup/memory/jail/memory.stat": "total_active_file 50\ntotal_inactive_file 25",
-        "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712",
-    }.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(content)
-    assert quota_cpus(tmp_path) == 4.0
-    assert memory_room(tmp_path) == (1000, 375)
-    assert (quota_cpus(tmp_path / "none"), memory_room(tmp_path / "none")) == (None, (None, None))

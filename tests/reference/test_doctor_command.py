@@ -13,7 +13,7 @@ import torch
 
 from shoal.cli.main import main
 from shoal.doctor.report import read_report
-from shoal.kernels.cpu.library import load_library
+from shoal.kernels.cpu import library
 
 
 def test_this_machine(
@@ -33,7 +33,7 @@ def test_this_machine(
     assert f"port {port}" in found["port"]["found"] and found["port"]["status"] == "warn"
     assert sum(report["counts"].values()) == len(report["findings"])
     try:
-        isa = load_library().shoal_cpu_best_isa()
+        isa = library.load_library().shoal_cpu_best_isa()
     except OSError:
         isa = None
     assert found["cpu kernels"]["status"] == ("ok" if isa else "warn")

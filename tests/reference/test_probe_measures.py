@@ -20,7 +20,7 @@ from shoal.executor.launcher import LocalLauncher
 from shoal.probe import cpu
 from shoal.probe.asked import Site
 from shoal.probe.checks import warnings_of
-from shoal.probe.cpu import cpu_model, cpu_quota, measure_cpu
+from shoal.probe.cpu import cpu_model, held_back, measure_cpu
 from shoal.probe.cuda import measure_cuda
 from shoal.probe.disk import read_rate
 from shoal.probe.found import cluster_of, remarks_of
@@ -88,14 +88,19 @@ def test_a_gpu() -> None:
 
 def test_what_the_kernel_says_of_cpus(tmp_path: Path) -> None:
     assert cpu_model(tmp_path)  # the machine's architecture, at least
-    assert cpu_quota(tmp_path) is None
-    (tmp_path / "proc").mkdir()
+    assert list(held_back(2, tmp_path)) == []
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/\n")
     (tmp_path / "proc/cpuinfo").write_text("processor : 0\nmodel name : Old One\n")
     (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
     (tmp_path / "sys/fs/cgroup/cpu.max").write_text("150000 100000\n")
-    assert (cpu_model(tmp_path), cpu_quota(tmp_path)) == ("Old One", 1.5)
-    (tmp_path / "sys/fs/cgroup/cpu.max").write_text("max 100000\n")
-    assert cpu_quota(tmp_path) is None
+    assert cpu_model(tmp_path) == "Old One"
+    assert list(held_back(2, tmp_path)) == ["a control group allows 1.5 CPUs, and 2 threads work"]
+    assert list(held_back(1, tmp_path)) == []
+    governor = tmp_path / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"
+    governor.parent.mkdir(parents=True)
+    governor.write_text("powersave\n")
+    assert list(held_back(1, tmp_path)) == ["the frequency governor is powersave"]
 
 
 def test_a_disk_is_read_and_nothing_is_left_there(tmp_path: Path) -> None:

@@ -199,21 +199,9 @@ def test_a_step_takes_as_long_as_its_slower_half() -> None:
     assert of_file_cache.from_disk_s == pytest.approx(0.012)
 
 
-def test_the_tightest_of_nested_groups_limits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    inner = tmp_path / "memory" / "outer" / "inner"
-    inner.mkdir(parents=True)
-    for folder, limit, used in ((inner, 500, 100), (inner.parent, 400, 250)):
-        (folder / "memory.limit_in_bytes").write_text(str(limit))
-        (folder / "memory.usage_in_bytes").write_text(str(used))
-    (inner.parent / "memory.stat").write_text(
-        "active_file 1\ntotal_inactive_file 20\ntotal_active_file 5\n"
-    )
-    groups = {"/proc/self/cgroup": "5:cpu:/x\n4:memory:/outer/inner\n"}
-    monkeypatch.setattr(memory, "_GROUPS", tmp_path)
-    monkeypatch.setattr(memory, "_read_text", lambda path: groups.get(path, ""))
-    assert free_memory_bytes(torch.device("cpu")) == 400 - 250 + 25
+def test_what_control_groups_leave_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "memory_room", lambda root: (400, 175))
+    assert free_memory_bytes(torch.device("cpu")) == 175
 
 
 def test_a_process_limit_is_known() -> None:

@@ -171,10 +171,10 @@ def _software() -> Software:
 
 def _kernels() -> tuple[str, str]:
     """What the compiled CPU kernels run with here, or why they don't."""
-    from shoal.kernels.cpu.library import load_library
+    from shoal.kernels.cpu import library
 
     try:
-        best = load_library().shoal_cpu_best_isa()
+        best = library.load_library().shoal_cpu_best_isa()
     except OSError as error:
         return "", str(error)
     return (best.decode(), "") if best else ("", "this CPU has no AVX2")

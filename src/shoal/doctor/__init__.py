@@ -3,7 +3,6 @@
     finding.py      a check, and what it says
     facts.py        what is known of a machine
     gather.py       from /proc, /sys, limits and the environment
-    limits.py       cgroups and the process's own limits
     processor.py    checks of CPUs and memory
     system.py       of files, disk, swap, ports
     gpus.py         of GPUs and their driver

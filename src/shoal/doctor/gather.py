@@ -18,8 +18,8 @@ import psutil
 
 from shoal.cluster.nvml import read_topology
 from shoal.cluster.topology import Topology
+from shoal.core.control_groups import memory_room, quota_cpus, text
 from shoal.doctor.facts import Machine, Memory, Processor, Room, Software
-from shoal.doctor.limits import memory_room, quota_cpus, text
 from shoal.plan_file.machine import num_cpus
 
 _PREFIXES = ("NCCL_", "GLOO_", "OMP_", "GOMP_", "KMP_", "MKL_", "CUDA_", "TORCH_", "PYTORCH_")

@@ -17,6 +17,7 @@ import psutil
 import torch
 
 from shoal.core.cluster import Precision
+from shoal.core.control_groups import quota_cpus
 from shoal.core.measured import DeviceMeasure
 from shoal.kernels.cpu.arena import Arena, PackedFormat, packed_bytes
 from shoal.kernels.cpu.step import Session
@@ -75,7 +76,7 @@ def measure_cpu(num_threads: int, speed: Speed, seconds: float) -> DeviceMeasure
         host_bytes_per_s=per_second(lambda: copied.copy_(source), part_s, speed) * len(copied),
         num_threads=num_threads,
         kernels=kernels,
-        held_back=tuple(_held_back(num_threads)),
+        held_back=tuple(held_back(num_threads)),
     )
 
 
@@ -122,9 +123,9 @@ def _launches(num_threads: int) -> Callable[[], object]:
     return lambda: [session.linear(x_NE, weight) for _ in range(_LAUNCHES)]
 
 
-def _held_back(num_threads: int, root: Path = Path("/")) -> Iterator[str]:
+def held_back(num_threads: int, root: Path = Path("/")) -> Iterator[str]:
     """A quota below the threads that work, and a governor that keeps clocks low."""
-    quota = cpu_quota(root)
+    quota = quota_cpus(root)
     if quota is not None and quota < num_threads:
         yield f"a control group allows {quota:g} CPUs, and {num_threads} threads work"
     folder = root / "sys/devices/system/cpu/cpu0/cpufreq"
@@ -134,12 +135,3 @@ def _held_back(num_threads: int, root: Path = Path("/")) -> Iterator[str]:
         return
     if governor == "powersave":
         yield "the frequency governor is powersave"
-
-
-def cpu_quota(root: Path = Path("/")) -> float | None:
-    """CPUs that the outermost control group allows; None: any."""
-    try:
-        quota, period = (root / "sys/fs/cgroup/cpu.max").read_text().split()
-        return int(quota) / int(period)
-    except (OSError, ValueError):
-        return None

@@ -169,7 +169,7 @@ class Fleet:
         self.state = RouterState(
             RouterConfig(
                 replicas=tuple(LAYOUTS),
-                max_attempts=1000,
+                max_lost=1000,
                 roles=self.roles,
                 moves_kv=True,
                 move_timeout_s=TIMEOUT_S,

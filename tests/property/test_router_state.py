@@ -39,6 +39,11 @@ INFO = EngineInfo(
 )
 
 
+def own_id(sent_id: str) -> str:
+    """Of a request, by what a replica knows it as."""
+    return sent_id.partition("~")[0]
+
+
 class Fleet:
     """A router and pretend replicas that give the right next token of what they were sent."""
 
@@ -61,7 +66,7 @@ class Fleet:
             match effect:
                 case Send(replica, request):
                     assert replica in self.live, "sent to a replica that is not there"
-                    self.sent.setdefault(request.request_id, []).append(effect)
+                    self.sent.setdefault(own_id(request.request_id), []).append(effect)
                     self.running[replica, request.request_id] = [
                         *request.prompt_ids,
                         *request.output_ids,
@@ -101,7 +106,7 @@ class Fleet:
     def produce(self, key: tuple[str, str]) -> None:
         """One token of one running request."""
         replica, request_id = key
-        request = self.sent[request_id][0].request
+        request = self.sent[own_id(request_id)][0].request
         ids = self.running[key]
         done = len(ids) - len(request.prompt_ids)
         want = expected_output(request.prompt_ids, request.sampling.max_tokens or 0, VOCAB)
@@ -122,7 +127,7 @@ class Fleet:
 def test_lost_replicas_lose_no_token(seed: int, num_replicas: int) -> None:
     rng = random.Random(seed)
     names = [f"r{i}" for i in range(num_replicas)]
-    fleet = Fleet(*names, max_attempts=1_000)
+    fleet = Fleet(*names, max_lost=1_000)
     fleet.up(names[0])
     prompts = {f"q{i}": [rng.randrange(1, VOCAB) for _ in range(5)] for i in range(30)}
     cancelled = set()
@@ -198,7 +203,7 @@ def test_a_replica_that_failed_for_good_fails_its_requests() -> None:
 
 
 def test_a_request_that_keeps_losing_replicas_ends() -> None:
-    fleet = Fleet("a", max_attempts=3)
+    fleet = Fleet("a", max_lost=3)
     fleet.up("a")
     fleet.submit("q", [1, 2, 3])
     for _ in range(3):

@@ -173,7 +173,7 @@ def test_a_mute_engine_is_ended_and_that_is_what_is_said(caplog: pytest.LogCaptu
             lambda loading: None,
             limits,
         )
-        config = RouterConfig(replicas=("mute",), max_attempts=1)
+        config = RouterConfig(replicas=("mute",), max_lost=1)
         state = RouterState(config, random.Random(0))
         async with Router(state, [client], MonotonicClock()) as router:
             request = GenerateRequest(

@@ -10,7 +10,7 @@ from shoal.core.request import GenerateRequest, SamplingParams
 from shoal.core.stats import EngineInfo
 from shoal.policy.waiting import Waiting, bandwidth, updated
 from shoal.router.prefixes import Prefix, Prefixes
-from shoal.router.records import Entry, Move, Replica
+from shoal.router.records import Attempt, Entry, Move, Replica
 
 INFO = EngineInfo(
     max_model_len=1000,
@@ -140,12 +140,12 @@ def test_how_fast_a_replica_is_shows_where_it_had_nothing_else_to_do() -> None:
     prefixes, _one, other = two_replicas()
     other.token_s = None
     asked = entry()
-    asked.sent_s, asked.was_alone = 2.0, True
+    attempt = Attempt("other", "q", sent_s=2.0, was_alone=True)
     other.outstanding = {"q": None, "another": None}
-    prefixes.note_computed(other, asked, 0, 3.0)
+    prefixes.note_computed(other, asked, attempt, 0, 3.0)
     assert other.token_s is None
     other.outstanding = {"q": None}
-    prefixes.note_computed(other, asked, 80, 3.0)
+    prefixes.note_computed(other, asked, attempt, 80, 3.0)
     assert other.token_s is None, "20 tokens say little"
-    prefixes.note_computed(other, asked, 0, 3.0)
+    prefixes.note_computed(other, asked, attempt, 0, 3.0)
     assert other.token_s == pytest.approx(0.01)

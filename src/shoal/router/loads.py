@@ -75,15 +75,12 @@ class Loads:
             at = counts.index(least, at + 1)
             yield self._replicas[fitting[at]]
 
-    def check_integrity(self, num_coming: Callable[[str], int]) -> dict[str, str]:
-        """Whether they were counted right, and where each request is; for tests."""
-        placed: dict[str, str] = {}
+    def check_integrity(self, num_coming: Callable[[str], int]) -> set[tuple[str, str]]:
+        """Whether they were counted right, and which requests are where; for tests."""
         for replica in self._replicas:
             assert replica.alive or not replica.outstanding
             assert self.of(replica.name) == len(replica.outstanding) + num_coming(replica.name)
-            assert placed.keys().isdisjoint(replica.outstanding)
-            placed.update(dict.fromkeys(replica.outstanding, replica.name))
-        return placed
+        return {(each.name, request) for each in self._replicas for request in each.outstanding}
 
     def _fitting(self, has_begun: bool) -> list[int]:
         if has_begun not in self._fit:

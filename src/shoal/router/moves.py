@@ -81,10 +81,11 @@ class Moves:
         is_ahead = why == "ahead"
         timeout_s = self._config.push_timeout_s if is_ahead else self._config.move_timeout_s
         move = self._add(request_id, source, target, now + timeout_s, why)
-        entry = self._entries[request_id]
-        entry.was_pushed |= is_ahead
+        lead = self._entries[request_id].lead
+        assert lead is not None, "what has no place does not move"
+        lead.was_pushed |= is_ahead
         ttl_s = timeout_s * _LEASE_PER_TIMEOUT
-        return [LendAt(source, move.move_id, entry.sent_id, ttl_s, is_ahead)]
+        return [LendAt(source, move.move_id, lead.sent_id, ttl_s, is_ahead)]
 
     def wait_for(self, request_id: str, prefix: Prefix, target: str, now: float) -> list[Effect]:
         """A request is sent to `target` when it has what `prefix.source` has."""
@@ -145,11 +146,12 @@ class Moves:
 
     def is_due_ahead(self, request_id: str) -> bool:
         entry = self._entries[request_id]
-        if not self._config.moves_kv or not self._config.push_timeout_s or entry.replica is None:
+        lead = entry.lead
+        if not self._config.moves_kv or not self._config.push_timeout_s or lead is None:
             return False
-        replica = self._replicas[entry.replica]
+        replica = self._replicas[lead.replica]
         is_due = replica.role == "prefill" and not replica.is_drained and not entry.has_begun
-        return is_due and not entry.was_pushed and request_id not in self
+        return is_due and not lead.was_pushed and request_id not in self
 
     def for_balance(self) -> str | None:
         """A request of who has the most, if another has that many fewer."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from shoal.core.step import BLOCK_SIZE
 from shoal.engine.blocks import BlockName, block_name, root_name
 from shoal.policy.waiting import FIRST_BANDWIDTH_BYTES_PER_S, Waiting, bandwidth, updated
-from shoal.router.records import Entry, Move, Replica
+from shoal.router.records import Attempt, Entry, Move, Replica
 
 _FEWEST_TOKENS = 64
 """Prompts that say something of how fast prompts are computed, transfers of how fast links are."""
@@ -121,12 +121,14 @@ class Prefixes:
 
     # --- how fast it goes ---
 
-    def note_computed(self, replica: Replica, entry: Entry, num_cached: int, now: float) -> None:
+    def note_computed(
+        self, replica: Replica, entry: Entry, attempt: Attempt, num_cached: int, now: float
+    ) -> None:
         """The first token of a request came: all before it is there."""
         self.note(replica, entry)
         num = entry.num_tokens - num_cached
-        if entry.was_alone and len(replica.outstanding) == 1 and num >= _FEWEST_TOKENS:
-            replica.token_s = updated(replica.token_s, (now - entry.sent_s) / num)
+        if attempt.was_alone and len(replica.outstanding) == 1 and num >= _FEWEST_TOKENS:
+            replica.token_s = updated(replica.token_s, (now - attempt.sent_s) / num)
 
     def note_got(
         self, entry: Entry, move: Move, target: Replica, num_blocks: int, now: float

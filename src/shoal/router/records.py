@@ -22,7 +22,7 @@ class RouterConfig:
         replicas: their names.
         max_homeless: requests that may wait while no replica is alive.
         homeless_timeout_s: how long they may.
-        max_attempts: replicas a request may lose before it ends in an error.
+        max_lost: replicas a request may lose before it ends in an error.
         roles: of replicas that are not for all of a request.
         moves_kv: replicas can exchange KV; otherwise requests move without it.
         move_timeout_s: how long KV may take to get from one to another.
@@ -35,7 +35,7 @@ class RouterConfig:
     replicas: tuple[str, ...]
     max_homeless: int = 256
     homeless_timeout_s: float = 120.0
-    max_attempts: int = 3
+    max_lost: int = 3
     roles: Mapping[str, Role] = field(default_factory=dict)
     moves_kv: bool = False
     move_timeout_s: float = 10.0
@@ -69,11 +69,31 @@ class Replica:
 
 
 @dataclass(slots=True)
+class Attempt:
+    """A stay of a request at a replica.
+
+    Attributes:
+        sent_id: by which the replica knows it; another each time, so that what a replica still
+            says of a request that left it is not taken for what it says when the request is back.
+        sent_s: when it was sent; `was_alone`: to a replica that had nothing else then.
+        was_pushed: KV of it was asked for ahead, which is tried once.
+    """
+
+    replica: str
+    sent_id: str
+    sent_s: float = 0.0
+    was_alone: bool = False
+    was_pushed: bool = False
+
+
+@dataclass(slots=True)
 class Entry:
     """
     Attributes:
-        sent_s: when it was last sent to a replica; `was_alone`: which had nothing else then;
-            `was_pushed`: whose KV of it was asked for ahead, which is tried once.
+        lead: the attempt whose tokens are delivered; None: it waits for a replica.
+        rival: another one, from the same last token; who says the next token leads, and the
+            other one ends. There is none without a lead.
+        num_lost: replicas that were lost under it.
         names: of its full blocks, as far as they were asked for, at replicas whose KV is
             `named_for`.
     """
@@ -81,15 +101,29 @@ class Entry:
     request: GenerateRequest
     deadline: float | None
     output_ids: list[int]
-    replica: str | None = None
+    lead: Attempt | None = None
+    rival: Attempt | None = None
     homeless_since: float = 0.0
+    num_lost: int = 0
     num_attempts: int = 0
-    num_moves: int = 0
-    sent_s: float = 0.0
-    was_alone: bool = False
-    was_pushed: bool = False
     named_for: str | None = None
     names: list[BlockName] = field(default_factory=list)
+
+    @property
+    def replica(self) -> str | None:
+        """Where its tokens come from."""
+        return None if self.lead is None else self.lead.replica
+
+    @property
+    def attempts(self) -> list[Attempt]:
+        """The lead first."""
+        return [each for each in (self.lead, self.rival) if each is not None]
+
+    def attempt_at(self, replica: str) -> Attempt:
+        """A new one, which neither leads nor is a rival yet."""
+        request_id, number = self.request.request_id, self.num_attempts
+        self.num_attempts += 1
+        return Attempt(replica, f"{request_id}~{number}" if number else request_id)
 
     @property
     def num_tokens(self) -> int:
@@ -101,26 +135,19 @@ class Entry:
         """Whether tokens of it have been delivered."""
         return len(self.output_ids) > len(self.request.output_ids)
 
-    def rest(self, now: float) -> GenerateRequest:
-        """What its replica is sent: to go on from the last token that was delivered."""
+    def rest(self, attempt: Attempt, now: float) -> GenerateRequest:
+        """What a replica is sent: to go on from the last token that was delivered."""
         sampling = self.request.sampling
         if self.has_begun:
             # They came with the first token.
             sampling = replace(sampling, prompt_logprobs=None)
         return replace(
             self.request,
-            request_id=self.sent_id,
+            request_id=attempt.sent_id,
             sampling=sampling,
             output_ids=tuple(self.output_ids),
             timeout_s=None if self.deadline is None else max(self.deadline - now, 0.001),
         )
-
-    @property
-    def sent_id(self) -> str:
-        """By which its replica knows it; another each time, so that what a replica still says of
-        a request that left it is not taken for what it says when the request is back."""
-        request_id = self.request.request_id
-        return f"{request_id}~{self.num_moves}" if self.num_moves else request_id
 
 
 @dataclass(slots=True)

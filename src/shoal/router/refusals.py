@@ -33,9 +33,9 @@ def too_many_wait(num_homeless: int) -> QueueFullError:
     )
 
 
-def lost_too_often(num_attempts: int, reason: str) -> RequestError:
+def lost_too_often(num_lost: int, reason: str) -> RequestError:
     return RequestError(
-        f"the replicas serving this request were lost {num_attempts} times, last: {reason}",
+        f"the replicas serving this request were lost {num_lost} times, last: {reason}",
         code="replica_lost",
     )
 

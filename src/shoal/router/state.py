@@ -28,11 +28,9 @@ from shoal.router.events import (
     Drain,
     DrainReplica,
     Effect,
-    EndLeaseAt,
     Event,
     KVLent,
     KVPulled,
-    PullAt,
     ReplicaLost,
     ReplicaOutputs,
     ReplicaReady,
@@ -44,7 +42,10 @@ from shoal.router.events import (
 from shoal.router.loads import Loads
 from shoal.router.moves import Moves
 from shoal.router.prefixes import Prefixes
-from shoal.router.records import Entry, Move, Replica, RouterConfig, Why
+from shoal.router.records import Attempt, Entry, Replica, RouterConfig
+from shoal.router.relocations import Relocations
+
+_NOBODY: tuple[None, None] = (None, None)
 
 
 class RouterState:
@@ -60,13 +61,23 @@ class RouterState:
         self._replicas = {
             name: Replica(name, config.roles.get(name, "any")) for name in config.replicas
         }
-        self._sent: dict[str, str] = {}  # sent_id → request_id, of those that moved
         self._entries: dict[str, Entry] = {}
+        self._attempts: dict[str, tuple[Entry, Attempt]] = {}  # by sent_id
         # Those that time alone may end.
         self._timed: dict[str, Entry] = {}
         self._loads = Loads(self._replicas)
         self._moves = Moves(config, self._replicas, self._entries, self._loads)
         self._prefixes = Prefixes(config.moves_kv and len(config.replicas) > 1)
+        self._relocations = Relocations(
+            config,
+            self._replicas,
+            self._entries,
+            self._moves,
+            self._prefixes,
+            leave=self._leave,
+            place=self._place,
+            send=self._send,
+        )
         self._homeless: dict[str, None] = {}
         self._draining = False
         self._last_info: EngineInfo | None = None
@@ -105,16 +116,15 @@ class RouterState:
     def check_integrity(self) -> None:
         """Raises AssertionError if the books don't balance; for tests."""
         placed = self._loads.check_integrity(self._moves.num_coming)
-        assert all(self._entries[each].replica == replica for each, replica in placed.items())
-        assert placed.keys() | self._homeless.keys() == self._entries.keys()
-        assert not placed.keys() & self._homeless.keys()
+        attempts = [(each, entry) for entry in self._entries.values() for each in entry.attempts]
+        assert placed == {(each.replica, entry.request.request_id) for each, entry in attempts}
+        assert len(placed) == len(attempts), "a rival is at another replica than the lead"
+        assert self._attempts.keys() == {each.sent_id for each, _ in attempts}
+        homeless = {each for each, entry in self._entries.items() if entry.lead is None}
+        assert self._homeless.keys() == homeless
         timed = (each for each, entry in self._entries.items() if entry.deadline is not None)
         assert self._timed.keys() == set(timed)
-        assert all(
-            request_id in placed for request_id in self._entries if request_id in self._moves
-        )
-        moved = {entry.sent_id for entry in self._entries.values() if entry.num_moves}
-        assert self._sent.keys() == moved
+        assert not any(request_id in self._moves for request_id in self._homeless)
 
     # --- events ---
 
@@ -131,12 +141,12 @@ class RouterState:
             case ReplicaOutputs():
                 return self._outputs(event, now)
             case KVLent():
-                return self._lent(event, now)
+                return self._relocations.lent(event, now)
             case KVPulled():
-                return self._pulled(event, now)
+                return self._relocations.pulled(event, now)
             case DrainReplica(name):
                 self._loads.drain(name, True)
-                return self._move_on(now)
+                return self._relocations.look(now)
             case ResumeReplica(name):
                 self._loads.drain(name, False)
                 return []
@@ -146,7 +156,7 @@ class RouterState:
             case Abandon():
                 return self._abandon()
             case Tick():
-                return [*self._expire(now), *self._move_on(now)]
+                return [*self._expire(now), *self._relocations.look(now)]
 
     def _submit(self, request: GenerateRequest, now: float) -> list[Effect]:
         refusal = self._refusal(request)
@@ -160,15 +170,14 @@ class RouterState:
         self._entries[request_id] = entry
         if deadline is not None:
             self._timed[request_id] = entry
-        return self._place(request_id, now)
+        return self._place(entry, now)
 
     def _cancel(self, request_id: str) -> list[Effect]:
         if request_id not in self._entries:
             return []
-        return [
-            *self._withdraw(request_id),
-            Deliver([Output(request_id=request_id, finish="cancelled")]),
-        ]
+        cancels = self._leave(self._entries[request_id])
+        ended = Output(request_id=request_id, finish="cancelled")
+        return [*cancels, *self._forget(self._entries[request_id]), Deliver([ended])]
 
     def _ready(self, event: ReplicaReady, now: float) -> list[Effect]:
         replica = self._replicas[event.replica]
@@ -178,7 +187,7 @@ class RouterState:
         effects: list[Effect] = []
         for request_id in list(self._homeless):
             del self._homeless[request_id]
-            effects += self._place(request_id, now)
+            effects += self._place(self._entries[request_id], now)
         return effects
 
     def _lost(self, event: ReplicaLost, now: float) -> list[Effect]:
@@ -189,26 +198,30 @@ class RouterState:
         replica.gone_for_good = event.final
         self._prefixes.forget(event.replica)
         orphans = self._loads.empty(event.replica)
-        effects: list[Effect] = []
-        for move in self._moves.with_target(event.replica):
-            effects += self._moves.end(move.request_id)
-        for move in self._moves.prefixes_from(event.replica):
-            effects += self._conclude(move, now)
+        effects = self._relocations.lost(event.replica, now)
         for request_id in orphans:
-            entry = self._entries[request_id]
-            entry.replica = None
-            entry.num_attempts += 1
-            bound_for = self._moves.target_of(request_id)
-            effects += self._moves.end(request_id)
-            if entry.num_attempts >= self._config.max_attempts:
-                error = refusals.lost_too_often(entry.num_attempts, event.reason)
-                effects += self._fail(request_id, error)
-            else:
-                effects += self._place(request_id, now, bound_for)
+            effects += self._orphaned(self._entries[request_id], event, now)
         if self._hopeless:
             for request_id in list(self._homeless):
                 effects += self._fail(request_id, refusals.no_replica(event.reason))
         return effects
+
+    def _orphaned(self, entry: Entry, event: ReplicaLost, now: float) -> list[Effect]:
+        """A replica is gone that had a request."""
+        request_id = entry.request.request_id
+        lost = next(each for each in entry.attempts if each.replica == event.replica)
+        del self._attempts[lost.sent_id]
+        if entry.rival is not None:
+            entry.lead, entry.rival = entry.rival if entry.lead is lost else entry.lead, None
+            return self._moves.end(request_id)
+        entry.lead = None
+        entry.num_lost += 1
+        bound_for = self._moves.target_of(request_id)
+        effects = self._moves.end(request_id)
+        if entry.num_lost >= self._config.max_lost:
+            error = refusals.lost_too_often(entry.num_lost, event.reason)
+            return [*effects, *self._fail(request_id, error)]
+        return [*effects, *self._place(entry, now, bound_for)]
 
     def _outputs(self, event: ReplicaOutputs, now: float) -> list[Effect]:
         replica = self._replicas[event.replica]
@@ -216,16 +229,20 @@ class RouterState:
             return []
         outputs, effects = [], list[Effect]()
         for output in event.outputs:
-            request_id = self._sent.get(output.request_id, output.request_id)
-            entry = self._entries.get(request_id)
-            if entry is None or entry.replica != event.replica:
-                continue
-            if output.request_id != entry.sent_id:
-                continue  # of an earlier stay there
-            if entry.num_moves:
+            entry, attempt = self._attempts.get(output.request_id, _NOBODY)
+            if entry is None or attempt is None or attempt.replica != event.replica:
+                continue  # of somebody who left
+            request_id = entry.request.request_id
+            if entry.rival is not None:
+                if output.finish == "error":
+                    effects += self._end(entry, attempt)
+                    continue  # the other one goes on
+                effects += self._lead_by(entry, attempt)
+            if output.request_id != request_id:
                 output = dataclasses.replace(output, request_id=request_id)
             if output.num_cached_tokens is not None:
-                self._prefixes.note_computed(replica, entry, output.num_cached_tokens, now)
+                num_cached = output.num_cached_tokens
+                self._prefixes.note_computed(replica, entry, attempt, num_cached, now)
                 if entry.has_begun:
                     # Said already, by a replica that was lost since or in an earlier output.
                     output = dataclasses.replace(output, num_cached_tokens=None)
@@ -233,90 +250,13 @@ class RouterState:
             if output.finish is not None:
                 if output.error is None:
                     self._prefixes.note(replica, entry)
-                effects += self._forget(request_id)
+                effects += self._forget(entry)
             elif replica.role == "prefill":
-                effects += self._leave(request_id, now)
+                effects += self._relocations.has_begun(request_id, now)
             outputs.append(output)
         return [Deliver(outputs), *effects]
 
-    # --- moving ---
-
-    def _move_on(self, now: float) -> list[Effect]:
-        """Moves that take too long, then those that are due."""
-        effects: list[Effect] = []
-        for move in self._moves.overdue(now):
-            if move.why in ("needed", "prefix"):
-                effects += self._conclude(move, now)
-            else:
-                effects += self._moves.end(move.request_id)
-        for request_id in self._moves.due():
-            effects += self._begin_move(request_id, now, "needed")
-        for request_id in self._moves.due_ahead():
-            effects += self._begin_move(request_id, now, "ahead")
-        if not effects and (chosen := self._moves.for_balance()) is not None:
-            effects = self._begin_move(chosen, now, "balance")
-        return effects
-
-    def _begin_move(self, request_id: str, now: float, why: Why) -> list[Effect]:
-        """Off its replica, to a better one; nothing happens if there is none."""
-        source = self._entries[request_id].replica
-        target = self._moves.better_place(request_id, ahead=why == "ahead")
-        if source is None or target is None:
-            return []
-        if self._config.moves_kv:
-            return self._moves.begin(request_id, source, target, now, why)
-        return self._send_over(request_id, source, target, now)
-
-    def _leave(self, request_id: str, now: float) -> list[Effect]:
-        """Its replica only starts requests, and has started this one."""
-        move = self._moves.of(request_id)
-        if move is None:
-            return self._begin_move(request_id, now, "needed")
-        if move.why == "ahead":
-            self._moves.is_needed_now(move, now)
-        return self._conclude(move, now) if move.is_here else []
-
-    def _lent(self, event: KVLent, now: float) -> list[Effect]:
-        move = self._moves.get(event.offer.lease_id)
-        if move is None or move.source != event.replica:
-            return [EndLeaseAt(event.replica, event.offer.lease_id)]
-        move.pulled_s, move.num_offered = now, len(event.offer.names)
-        self._prefixes.lacks(move.source, move.names[move.num_offered :])
-        if event.offer.names:
-            return [PullAt(move.target, event.offer, max(move.deadline - now, 0.0))]
-        return self._conclude(move, now)
-
-    def _pulled(self, event: KVPulled, now: float) -> list[Effect]:
-        move = self._moves.get(event.move_id)
-        if move is None or move.target != event.replica:
-            return []
-        if move.why != "ahead":  # that takes as long as computing it
-            entry, target = self._entries[move.request_id], self._replicas[move.target]
-            self._prefixes.note_got(entry, move, target, event.num_blocks, now)
-        move.is_here = event.num_blocks == move.num_offered
-        return self._conclude(move, now)
-
-    def _conclude(self, move: Move, now: float) -> list[Effect]:
-        """All came that will."""
-        if move.why == "ahead" and move.is_here:
-            return []  # until it has begun
-        effects = self._moves.end(move.request_id)
-        if move.why == "ahead":
-            return effects
-        if move.why == "prefix":
-            return [*effects, *self._send(move.request_id, now)]
-        return [*effects, *self._send_over(move.request_id, move.source, move.target, now)]
-
-    def _send_over(self, request_id: str, source: str, target: str, now: float) -> list[Effect]:
-        """From now on what the old replica says of it counts no more."""
-        entry = self._entries[request_id]
-        cancel = CancelAt(source, entry.sent_id)
-        self._loads.take(source, request_id)
-        self._sent.pop(entry.sent_id, None)
-        entry.replica = None
-        entry.num_moves += 1
-        self._sent[entry.sent_id] = request_id
-        return [cancel, *self._place(request_id, now, target)]
+    # --- time ---
 
     def _abandon(self) -> list[Effect]:
         error = refusals.shutting_down("shutting_down")
@@ -350,50 +290,64 @@ class RouterState:
     def _hopeless(self) -> bool:
         return all(replica.gone_for_good for replica in self._replicas.values())
 
-    def _place(self, request_id: str, now: float, wanted: str | None = None) -> list[Effect]:
+    def _place(self, entry: Entry, now: float, wanted: str | None = None) -> list[Effect]:
         """Bind it to the live replica with the fewest outstanding requests, or let it wait.
 
         Args:
             wanted: where its KV is; taken if requests may be sent there.
         """
-        entry = self._entries[request_id]
         has_kv = self._loads.taking(wanted, entry.has_begun)
         replica = has_kv or self._prefixes.most_held(self._loads.fewest(entry.has_begun), entry)
         if replica is None:
             entry.homeless_since = now
-            self._homeless[request_id] = None
+            self._homeless[entry.request.request_id] = None
             return []
-        self._loads.put(replica.name, request_id)
-        entry.replica = replica.name
+        entry.lead = self._bind(entry, replica)
         prefix = self._prefixes.worth_getting(entry, replica, self._replicas.values())
         if prefix is not None and has_kv is None:
-            return self._moves.wait_for(request_id, prefix, replica.name, now)
-        return self._send(request_id, now)
+            return self._moves.wait_for(entry.request.request_id, prefix, replica.name, now)
+        return self._send(entry, now)
 
-    def _send(self, request_id: str, now: float) -> list[Effect]:
+    def _bind(self, entry: Entry, replica: Replica) -> Attempt:
+        attempt = entry.attempt_at(replica.name)
+        self._attempts[attempt.sent_id] = entry, attempt
+        self._loads.put(replica.name, entry.request.request_id)
+        return attempt
+
+    def _send(self, entry: Entry, now: float) -> list[Effect]:
         """To the replica that it is bound to."""
-        entry = self._entries[request_id]
-        replica = self._replicas[entry.replica or ""]
-        entry.sent_s, entry.was_alone = now, len(replica.outstanding) == 1
-        entry.was_pushed = False
-        effects: list[Effect] = [Send(replica.name, entry.rest(now))]
+        lead, request_id = entry.lead, entry.request.request_id
+        assert lead is not None, "it has a place"
+        lead.sent_s, lead.was_alone = now, len(self._replicas[lead.replica].outstanding) == 1
+        effects: list[Effect] = [Send(lead.replica, entry.rest(lead, now))]
         if self._moves.is_due_ahead(request_id):
-            effects += self._begin_move(request_id, now, "ahead")
+            effects += self._relocations.begin(request_id, now, "ahead")
         return effects
 
+    def _lead_by(self, entry: Entry, winner: Attempt) -> list[CancelAt]:
+        """Its tokens are delivered from now on, and the other attempt ends."""
+        loser = entry.rival if winner is entry.lead else entry.lead
+        return [] if loser is None else self._end(entry, loser)
+
+    def _end(self, entry: Entry, attempt: Attempt) -> list[CancelAt]:
+        """One attempt; the other one leads, if there is one."""
+        del self._attempts[attempt.sent_id]
+        self._loads.take(attempt.replica, entry.request.request_id)
+        entry.lead, entry.rival = entry.rival if attempt is entry.lead else entry.lead, None
+        return [CancelAt(attempt.replica, attempt.sent_id)]
+
+    def _leave(self, entry: Entry) -> list[CancelAt]:
+        return [cancel for each in entry.attempts for cancel in self._end(entry, each)]
+
     def _fail(self, request_id: str, error: RequestError) -> list[Effect]:
-        return [*self._withdraw(request_id), refusals.failed(request_id, error)]
+        cancels = self._leave(self._entries[request_id])
+        forgotten = self._forget(self._entries[request_id])
+        return [*cancels, *forgotten, refusals.failed(request_id, error)]
 
-    def _withdraw(self, request_id: str) -> list[Effect]:
-        entry = self._entries[request_id]
-        cancels = [] if entry.replica is None else [CancelAt(entry.replica, entry.sent_id)]
-        return [*self._forget(request_id), *cancels]
-
-    def _forget(self, request_id: str) -> list[Effect]:
-        entry = self._entries.pop(request_id)
-        self._sent.pop(entry.sent_id, None)
+    def _forget(self, entry: Entry) -> list[Effect]:
+        request_id = entry.request.request_id
+        self._leave(entry)
+        del self._entries[request_id]
         self._homeless.pop(request_id, None)
         self._timed.pop(request_id, None)
-        if entry.replica is not None:
-            self._loads.take(entry.replica, request_id)
         return self._moves.end(request_id)

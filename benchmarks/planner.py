@@ -22,10 +22,11 @@ from typing import Any
 from shoal.cluster.catalogue import known_constants
 from shoal.cluster.cluster_file import read_cluster
 from shoal.core.cluster import Cluster, Device, Host, Link
+from shoal.core.latency import Slo
 from shoal.core.model_spec import LayerSpec, ModelSpec, RopeSpec
 from shoal.model.known_shapes import shape_folder
 from shoal.model.spec import read_spec
-from shoal.planner.goal import Goal, Slo
+from shoal.planner.goal import Goal
 from shoal.planner.profiles import Problem
 from shoal.planner.search import find_plan
 

@@ -119,8 +119,9 @@ class BruteForce:
                 ]
                 hops = self._hops(stages, batch)
                 for layers in compositions(self.layers, len(stages)):
-                    times = [table[n] for table, n in zip(tables, layers, strict=True)]
-                    tpot = max(sum(times) + hops, micro_batches * max(times)) + late_s
+                    times = [table[n][0] for table, n in zip(tables, layers, strict=True)]
+                    ways = [table[n][1] for table, n in zip(tables, layers, strict=True)]
+                    tpot = max(sum(ways) + hops, micro_batches * max(times)) + late_s
                     if tpot < math.inf and tpot <= (goal.slo.tpot_s or math.inf):
                         best = max(best, micro_batches * batch / (goal.output_tokens * tpot))
         return min(best, 1 / moved_s) if moved_s else best
@@ -160,15 +161,22 @@ class BruteForce:
         batch: int,
         ends: tuple[bool, bool],
         with_prompts: bool,
-    ) -> list[float]:
-        """Seconds of a step by layers, with the best split that has room for them."""
-        prompts = batch / self.problem.goal.output_tokens if with_prompts else 0.0
-        table = [math.inf] * (self.layers + 1)
+    ) -> list[tuple[float, float]]:
+        """Seconds of a step by layers, and of its way behind prompts of the others; each with the
+        best split that has room for them."""
+        goal = self.problem.goal
+        prompts = batch / goal.output_tokens if with_prompts else 0.0
+        # A chunk of up to 512 tokens in any of the steps under way is in the way of all.
+        chunk = 1 - math.exp(-512 / goal.input_tokens)
+        met = max(prompts, chunk * (1 - max(1 - prompts, 0) ** micro_batches))
+        table = [(math.inf, math.inf)] * (self.layers + 1)
         for each in self.variants(own):
-            layer = each.layer_s(batch) + prompts * each.prompt_layer_s
             fixed = each.end_s(batch) if ends[1] else each.step_s
+            decode_s, prompt_s = each.layer_s(batch), each.prompt_layer_s
             for n in range(1, each.most_layers(micro_batches * batch, *ends) + 1):
-                table[n] = min(table[n], n * layer + fixed)
+                own_s = n * (decode_s + prompts * prompt_s) + fixed
+                way_s = n * (decode_s + met * prompt_s) + fixed
+                table[n] = min(table[n][0], own_s), min(table[n][1], way_s)
         return table
 
     def _variants(self, own: tuple[str, ...]) -> tuple[Variant, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from hypothesis import HealthCheck, given, settings
@@ -10,10 +11,15 @@ from planner_brute_force import BruteForce
 
 from shoal.core.cluster import Cluster, Device, Host, Link
 from shoal.core.errors import ConfigError
+from shoal.core.latency import Slo
 from shoal.core.model_spec import LayerSpec, ModelSpec, RopeSpec
-from shoal.planner.goal import Goal, Slo
+from shoal.planner.ceiling import ceiling, least_latency_s
+from shoal.planner.chains import Bench, partitions
+from shoal.planner.goal import Goal
 from shoal.planner.profiles import Problem
 from shoal.planner.search import find_plan
+from shoal.planner.service import peak, quickest
+from shoal.planner.small import SmallSearch, quickest_of, subsets
 from shoal.planner.to_plan import to_plan
 from shoal.policy.cost_model.loads import StepLoad
 from shoal.policy.cost_model.numbers import Numbers
@@ -186,3 +192,33 @@ def test_the_same_input_gives_the_same_plan(spec: ModelSpec, cluster: Cluster, g
         assert "memory binds" in str(error)
         return
     assert plans[0] == plans[1]
+
+
+@settings(few, max_examples=12)
+@given(specs, clusters(5), goals, st.sampled_from([0.0, 5.0, 40.0]))
+def test_what_is_not_looked_at_closely_is_no_better(
+    spec: ModelSpec, cluster: Cluster, goal: Goal, rate_per_s: float
+) -> None:
+    """Ceilings and floors against a close look at every pipeline of every set of devices."""
+    problem = Problem(spec, cluster, replace(goal, objective="latency"))
+    names = tuple(each.name for each in cluster.devices)
+    search = SmallSearch(problem, Bench(problem, cluster.devices), names)
+    carry: dict[tuple[str, ...], float] = {}
+    for own in subsets(names):
+        chains = list(search.bench.chains(own))
+        carry[own] = 0.0
+        least_s = math.inf
+        for chain in chains:
+            most, quick = peak(chain), quickest(chain, rate_per_s)
+            if most is not None:
+                assert most.rate_per_s <= ceiling(chain) * (1 + 1e-6)
+                carry[own] = max(carry[own], most.rate_per_s)
+            if quick is not None:
+                latency_s = quick.latency_s(goal.output_tokens)
+                assert latency_s >= least_latency_s(chain, rate_per_s) * (1 - 1e-9)
+                least_s = min(least_s, latency_s)
+        found = quickest_of(search.by_latency(own, rate_per_s), rate_per_s)
+        found_s = found.operation.latency_s(goal.output_tokens) if found else math.inf
+        assert found_s == least_s
+    best = max(sum(carry[own] for own in blocks) for blocks in partitions(names))
+    assert sum(each.rate_per_s for each in search.most_goodput()) * 1.005 >= best

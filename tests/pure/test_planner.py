@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +15,16 @@ from shoal.cli.main import main
 from shoal.cluster.cluster_file import read_cluster
 from shoal.core.cluster import Cluster
 from shoal.core.errors import ConfigError
+from shoal.core.latency import Slo
 from shoal.core.model_spec import ModelSpec
 from shoal.core.plan import RankPlan, ReplicaPlan
 from shoal.model.known_shapes import known_shapes, shape_folder
 from shoal.model.spec import read_spec
 from shoal.plan_file import dump_plan, read_plan
 from shoal.planner.engines import emit
-from shoal.planner.goal import Goal, Slo
+from shoal.planner.goal import Goal
 from shoal.planner.inventory import Inventory
-from shoal.planner.pipeline import Segment
+from shoal.planner.pipeline import Segment, in_the_way
 from shoal.planner.profiles import Problem
 from shoal.planner.program import pack
 from shoal.planner.search import Outcome, find_plan
@@ -147,6 +149,32 @@ hosts:
   - {name: b, devices: 2x A100-80-SXM nvlink}
 network: {latency: 5us, bandwidth: %s}
 """
+
+
+def test_a_request_waits_for_a_place_the_longer_the_fuller_the_plan(tmp_path: Path) -> None:
+    """Four places: near what they carry, waiting takes longer than all the rest."""
+    cluster = cluster_of(tmp_path, "devices: 1x A100-80-SXM")
+    goal = Goal(objective="goodput", max_concurrency=4)
+    problem = Problem(shape("llama-3.1-8b"), cluster, goal)
+    most = find_plan(problem).capacity_per_s
+    at = {}
+    for share in (0.3, 0.97):
+        wish = replace(goal, objective="latency", rate_per_s=share * most)
+        at[share] = find_plan(replace(problem, goal=wish))
+        assert not at[share].unmet
+    assert at[0.97].mean("ttft") > at[0.97].mean("tpot") * goal.output_tokens
+    assert at[0.3].mean("ttft") < at[0.97].mean("ttft") / 10
+    wish = replace(goal, objective="latency", rate_per_s=most)
+    assert "at that rate" in find_plan(replace(problem, goal=wish)).unmet[0]
+
+
+def test_in_a_pipeline_one_prompt_is_in_the_way_of_all_steps() -> None:
+    assert in_the_way(0.1, 400.0, 1) == 0.1
+    some = [in_the_way(0.1, 4000.0, count) for count in (1, 4, 16)]
+    assert some == sorted(some)
+    chunk = 1 - math.exp(-512 / 400)
+    assert in_the_way(0.1, 400.0, 1000) == pytest.approx(chunk)
+    assert in_the_way(3.0, 400.0, 8) == 3.0  # each step has prompts of its own
 
 
 def test_prompts_and_decoding_get_devices_of_their_own_where_it_pays(tmp_path: Path) -> None:

@@ -2,22 +2,25 @@
 
     TPOT    >= path(b)              whatever the layers, and however many batches are in flight
     rate    <= b / (O x share(b))   share: of the slowest stage, with layers in fractions
+    latency >= (O - 1/2) x path(b)  and a prompt's first chunk through the quickest layers; at a
+                                    rate b is at least rate x O x path(b) / batches (Little's law)
 
-for b sequences in a batch, at the largest b whose path keeps the SLO and whose KV has room; both
+for b sequences in a batch, at the largest b whose path keeps the SLO and whose KV has room; all
 with the fastest split of each stage, even where it has no room. The rate rises with b: weights are
 read once for more. Knows nothing of how pipelines are found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 from shoal.planner.fill import StageTimes
 from shoal.planner.pipeline import Chain
 from shoal.planner.prompts import MOST_BUSY, prompt_stages
-from shoal.planner.service import last
 
 _HALVINGS = 20
+_ROUNDING = 1e-9
 
 _Relaxed = tuple[float, float, int, int]
 """Seconds of a layer and beside them, room, instances."""
@@ -44,6 +47,50 @@ def ceiling(chain: Chain) -> float:
         return 0.0
     share_s = _slowest_s(_relaxed(chain.stages(1, batch)), num_layers)
     return batch / (goal.output_tokens * share_s)
+
+
+def least_latency_s(chain: Chain, rate_per_s: float) -> float:
+    """Seconds of a request; infinite: there is no room for those that are under way."""
+    found = least_batch(chain, max(chain.micro_batch_counts()), rate_per_s)
+    if found is None:
+        return math.inf
+    variants = (each for segment in chain.segments for each in segment.group.variants)
+    prompt_s = chain.spec.num_layers * min(each.prompt_layer_s for each in variants)
+    return (chain.goal.output_tokens - 0.5) * found[1] + prompt_s / chain.num_chunks
+
+
+def least_batch(chain: Chain, num_batches: int, rate_per_s: float) -> tuple[int, float] | None:
+    """Sequences that a batch has at a rate, and seconds of a token: no fewer and no less; None:
+    there is no room for them."""
+    batch, path_s = 0, 0.0
+    while True:
+        under_way = rate_per_s * chain.goal.output_tokens * path_s
+        more = max(math.ceil(under_way / num_batches * (1 - _ROUNDING)), 1)
+        if more <= batch:
+            return batch, path_s
+        batch = more
+        if batch > chain.goal.max_concurrency:
+            return None
+        found = _path_s(_relaxed(chain.stages(1, batch)), chain.spec.num_layers)
+        if found is None:
+            return None
+        path_s = found + chain.hops.step_s(batch)
+
+
+def last(holds: Callable[[int], bool], most: int, first: int = 1) -> int:
+    """The last of first, first + 1, ..., most for which it holds, where it holds for all before;
+    first - 1: none."""
+    low, high, step = first - 1, first, 1
+    while high <= most and holds(high):
+        low, high, step = high, high + step, step * 2
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if holds(middle):
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 def _relaxed(stages: Sequence[StageTimes]) -> list[_Relaxed]:

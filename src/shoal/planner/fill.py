@@ -1,9 +1,10 @@
 """Layers over the stages of a pipeline, so that a token's period is shortest.
 
     time of a stage    t_s = n_s a_s + c_s      n_s layers, 1 <= n_s <= most_s, of one option
-    period             max(sum of t_s + hops,  M max of t_s / k_s)
+    period             max(sum of t_s + n_s l_s + hops,  M max of t_s / k_s)
 
-with M micro-batches in flight and k_s instances that share a stage's work. For a limit X on
+with M micro-batches in flight and k_s instances that share a stage's work; l_s is what a layer's
+work of other micro-batches holds up. For a limit X on
 t_s / k_s the least sum is had by filling the stages with the cheapest layers first; a larger X
 makes the sum smaller and the second term larger, so the best X is where they meet (bisection). A
 stage that can hold its layers in several ways takes the fastest that has room. Of equal periods the
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _CLOSE = 1e-4
 """Limits that are so near to each other give the same layers."""
@@ -24,11 +25,15 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A way to hold layers: seconds of each, seconds beside them, and room."""
+    """A way to hold layers: seconds of each, seconds beside them, and room.
+
+    `late_s`: of each layer, that a token's way takes longer than its work.
+    """
 
     layer_s: float
     fixed_s: float
     most_layers: int
+    late_s: float = 0.0
 
     def time_s(self, num_layers: int) -> float:
         return num_layers * self.layer_s + self.fixed_s
@@ -40,22 +45,35 @@ class StageTimes:
 
     options: tuple[Option, ...]
     num_instances: int = 1
+    _chosen: dict[int, tuple[int | None, float, float]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @property
     def most_layers(self) -> int:
-        return max(each.most_layers for each in self.options)
+        return max([each.most_layers for each in self.options])
 
     def choose(self, num_layers: int) -> int | None:
         """The fastest option that has room; None: there is none."""
-        if len(self.options) == 1:
-            return 0 if self.options[0].most_layers >= num_layers else None
-        fitting = [i for i, each in enumerate(self.options) if each.most_layers >= num_layers]
-        return min(fitting, key=lambda i: self.options[i].time_s(num_layers), default=None)
+        return self.held(num_layers)[0]
 
     def time_s(self, num_layers: int) -> float:
         """With the fastest option; without end where none has room."""
-        chosen = self.choose(num_layers)
-        return math.inf if chosen is None else self.options[chosen].time_s(num_layers)
+        return self.held(num_layers)[1]
+
+    def held(self, num_layers: int) -> tuple[int | None, float, float]:
+        """The fastest option that has room, its time, and how much longer a token's way takes."""
+        found = self._chosen.get(num_layers)
+        if found is None:
+            fitting = [i for i, each in enumerate(self.options) if each.most_layers >= num_layers]
+            times = [self.options[index].time_s(num_layers) for index in fitting]
+            if times:
+                best = fitting[times.index(min(times))]
+                found = best, min(times), num_layers * self.options[best].late_s
+            else:
+                found = None, math.inf, 0.0
+            self._chosen[num_layers] = found
+        return found
 
     def within(self, limit_s: float) -> int:
         """Layers that it runs in a time."""
@@ -79,7 +97,7 @@ def fill(
         return None
     if len(stages) == 1:
         return (num_layers,)
-    order = sorted(range(len(stages)), key=lambda index: stages[index].time_s(1))
+    order = sorted(range(len(stages)), key=lambda index: sum(stages[index].held(1)[1:]))
     best = _filled(room, order, num_layers)
     assert best is not None, "room was counted above"
     path, slowest = periods(stages, best, num_micro_batches, hops_s)
@@ -111,8 +129,8 @@ def periods(
     """A token's way through all stages, and what the slowest takes for all micro-batches."""
     path, slowest = hops_s, 0.0
     for count, each in zip(layers, stages, strict=True):
-        time = each.time_s(count)
-        path += time
+        _, time, late = each.held(count)
+        path += time + late
         slowest = max(slowest, time / each.num_instances)
     return path, num_micro_batches * slowest
 

@@ -11,36 +11,16 @@ Knows nothing of devices.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, cast, get_args
 
 from shoal.core.cluster import Device, Precision
 from shoal.core.errors import ConfigError
+from shoal.core.latency import Slo
 from shoal.core.workload import Workload
 
 Objective = Literal["latency", "goodput", "cost"]
 CostUnit = Literal["usd", "devices", "watts"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Slo:
-    """Upper limits of means, in seconds; None: no limit."""
-
-    ttft_s: float | None = None
-    tpot_s: float | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in (("ttft", self.ttft_s), ("tpot", self.tpot_s)):
-            if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"the SLO {name} is {value:g} s; it must be more than 0")
-
-    def __str__(self) -> str:
-        parts = [
-            f"{name} <= {value * 1e3:,.0f} ms"
-            for name, value in (("TTFT", self.ttft_s), ("TPOT", self.tpot_s))
-            if value is not None
-        ]
-        return ", ".join(parts) or "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +46,7 @@ class Goal:
     input_tokens: float = 1024.0
     output_tokens: float = 256.0
     max_tokens: int = 0
-    slo: Slo = Slo()
+    slo: Slo = field(default_factory=Slo)
     cost_unit: CostUnit = "usd"
     precisions: tuple[Precision, ...] = ("bfloat16",)
     kv_precision: Precision = "bfloat16"

@@ -3,7 +3,12 @@
     b sequences in each of M micro-batches; of I input and O output tokens each
 
     a step in a stage   t_s = decode of b tokens + its share of prompts, (b / O) of one prompt
-    TPOT                max(sum of t_s + hops,  M max of t_s / instances of s)
+    in its way          1 - (1 - b / O)^m chunks of a prompt, or its own if those are more, where m
+                        steps share the instance: none overtakes, so that a chunk in one of them
+                        delays all; chunks of a prompt follow each other and delay them once. The
+                        first one of up to C tokens has 1 - exp(-C / I) of a prompt, on average of
+                        lengths that are spread exponentially
+    TPOT                max(sum of t_s with what is in the way + hops,  M max of t_s / instances)
     rate                M b / (O TPOT)                                    (Little's law)
     TTFT                wait + prompt through all stages + half a step that was under way
     wait                rho P / 2 (1 - rho), P: a prompt on the slowest stage, rho = rate P (M/D/1)
@@ -16,6 +21,7 @@ how groups are found.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -109,6 +115,7 @@ class Chain:
         self.hops = _hops(problem, self.segments)
         last = len(self.segments) - 1
         self.ends = tuple((index == 0, index == last) for index in range(len(self.segments)))
+        self.num_chunks = max(1.0, self.goal.input_tokens / CHUNK_TOKENS)
 
     def acting(self, role: Role, moved_s: float = 0.0) -> Chain:
         """The same for a part of every request.
@@ -172,13 +179,26 @@ class Chain:
     def _stage(
         self, segment: Segment, ends: tuple[bool, bool], num_micro_batches: int, batch: int
     ) -> StageTimes:
+        place = ends, num_micro_batches, batch, segment.num_instances, self.role
+        known = segment.group.stage_times.get(place)
+        if known is None:
+            known = self._times(segment, ends, num_micro_batches, batch)
+            segment.group.stage_times[place] = known
+        return known
+
+    def _times(
+        self, segment: Segment, ends: tuple[bool, bool], num_micro_batches: int, batch: int
+    ) -> StageTimes:
         num_sequences = -(-num_micro_batches * batch // segment.num_instances)
         prompts = batch / self.goal.output_tokens if self.role == "any" else 0.0
+        sharing = max(num_micro_batches / segment.num_instances, 1.0)
+        late = in_the_way(prompts, self.goal.input_tokens, sharing) - prompts
         options = tuple(
             Option(
                 layer_s=each.layer_s(batch) + prompts * each.prompt_layer_s,
                 fixed_s=each.end_s(batch) if ends[1] else each.step_s,
                 most_layers=each.most_layers(num_sequences, *ends),
+                late_s=late * each.prompt_layer_s,
             )
             for each in segment.group.variants
         )
@@ -232,11 +252,21 @@ class Chain:
         busy = rate * slowest_s
         if busy >= 1.0:
             return None
-        num_chunks = max(1.0, self.goal.input_tokens / CHUNK_TOKENS)
-        through_s = sum(prompts) / num_chunks + max(prompts) * (1 - 1 / num_chunks)
+        through_s = sum(prompts) / self.num_chunks + max(prompts) * (1 - 1 / self.num_chunks)
         wait_s = busy * slowest_s / (2 * (1 - busy))
         chunk = min(self.goal.input_tokens, CHUNK_TOKENS)
         return wait_s + through_s + found[-1].end_s(1) + self.hops.step_s(chunk) + step_s / 2
+
+
+def in_the_way(prompts: float, input_tokens: float, num_sharing: float) -> float:
+    """Prompts whose computing a step waits for in each stage, its own among them.
+
+    Args:
+        prompts: that begin in a step, on average.
+        num_sharing: steps under way that share its instances.
+    """
+    some: float = 1.0 - (1.0 - min(prompts, 1.0)) ** num_sharing
+    return max(prompts, some * (1.0 - math.exp(-CHUNK_TOKENS / input_tokens)))
 
 
 def _hops(problem: Problem, segments: Sequence[Segment]) -> Hops:

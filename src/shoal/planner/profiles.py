@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from shoal.core.cluster import Cluster, Device, Precision
 from shoal.core.model_spec import ModelSpec
 from shoal.core.split import Range, Shard, Split, shards, split_by_weights
 from shoal.core.step import BLOCK_SIZE
+from shoal.planner.fill import StageTimes
 from shoal.planner.goal import Goal
 from shoal.planner.splits import GRANULE, RankRates, Units, balanced
 from shoal.policy.cost_model.constants import constants_for
@@ -195,15 +196,19 @@ class Group:
         self,
         problem: Problem,
         devices: Sequence[Device],
-        variants: tuple[Variant, ...] | None = None,
+        alike: Group | None = None,
     ) -> None:
         self.problem = problem
         self.devices = tuple(sorted(devices, key=_strength))
-        self.variants = variants or tuple(_variants(problem, self.devices))
+        self.variants: tuple[Variant, ...] = (
+            alike.variants if alike else tuple(_variants(problem, self.devices))
+        )
+        # What pipelines work out of the variants, by batch and place; the same for all alike.
+        self.stage_times: dict[Hashable, StageTimes] = alike.stage_times if alike else {}
 
     def on(self, devices: Sequence[Device]) -> Group:
         """The same on other devices that are alike."""
-        return Group(self.problem, devices, self.variants)
+        return Group(self.problem, devices, self)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -13,9 +13,10 @@ from typing import Literal
 
 from shoal.core.cluster import Precision
 from shoal.core.errors import ConfigError
+from shoal.core.latency import Slo
 from shoal.core.split import Range, shards, split_by_weights
 from shoal.planner.chains import Bench
-from shoal.planner.goal import Goal, Slo
+from shoal.planner.goal import Goal
 from shoal.planner.large import LargeSearch
 from shoal.planner.pipeline import Operation
 from shoal.planner.profiles import Problem, numbers_for

@@ -6,8 +6,10 @@ the rate all rise. Knows nothing of how pipelines are found.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from dataclasses import replace
 
+from shoal.planner.ceiling import last, least_batch
 from shoal.planner.goal import Goal
 from shoal.planner.pipeline import Chain, Fixed, Operation
 from shoal.planner.prompts import starting
@@ -29,17 +31,25 @@ def peak(chain: Chain, fixed: Fixed = None) -> Operation | None:
 def quickest(chain: Chain, rate_per_s: float, fixed: Fixed = None) -> Operation | None:
     """The least mean latency at a rate; None: the rate is too high.
 
-    The SLO is not asked: who wants low latency gets the lowest there is.
+    The SLO is not asked: who wants low latency gets the lowest there is. Where latency is the
+    objective, a request also waits for a place.
     """
     if chain.role == "prefill":
         return starting(chain, rate_per_s, fixed)
     counts = chain.micro_batch_counts()
-    found = (_smallest(chain, count, rate_per_s, fixed) for count in counts)
-    return min(
-        (each for each in found if each is not None),
-        key=lambda each: each.latency_s(chain.goal.output_tokens),
-        default=None,
-    )
+    every = (_smallest(chain, count, rate_per_s, fixed) for count in counts)
+    waits = rate_per_s > 0 and chain.goal.objective == "latency"
+    output_tokens, best = chain.goal.output_tokens, None
+    found = (each for each in every if each is not None)
+    for each in sorted(found, key=lambda each: each.latency_s(output_tokens)):
+        if best is not None and each.latency_s(output_tokens) >= best.latency_s(output_tokens):
+            break
+        served = _waiting(chain, each, rate_per_s) if waits else each
+        if served is not None and (
+            best is None or served.latency_s(output_tokens) < best.latency_s(output_tokens)
+        ):
+            best = served
+    return best
 
 
 def keeps(goal: Goal, operation: Operation) -> bool:
@@ -71,9 +81,34 @@ def _smallest(chain: Chain, count: int, rate_per_s: float, fixed: Fixed) -> Oper
         return found is not None and found.rate_per_s < rate_per_s
 
     most = chain.goal.max_concurrency // count
-    batch = last(too_small, most) + 1
+    fewest = least_batch(chain, count, rate_per_s)
+    if fewest is None or fewest[0] > most:
+        return None
+    batch = last(too_small, most, fewest[0]) + 1
     found = _at(chain, count, batch, fixed, rate_per_s) if batch <= most else None
     return found if found is not None and found.rate_per_s >= rate_per_s else None
+
+
+def _waiting(chain: Chain, found: Operation, rate_per_s: float) -> Operation | None:
+    """The same, with the wait for one of the places that there is memory for; None: for ever.
+
+    M/M/c by Sakasegawa (1977): residence x rho^(sqrt(2 (c + 1)) - 1) / (c (1 - rho)).
+    """
+    count, fixed = found.num_micro_batches, (found.layers, found.variants)
+    most = chain.goal.max_concurrency // count
+
+    def has_room(batch: int) -> bool:
+        stages = zip(chain.stages(count, batch), *fixed, strict=True)
+        return all(n <= each.options[variant].most_layers for each, n, variant in stages)
+
+    full = _at(chain, count, last(has_room, most), fixed, rate_per_s)
+    assert full is not None, "what was found has room"
+    busy, places = rate_per_s / full.rate_per_s, full.num_sequences
+    if busy >= 1.0:
+        return None
+    residence_s = full.latency_s(chain.goal.output_tokens)
+    wait_s = residence_s * busy ** (math.sqrt(2 * (places + 1)) - 1) / (places * (1 - busy))
+    return replace(found, ttft_s=found.ttft_s + wait_s)
 
 
 def _at(
@@ -82,18 +117,3 @@ def _at(
     if fixed is None:
         return chain.fastest(count, batch, arrivals_per_s)
     return chain.at(*fixed, count, batch, arrivals_per_s)
-
-
-def last(holds: Callable[[int], bool], most: int) -> int:
-    """The last of 1, 2, ..., most for which it holds, where it holds for all before; 0: none."""
-    low, high = 0, 1
-    while high <= most and holds(high):
-        low, high = high, high * 2
-    high = min(high, most + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        if holds(middle):
-            low = middle
-        else:
-            high = middle
-    return low

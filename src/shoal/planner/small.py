@@ -5,7 +5,9 @@
 
 Goodput and cost add up over replicas, so that sets of devices are looked at once each (dynamic
 programming over sets): of replicas that do all of a request, or of those that start requests and
-those that go on with them, by themselves. Latency does not: requests are shared out by what
+those that go on with them, by themselves. At first each set counts with a ceiling; those of which
+the best plan is made are looked at closely, and there is a new best plan, until all sets in it were
+looked at: no other can be better. Latency does not add up: requests are shared out by what
 replicas could carry, and a replica's best pipeline depends on its share; a few candidates of each
 set are kept for that.
 Knows nothing of many devices: the work doubles and more with each.
@@ -13,11 +15,12 @@ Knows nothing of many devices: the work doubles and more with each.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 from shoal.core.plan import Role
-from shoal.planner.ceiling import ceiling
+from shoal.planner.ceiling import ceiling, least_latency_s
 from shoal.planner.chains import Bench, Names, partitions
 from shoal.planner.pipeline import Chain, Operation, Segment
 from shoal.planner.profiles import Problem
@@ -51,7 +54,7 @@ class Choice:
         return self.operation.rate_per_s
 
 
-_Memo = dict[Names, tuple[float, tuple[Choice, ...]]]
+_Memo = dict[Names, tuple[float, tuple[Names, ...]]]
 
 
 class SmallSearch:
@@ -61,7 +64,12 @@ class SmallSearch:
         self.problem, self.bench, self.names = problem, bench, tuple(names)
         self._kept: dict[Hashable, tuple[Choice, ...]] = {}
         self._chains: dict[Hashable, tuple[Chain, ...]] = {}
-        self._memos: dict[Role, _Memo] = {}
+        # Of each role and set of devices: its chains by their ceilings, the highest first; and the
+        # most that one of them carries, once that is known.
+        self._ranked: dict[Hashable, list[tuple[float, Chain]]] = {}
+        self._carried: dict[Hashable, float] = {}
+        self._timed: dict[Hashable, list[tuple[float, Chain]]] = {}
+        self._rate_limits: dict[Hashable, tuple[float, float]] = {}
 
     def most_goodput(self) -> tuple[Choice, ...]:
         """The most requests per second within the SLO; empty: not one."""
@@ -86,6 +94,9 @@ class SmallSearch:
         best: tuple[float, tuple[Choice, ...]] | None = None
         for names in subsets(self.names):
             for blocks in partitions(names) if rate is not None else [(names,)]:
+                least_s = self._least_mean_s(blocks, rate or 0.0)
+                if best is not None and least_s >= best[0] * (1 - _WORTH_LATENCY):
+                    continue
                 found = self._shared(blocks, rate or 0.0)
                 if found is None:
                     continue
@@ -107,22 +118,17 @@ class SmallSearch:
 
     def _find(self, names: Names, role: Role) -> Iterator[Choice]:
         goal = self.problem.goal
-        arrives_s = moved_s(self.problem, names) if role == "decode" else 0.0
-        key = self.bench.key(names)
-        if key not in self._chains:
-            self._chains[key] = tuple(self.bench.chains(names))
-        chains = [each.acting(role, arrives_s) for each in self._chains[key]]
-        best = _most_carrying(chains)
+        ranked = self._by_ceiling(names, role)
+        best = _most_carrying(ranked)
         if best is not None:
             yield best
         if goal.objective != "latency":
             return
         rates = (0.0,) if goal.rate_per_s is None else [each * goal.rate_per_s for each in _SHARES]
         for rate in rates:
-            served = [(chain, quickest(chain, rate)) for chain in chains]
-            quick = [Choice(chain, found) for chain, found in served if found is not None]
-            if quick:
-                yield min(quick, key=lambda each: each.operation.latency_s(goal.output_tokens))
+            quick = quickest_of(self.by_latency(names, rate), rate)
+            if quick is not None:
+                yield quick
 
     def _best_of(self, names: Names) -> tuple[Choice, ...]:
         """Replicas of some of these devices that together carry most."""
@@ -140,23 +146,101 @@ class SmallSearch:
                 best, most = both, carried(both)
         return best
 
-    def _in_role(self, names: Names, role: Role) -> tuple[Choice, ...]:
-        return self._most(names, role, self._memos.setdefault(role, {(): (0.0, ())}))[1]
+    def _all_chains(self, names: Names) -> tuple[Chain, ...]:
+        devices = self.bench.key(names)
+        if devices not in self._chains:
+            self._chains[devices] = tuple(self.bench.chains(names))
+        return self._chains[devices]
 
-    def _most(self, names: Names, role: Role, memo: _Memo) -> tuple[float, tuple[Choice, ...]]:
+    def _by_ceiling(self, names: Names, role: Role) -> list[tuple[float, Chain]]:
+        """Its chains, those that may carry most first."""
+        key = role, self.bench.key(names)
+        if key not in self._ranked:
+            arrives_s = moved_s(self.problem, names) if role == "decode" else 0.0
+            chains = [each.acting(role, arrives_s) for each in self._all_chains(names)]
+            ranked = [(ceiling(each), each) for each in chains]
+            self._ranked[key] = sorted(ranked, key=lambda each: -each[0])
+        return self._ranked[key]
+
+    def by_latency(self, names: Names, rate_per_s: float) -> list[tuple[float, Chain]]:
+        """Its chains, those that may be quickest first."""
+        key = rate_per_s, self.bench.key(names)
+        if key not in self._timed:
+            chains = self._all_chains(names)
+            timed = [(least_latency_s(each, rate_per_s), each) for each in chains]
+            self._timed[key] = sorted(timed, key=lambda each: each[0])
+        return self._timed[key]
+
+    def _least_mean_s(self, blocks: Sequence[Names], rate_per_s: float) -> float:
+        """No replicas of these devices have less mean latency.
+
+        Each replica's share is what it carries, of which two limits are known: those that may be
+        quick are taken to carry the most that they may, the others the least.
+        """
+        if len(blocks) == 1:
+            return self._least_latency_s(blocks[0], rate_per_s)
+        limits = sorted((self._least_latency_s(each, 0.0), self._rates(each)) for each in blocks)
+        least_s = math.inf
+        for num_quick in range(1, len(limits) + 1):
+            rates = [
+                high if index < num_quick else low for index, (_, (low, high)) in enumerate(limits)
+            ]
+            if sum(rates):
+                seconds = (
+                    each * rate for (each, _), rate in zip(limits, rates, strict=True) if rate
+                )
+                least_s = min(least_s, sum(seconds) / sum(rates))
+        return least_s
+
+    def _rates(self, names: Names) -> tuple[float, float]:
+        """The least and the most that the best replica of exactly these devices may carry."""
+        key = self.bench.key(names)
+        if key not in self._rate_limits:
+            ranked = self._by_ceiling(names, "any")
+            one = peak(ranked[0][1]) if ranked else None
+            most = ranked[0][0] if ranked else 0.0
+            self._rate_limits[key] = (one.rate_per_s if one else 0.0), most
+        return self._rate_limits[key]
+
+    def _least_latency_s(self, names: Names, rate_per_s: float) -> float:
+        """No replica of exactly these devices has less."""
+        timed = self.by_latency(names, rate_per_s)
+        return timed[0][0] if timed else math.inf
+
+    def _in_role(self, names: Names, role: Role) -> tuple[Choice, ...]:
+        """The replicas of some of these devices that carry most."""
+        while True:
+            blocks = self._most(names, role, {(): (0.0, ())})[1]
+            unknown = [each for each in blocks if (role, self.bench.key(each)) not in self._carried]
+            if not unknown:
+                return tuple(self.candidates(each, role)[0] for each in blocks)
+            for each in unknown:
+                found = self.candidates(each, role)
+                self._carried[role, self.bench.key(each)] = found[0].rate_per_s if found else 0.0
+
+    def _most(self, names: Names, role: Role, memo: _Memo) -> tuple[float, tuple[Names, ...]]:
+        """What these devices carry at most, as far as it is known, and the sets that do."""
         if names not in memo:
             first, rest = names[0], names[1:]
             best = self._most(rest, role, memo)  # without the first
             for others in (*subsets(rest), ()):
-                found = self.candidates((first, *others), role)
-                if not found:
+                own = self._at_most((first, *others), role)
+                if not own:
                     continue
                 left = tuple(each for each in rest if each not in others)
-                rate, choices = self._most(left, role, memo)
-                if rate + found[0].rate_per_s > best[0] * (1 + _WORTH_RATE):
-                    best = rate + found[0].rate_per_s, (found[0], *choices)
+                rate, blocks = self._most(left, role, memo)
+                if rate + own > best[0] * (1 + _WORTH_RATE):
+                    best = rate + own, ((first, *others), *blocks)
             memo[names] = best
         return memo[names]
+
+    def _at_most(self, names: Names, role: Role) -> float:
+        """Requests per second of one replica of exactly these devices; 0: they are none."""
+        known = self._carried.get((role, self.bench.key(names)))
+        if known is not None:
+            return known
+        ranked = self._by_ceiling(names, role)
+        return ranked[0][0] if ranked else 0.0
 
     def _shared(
         self, blocks: Sequence[Names], rate_per_s: float
@@ -198,17 +282,36 @@ def _keep_alike(choices: Sequence[Choice]) -> bool:
     return len(kept) == 1
 
 
-def _most_carrying(chains: Sequence[Chain]) -> Choice | None:
+def _most_carrying(ranked: Sequence[tuple[float, Chain]]) -> Choice | None:
     """The most requests per second; those that cannot reach what was found are not looked at."""
     best: Choice | None = None
-    ceilings = [(ceiling(chain), index) for index, chain in enumerate(chains)]
-    for most, index in sorted(ceilings, key=lambda each: (-each[0], each[1])):
+    for most, chain in ranked:
         if most <= (best.rate_per_s if best else 0.0):
             break
-        found = peak(chains[index])
+        found = peak(chain)
         if found is not None and (best is None or found.rate_per_s > best.rate_per_s):
-            best = Choice(chains[index], found)
+            best = Choice(chain, found)
     return best
+
+
+def quickest_of(timed: Sequence[tuple[float, Chain]], rate_per_s: float) -> Choice | None:
+    """The least latency at a rate; those that cannot be quicker than what was found are not looked
+    at.
+
+    Args:
+        timed: pipelines and what none of them can be below, the least first.
+    """
+    best: tuple[float, Choice] | None = None
+    for least_s, chain in timed:
+        if best is not None and least_s >= best[0]:
+            break
+        found = quickest(chain, rate_per_s)
+        if found is None:
+            continue
+        latency_s = found.latency_s(chain.goal.output_tokens)
+        if best is None or latency_s < best[0]:
+            best = latency_s, Choice(chain, found)
+    return None if best is None else best[1]
 
 
 def subsets(names: Names) -> Iterator[Names]:

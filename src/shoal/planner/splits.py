@@ -64,7 +64,7 @@ def balanced(spec: ModelSpec, ranks: Sequence[RankRates], units: Units) -> Split
         return split_by_weights(spec, weights, granule=GRANULE)
     best: tuple[float, tuple[int, ...], tuple[int, ...]] | None = None
     for heads in _head_cuts(spec, weights):
-        found = _columns(spec, heads, ranks, units)
+        found = _columns(spec, heads, ranks, units, best[0] if best else math.inf)
         if found is not None and (best is None or found[0] < best[0]):
             best = found[0], heads, found[1]
     if best is None:
@@ -92,27 +92,34 @@ def compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
 
 
 def _columns(
-    spec: ModelSpec, heads: Sequence[int], ranks: Sequence[RankRates], units: Units
+    spec: ModelSpec,
+    heads: Sequence[int],
+    ranks: Sequence[RankRates],
+    units: Units,
+    at_most_s: float,
 ) -> tuple[float, tuple[int, ...]] | None:
-    """The least time of the slowest rank, and the columns of each, in granules."""
+    """The least time of the slowest rank, and the columns of each, in granules; None: no room, or
+    not in that time."""
     parts = [
         _Part.of(spec, own, rank, units) for own, rank in zip(stacked(heads), ranks, strict=True)
     ]
     num_granules = -(-spec.ffn_size // GRANULE)
     if any(part.most_columns < 0 for part in parts):
         return None
-    tight, loose = 0.0, max(part.time_s(num_granules * GRANULE) for part in parts)
-    best: tuple[int, ...] | None = None
+    longest_s = max(part.time_s(num_granules * GRANULE) for part in parts)
+    tight, loose = 0.0, min(longest_s, at_most_s)
+    most: list[int] | None = None
     for _ in range(_HALVINGS):
-        limit = loose if best is None else (tight + loose) / 2
+        limit = loose if most is None else (tight + loose) / 2
         room = [int(part.columns_within(limit) // GRANULE) for part in parts]
         if min(room) >= 0 and sum(room) >= num_granules:
-            best, loose = _trimmed(room, num_granules), limit
-        elif best is None:
+            most, loose = room, limit
+        elif most is None:
             return None
         else:
             tight = limit
-    assert best is not None
+    assert most is not None
+    best = _trimmed(most, num_granules)
     times = [part.time_s(n * GRANULE) for part, n in zip(parts, best, strict=True)]
     return max(times), best
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 
 from shoal.core.cluster import Cluster, Device
 from shoal.core.errors import ConfigError
+from shoal.core.latency import Slo
 from shoal.planner.chains import Bench
-from shoal.planner.goal import Slo
 from shoal.planner.inventory import rough_kind
 from shoal.planner.pipeline import Chain, Operation, Segment
 from shoal.planner.profiles import Problem, numbers_for

@@ -47,15 +47,26 @@ class StepLoad:
             rows: (position of the first new token, new tokens, whether the row samples).
         """
         tokens = sampled = ended = 0
-        reads, pairs = [0] * len(windows), [0] * len(windows)
+        every, narrow = 0, [window for window in windows if window is not None]
+        read = 0
+        reads, pairs = [0] * len(narrow), [0] * len(narrow)
         for start, count, samples in rows:
             tokens += count
             sampled += samples
             ended += samples and count > 1
-            for index, window in enumerate(windows):
-                reads[index] += _reads(start, count, window)
+            read += start + count
+            every += count * start + count * (count + 1) // 2
+            for index, window in enumerate(narrow):
+                reads[index] += min(start + count, window + count - 1)
                 pairs[index] += _pairs(start, count, window)
-        return cls(tokens, sampled, windows, tuple(reads), tuple(pairs), ended)
+        return cls(
+            tokens,
+            sampled,
+            windows,
+            _by_window(windows, read, reads),
+            _by_window(windows, every, pairs),
+            ended,
+        )
 
     @classmethod
     def decode(cls, batch: int, context: int, windows: Windows = (None,)) -> StepLoad:
@@ -94,13 +105,14 @@ def windows_of(spec: ModelSpec) -> Windows:
     return tuple(dict.fromkeys(layer.window for layer in spec.layers))
 
 
-def _reads(start: int, count: int, window: int | None) -> int:
-    return start + count if window is None else min(start + count, window + count - 1)
+def _by_window(windows: Windows, of_all: int, of_narrow: Iterable[int]) -> tuple[int, ...]:
+    """Sums in the order of the windows; None is the one that sees all."""
+    narrow = iter(of_narrow)
+    return tuple([of_all if window is None else next(narrow) for window in windows])
 
 
-def _pairs(start: int, count: int, window: int | None) -> int:
-    every = count * start + count * (count + 1) // 2
-    if window is None or start + count <= window:
-        return every
+def _pairs(start: int, count: int, window: int) -> int:
+    if start + count <= window:
+        return count * start + count * (count + 1) // 2
     growing = max(window - start, 0)  # queries that still see all before them
     return growing * start + growing * (growing + 1) // 2 + (count - growing) * window

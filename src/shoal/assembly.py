@@ -105,6 +105,8 @@ def load_engine(
         eos_token_ids=spec.eos_token_ids,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=_step_tokens(options, capacity, replica),
+        batching=options.batching,
+        tpot_target_s=options.tpot_target_s,
         max_waiting=options.max_waiting,
         max_steps_in_flight=options.max_steps_in_flight,
         prefix_caching=options.enable_prefix_caching,
@@ -130,11 +132,12 @@ def load_engine(
     workers.when_lost(loop.stop)
     info = EngineInfo(
         max_model_len=config.max_model_len,
-        num_kv_blocks=max(
-            min(capacity.instance_blocks[hop.instance] for hop in route) for route in config.routes
-        ),
+        num_kv_blocks=config.num_kv_blocks,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
+        filling_tokens=config.filling_tokens,
+        is_even=config.batching == "even",
+        tpot_target_s=config.tpot_target_s,
         max_waiting=config.max_waiting,
         device=capacity.device,
         dtype=capacity.dtype,

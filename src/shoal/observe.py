@@ -21,7 +21,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from shoal.core.stats import EngineStats
+from shoal.core.stats import EngineStats, EntranceStats, HedgeStats, Prospect, ReplicaView
 
 CONTENT_TYPE = "text/plain; version=1.0.0; charset=utf-8"
 
@@ -45,6 +45,32 @@ _COUNTERS: tuple[tuple[str, str, Reading], ...] = (
     ("copied_tokens", "Tokens whose KV went along with them", lambda s: s.copied_tokens),
     ("engine_steps", "Steps run", lambda s: s.steps),
     ("engine_busy_seconds", "Seconds the workers computed", lambda s: s.busy_s),
+)
+
+
+Expecting = Callable[[Prospect], float]
+_EXPECTED: tuple[tuple[str, str, Expecting], ...] = (
+    ("router_prompt_slowness", "Times as long as predicted that prompts take", lambda p: p.prompts),
+    ("router_decode_slowness", "The same of all other work", lambda p: p.decoding),
+    ("router_request_share", "Share of new requests that go there", lambda p: p.share),
+    (
+        "router_predicted_ttft_seconds",
+        "Predicted TTFT of a request like most, were it sent there now",
+        lambda p: p.ttft_s,
+    ),
+)
+
+Counting = Callable[[HedgeStats], int]
+_HEDGES: tuple[tuple[str, str, Counting], ...] = (
+    ("made", "Second attempts, as a token was late", lambda h: h.hedged),
+    ("unpaid", "Those that were not made, as they would have cost too much", lambda h: h.unpaid),
+    ("rescues", "Second attempts, as a replica was silent", lambda h: h.rescued),
+    ("won", "Second attempts that said the next token first", lambda h: h.won),
+    ("retries", "Requests that went elsewhere after a replica failed at them", lambda h: h.retried),
+    ("doubts", "Times that a replica was silent for too long", lambda h: h.doubted),
+    ("computed_tokens", "Tokens that requests needed", lambda h: h.computed_tokens),
+    ("extra_tokens", "Tokens computed besides, as tokens were late", lambda h: h.extra_tokens),
+    ("rescued_tokens", "The same, as replicas were silent", lambda h: h.rescued_tokens),
 )
 
 
@@ -90,6 +116,18 @@ class ServingMetrics:
     def watch_replicas(self, replica_stats: Callable[[], Mapping[str, EngineStats]]) -> None:
         """From now on every scrape asks for the replicas' statistics, by replica name."""
         self._registry.register(_ReplicaCollector(replica_stats))
+
+    def watch_router(self, replicas: Callable[[], Mapping[str, ReplicaView]]) -> None:
+        """The same, for what the router expects of them."""
+        self._registry.register(_ProspectCollector(replicas))
+
+    def watch_hedges(self, hedges: Callable[[], HedgeStats]) -> None:
+        """The same, for second attempts."""
+        self._registry.register(_HedgeCollector(hedges))
+
+    def watch_entrance(self, entrance: Callable[[], EntranceStats]) -> None:
+        """The same, for requests that have no replica yet."""
+        self._registry.register(_EntranceCollector(entrance))
 
     def http_response(self, endpoint: str, status: int) -> None:
         self._http.labels(endpoint, str(status)).inc()
@@ -183,6 +221,54 @@ class _ReplicaCollector(Collector):
                 for replica, now in stats.items():
                     metric.add_metric((replica,), read(now))
                 yield metric
+
+
+class _ProspectCollector(Collector):
+    """The same for those that are alive."""
+
+    def __init__(self, replicas: Callable[[], Mapping[str, ReplicaView]]) -> None:
+        self._replicas = replicas
+
+    def collect(self) -> Iterable[Metric]:
+        views = self._replicas()
+        for name, text, read in _EXPECTED:
+            metric = GaugeMetricFamily(f"shoal_{name}", text, labels=("replica",))
+            for replica, view in views.items():
+                if view.prospect is not None:
+                    metric.add_metric((replica,), read(view.prospect))
+            yield metric
+        text = "1 of a replica that has been slow for so long that another plan would carry more"
+        metric = GaugeMetricFamily("shoal_replan_needed", text, labels=("replica",))
+        for replica, view in views.items():
+            metric.add_metric((replica,), float(view.lag is not None))
+        yield metric
+
+
+class _HedgeCollector(Collector):
+    """The same for the router."""
+
+    def __init__(self, hedges: Callable[[], HedgeStats]) -> None:
+        self._hedges = hedges
+
+    def collect(self) -> Iterable[Metric]:
+        for name, text, read in _HEDGES:
+            yield CounterMetricFamily(f"shoal_hedge_{name}", text, value=read(self._hedges()))
+
+
+class _EntranceCollector(Collector):
+    """The same for who waits before the router."""
+
+    def __init__(self, entrance: Callable[[], EntranceStats]) -> None:
+        self._entrance = entrance
+
+    def collect(self) -> Iterable[Metric]:
+        now = self._entrance()
+        text = "Requests that wait for a replica."
+        yield GaugeMetricFamily("shoal_router_waiting", text, value=now.num_waiting)
+        text = "Requests refused, as they would have waited too long or too many did."
+        yield CounterMetricFamily("shoal_router_refused", text, value=now.num_refused)
+        text = "Requests that shared the computation of another one."
+        yield CounterMetricFamily("shoal_router_collapsed", text, value=now.num_collapsed)
 
 
 def _kv_usage(stats: EngineStats) -> float:

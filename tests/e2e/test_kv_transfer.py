@@ -19,6 +19,7 @@ from server_process import ServerProcess, StartServer
 KEY = "kv-transfer-key"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 MAX_TOKENS, LONG = 40, 100
+EVENLY = ("--router-policy", "least-outstanding", "--no-hedging")
 TEXT = "The river rose in the night, and by morning the lower fields were gone. "
 # Cut by heads on one side, by layers on the other: every block is put together anew.
 PLAN = """
@@ -106,7 +107,7 @@ class Served:
 @pytest.fixture(scope="module")
 def server(start_server: StartServer, tmp_path_factory: pytest.TempPathFactory) -> ServerProcess:
     path = plan_file(tmp_path_factory.mktemp("plan"), PLAN)
-    return start_server("--plan", str(path), "--dtype", "float32", "--api-key", KEY)
+    return start_server("--plan", str(path), "--dtype", "float32", "--api-key", KEY, *EVENLY)
 
 
 @pytest.fixture
@@ -126,7 +127,8 @@ def test_a_drained_replica_hands_its_requests_over_with_their_kv(served: Served)
     before = served.cached("replica-1")
     served.admin("/replica-0/drain")
     results = [each.result() for each in moved]
-    assert served.admin()["replica-0"] == {"alive": True, "drained": True, "requests": 0}
+    want = {"alive": True, "drained": True, "requests": 0}
+    assert served.admin()["replica-0"].items() >= want.items()
     assert served.cached("replica-1") - before >= 150  # a prompt of some 190 tokens went along
     served.admin("/replica-0/resume")
     assert [served.stream(index, LONG).result() for index in range(2, 4)] == results
@@ -158,13 +160,13 @@ def test_one_replica_reads_prompts_and_another_goes_on(
 
 
 def test_a_prompt_goes_where_fewest_run_and_its_kv_follows(start_server: StartServer) -> None:
-    options = ("--data-parallel-size", "2", "--dtype", "float32", "--api-key", KEY)
+    options = ("--data-parallel-size", "2", "--dtype", "float32", "--api-key", KEY, *EVENLY)
     served = Served(start_server(*options))
     served.wait_for_both()
     want = served.stream(8).result()
+    served.stream(10, max_tokens=1).result()  # says how long a prompt takes on replica-1
     at_work = served.stream(9, max_tokens=2 * LONG)
     at_work.wait_for(1)
-    served.stream(10, max_tokens=1).result()  # says how long a prompt takes on replica-1
     assert served.home() == "replica-0"
     before = served.cached("replica-1")
     assert served.stream(8).result() == want

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -53,6 +54,12 @@ def stream_tokens(url: str, body: dict[str, Any], tokens: list[int], done: list[
                 tokens += choice.get("token_ids") or []
                 if choice["finish_reason"]:
                     done.append(choice["finish_reason"])
+
+
+def num_alive(server: ServerProcess) -> int:
+    """Replicas that would take a request."""
+    metrics = httpx.get(f"{server.url}/metrics", timeout=60).text
+    return metrics.count("\nshoal_router_predicted_ttft_seconds{")
 
 
 def engines_of(server: ServerProcess) -> list[psutil.Process]:
@@ -163,25 +170,39 @@ def test_a_killed_server_leaves_no_engine_behind(start_server: StartServer) -> N
     wait_until(lambda: not any(engine.is_running() for engine in engines))
 
 
-def test_a_killed_engine_loses_no_token(start_server: StartServer) -> None:
-    """Two replicas; the one that serves a stream is killed; the stream goes on elsewhere."""
+@pytest.fixture(scope="module")
+def pair(start_server: StartServer) -> ServerProcess:
+    """Two replicas."""
+    return start_server("--data-parallel-size", "2", "--dtype", "float32")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
+def test_an_engine_that_dies_or_freezes_loses_no_token(
+    pair: ServerProcess, signum: signal.Signals
+) -> None:
+    """The one that serves a stream; the stream goes on at the other one."""
     body = {**BODY, "max_tokens": 80, "temperature": 0.8, "seed": 7}
-    server = start_server("--data-parallel-size", "2", "--dtype", "float32")
+    wait_until(lambda: num_alive(pair) == 2)
     want: list[int] = []
-    stream_tokens(server.url, body, want, [])
-    wait_until(lambda: len(engines_of(server)) == 2)
+    stream_tokens(pair.url, body, want, [])
     tokens: list[int] = []
     done: list[Any] = []
-    stream = threading.Thread(target=stream_tokens, args=(server.url, body, tokens, done))
+    spent_s = {engine.pid: engine.cpu_times().user for engine in engines_of(pair)}
+    stream = threading.Thread(target=stream_tokens, args=(pair.url, body, tokens, done))
     stream.start()
     wait_until(lambda: len(tokens) > 10)
-    busiest = max(engines_of(server), key=lambda engine: engine.cpu_times().user)
-    busiest.kill()
+    engines = engines_of(pair)
+    busiest = max(engines, key=lambda each: each.cpu_times().user - spent_s[each.pid])
+    busiest.send_signal(signum)
     stream.join(240)
     assert done == ["length"]
     assert tokens == want
-    wait_until(lambda: len(engines_of(server)) == 2)
-    assert httpx.post(f"{server.url}/v1/completions", json=BODY, timeout=60).status_code == 200
+    assert httpx.post(f"{pair.url}/v1/completions", json=BODY, timeout=60).status_code == 200
+    if signum == signal.SIGSTOP:
+        # Before its silence was long enough to end it.
+        metrics = httpx.get(f"{pair.url}/metrics").text
+        assert re.search(r"^shoal_hedge_won_total [1-9]", metrics, re.M), metrics
+        busiest.send_signal(signal.SIGCONT)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ from shoal.core.request import GenerateRequest, SamplingParams
 from shoal.engine.config import EngineConfig
 from shoal.engine.events import GrammarReady, Submit, Tick
 from shoal.engine.state import EngineState
-from shoal.router.loads import Loads
 from shoal.sim.replay import replay
 
 RECORDED = sorted((Path(__file__).parent / "recorded").glob("*.jsonl"))
@@ -61,9 +60,13 @@ def test_another_decision_of_an_engine_is_noticed(tmp_path: Path) -> None:
     assert difference.decided != difference.recorded
 
 
-def test_another_decision_of_the_router_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Loads, "fewest", lambda self, begun: reversed(self.fit(begun)))
-    difference = replay(recorded("router")).difference
+def test_another_decision_of_the_router_is_noticed(tmp_path: Path) -> None:
+    lines = recorded("router").read_text().splitlines()
+    header = json.loads(lines[0])
+    header["config"]["policy"] = "round-robin"
+    changed = tmp_path / "changed.jsonl"
+    changed.write_text("\n".join([json.dumps(header), *lines[1:]]))
+    difference = replay(changed).difference
     assert difference is not None
     assert any(name == "Send" for name, _ in difference.recorded)
 

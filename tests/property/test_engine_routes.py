@@ -16,7 +16,7 @@ from shoal.core.plan import Hop, Route
 from shoal.core.request import GenerateRequest
 from shoal.core.split import Range
 from shoal.core.step import InstancesReady, StepFailure
-from shoal.engine.events import Cancel, Submit
+from shoal.engine.events import Cancel, InstancesSlow, Submit
 
 
 def random_routes(rng: random.Random, num_stages: int) -> tuple[Route, ...]:
@@ -378,3 +378,25 @@ def test_ready_instances_that_were_never_down_are_welcome() -> None:
 def test_a_config_that_makes_no_sense_is_refused(fields: dict[str, object], complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         make_config(**fields)
+
+
+def test_routes_shift_away_from_an_instance_that_is_slow() -> None:
+    both = tuple((Hop(instance, Range(0, 2)),) for instance in range(2))
+    config = make_config(instance_blocks=(60, 60), routes=both, max_num_batched_tokens=100)
+
+    def running(*slow: tuple[int, float]) -> list[int]:
+        """On each instance."""
+        bench = Bench(config)
+        bench.tell(InstancesSlow(slow))
+        for number in range(config.max_num_seqs):
+            bench.submit(make_request(f"q{number}", [number + 1] * 8, max_tokens=60))
+        for _ in range(12):
+            bench.step()
+        stats = bench.state.stats()
+        assert stats.slow == slow
+        bench.run_out()
+        return [each.num_running for each in stats.instances]
+
+    for instance in range(2):
+        slow = running((instance, 4.0))
+        assert slow[instance] < slow[1 - instance]

@@ -171,6 +171,7 @@ class Fleet:
                 replicas=tuple(LAYOUTS),
                 max_lost=1000,
                 roles=self.roles,
+                policy="least-outstanding",
                 moves_kv=True,
                 move_timeout_s=TIMEOUT_S,
                 balance_gap=3,
@@ -497,7 +498,8 @@ def fleet_where_a_has_computed(prompt: list[int]) -> Fleet:
         fleet.tell(Submit(request))
         if name == "a":
             fleet.run_out()
-            fleet.tell(Submit(make_request("at work", [9, 9, 9], max_tokens=40, seed=1)))
+            alike = [*prompt[:64], 9, 9, 9]
+            fleet.tell(Submit(make_request("at work", alike, max_tokens=40, seed=1)))
     while "first b" not in fleet.finished:
         fleet.replicas["b"].now = fleet.now = fleet.now + 0.01
         fleet.replicas["b"].step()

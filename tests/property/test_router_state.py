@@ -178,7 +178,7 @@ def test_a_missing_seed_is_drawn_once_and_kept() -> None:
 
 
 def test_requests_wait_for_the_first_replica_but_not_for_ever() -> None:
-    fleet = Fleet("a", max_homeless=2, homeless_timeout_s=10.0)
+    fleet = Fleet("a", max_waiting=2, homeless_timeout_s=10.0)
     for i in range(3):
         fleet.submit(f"q{i}", [1, 2, 3])
     refused = fleet.finished["q2"].error

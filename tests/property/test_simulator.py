@@ -101,6 +101,7 @@ def test_runs_change_nothing(
         Fault(at_s=1.3, replica="replica-0", kind="join", instance=0),
         Fault(at_s=1.9, replica="replica-0", kind="lose"),
         Fault(at_s=2.3, replica="replica-0", kind="join"),
+        Fault(at_s=2.6, replica="replica-0", kind="stall", seconds=1.7),
     ]
     stepwise = outcome(workload, setups, faults, runs=False)
     assert outcome(workload, setups, faults, runs=True) == stepwise

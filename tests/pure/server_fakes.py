@@ -19,8 +19,9 @@ import uvicorn
 from fastapi import FastAPI
 
 from shoal.core.clock import Clock, MonotonicClock
+from shoal.core.errors import RequestError
 from shoal.core.request import ErrorInfo, FinishReason, GenerateRequest, Output, TokenLogprobs
-from shoal.core.stats import EngineInfo, EngineStats
+from shoal.core.stats import EngineInfo, EngineStats, EntranceStats, HedgeStats, ReplicaView
 from shoal.observe import ServingMetrics
 from shoal.server import ServerConfig, create_app
 from shoal.text import Tokenizer, load_tokenizer
@@ -48,6 +49,7 @@ class FakeRouter:
         delay_s: before every token.
         may_go_on: asked before every token until it says yes; None: always.
         refusal: the first and only output.
+        full: why there is no room.
         failure: the output in place of the token at position `failure_at`.
         left: ids of requests whose stream was closed before its end.
         num_taken: outputs that the server took without its reader.
@@ -57,6 +59,7 @@ class FakeRouter:
     delay_s: float = 0.0
     may_go_on: Callable[[], bool] | None = None
     refusal: ErrorInfo | None = None
+    full: RequestError | None = None
     failure: ErrorInfo | None = None
     failure_at: int = 0
     ready: bool = True
@@ -76,6 +79,20 @@ class FakeRouter:
     left: list[str] = field(default_factory=list)
     num_running: int = 0
     num_taken: int = 0
+
+    @property
+    def hedges(self) -> HedgeStats:
+        return HedgeStats()
+
+    @property
+    def entrance(self) -> EntranceStats:
+        return EntranceStats()
+
+    def why_full(self, salt: str, priority: int) -> RequestError | None:
+        return self.full
+
+    def replicas(self) -> Mapping[str, ReplicaView]:
+        return {"replica-0": ReplicaView(True, False, self.num_running)}
 
     def stats(self) -> Mapping[str, EngineStats]:
         return {"replica-0": EngineStats(num_running=self.num_running, num_blocks=8)}

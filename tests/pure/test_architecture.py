@@ -89,7 +89,10 @@ STATE_MACHINES = {
         *("cost", "pipeline", "replica", "driver", "faults", "prompts", "setup", "from_plan"),
         *("records", "report", "page", "plots", "instance_seconds"),
     },
-    "router": {"state", "events", "moves", "records"},
+    "router": {
+        *("state", "events", "moves", "records", "alarms", "watch", "health"),
+        *("hedges", "stragglers"),
+    },
 }
 """Modules that are told the time and do no I/O; so is all of policy/ and core/ but its clock."""
 

@@ -44,9 +44,13 @@ GOLDEN = {
     "": "--version --help",
     "serve": f"{ENGINE} --config --help --host --port --api-key --served-model-name --cluster "
     "--data-parallel-size --drain-timeout --request-timeout --record --max-num-seqs --max-waiting "
+    "--batching --tpot-target --collapse --no-collapse "
+    "--router-policy --hedging --no-hedging --slo --upstream --upstream-key "
     "--max-num-batched-tokens --kv-cache-memory-bytes --weights-memory-bytes "
     "--enable-prefix-caching --no-enable-prefix-caching "
     "--activation-format --expert-redeal --no-expert-redeal",
+    "route": "--upstream --upstream-key --model-name --host --port --api-key --router-policy "
+    "--hedging --no-hedging --slo --max-waiting --drain-timeout --request-timeout --config --help",
     "chat": f"{ENGINE} {SAMPLING} --config --help --url --api-key --system",
     "generate": f"{ENGINE} {SAMPLING} --config --help --chat --raw --json",
     "eval": "--text --context --stride --max-tokens --dtype --quantize --kv-cache-dtype --kernels "

@@ -239,7 +239,12 @@ def test_few_tokens_read_few_experts() -> None:
 def test_table_keeps_its_points_and_its_ends() -> None:
     points = ((1024, 10e-6), (4096, 20e-6), (1 << 20, 100e-6))
     assert [time_at(points, size) for size, _ in points] == [time for _, time in points]
-    assert time_at(points, 2048) == pytest.approx((10e-6 * 20e-6) ** 0.5)
+    rising = [time_at(points, size) for size in range(1024, 1 << 20, 4096)]
+    assert rising == sorted(rising)
+    straight = tuple((size, 1e-9 * size**0.7) for size in (1024, 4096, 1 << 20))
+    assert time_at(straight, 20_000) == pytest.approx(1e-9 * 20_000**0.7)
+    jump = ((1024, 10e-6), (2048, 10e-6), (4096, 30e-6), (8192, 60e-6))
+    assert time_at(jump, 1500) == 10e-6  # in its own piece alone
     assert time_at(points, 1) == 10e-6
     assert time_at(points, 4 << 20) == pytest.approx(400e-6)
 

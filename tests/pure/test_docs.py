@@ -23,7 +23,7 @@ DOCS = sorted(
 )
 COMMANDS = (
     *("serve", "chat", "generate", "models", "bench", "simulate", "eval", "quantize", "lab"),
-    *("up", "join", "down", "probe", "plan", "doctor", "replay"),
+    *("up", "join", "down", "probe", "plan", "doctor", "replay", "route"),
 )
 SUFFIXES = (".py", ".md", ".sh", ".toml", ".txt", ".yaml")
 

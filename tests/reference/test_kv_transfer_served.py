@@ -149,7 +149,9 @@ def prompts(smollm2_gguf: Path) -> list[list[int]]:
 
 @asynccontextmanager
 async def routed(replicas: list[Replica], roles: dict[str, Role]) -> AsyncIterator[Router]:
-    config = RouterConfig(replicas=NAMES, roles=roles, moves_kv=True)
+    config = RouterConfig(
+        replicas=NAMES, roles=roles, moves_kv=True, policy="least-outstanding", hedging=False
+    )
     state = RouterState(config, random.Random(1))
     async with Router(state, list(replicas), MonotonicClock()) as router:
         while len(state.alive) < len(NAMES):
@@ -231,10 +233,10 @@ def test_a_prompt_that_begins_like_one_at_the_other_replica(
     async def run() -> tuple[int, list[int], list[int]]:
         async with routed(replicas, {}) as router:
             want = await complete(router, known)
+            await complete(router, [damaged, *other], 1)  # says how fast the other one is
             at_work = asyncio.create_task(complete(router, [*long, damaged], 200))
             while router.replicas()[NAMES[0]].num_requests == 0:
                 await asyncio.sleep(0.01)
-            await complete(router, [damaged, *other], 1)  # says how fast the other one is
             before = replicas[1].stats.cached_tokens
             DamagingMesh.flips_in = damaged
             got = await complete(router, known)

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from shoal.cli.latency_table import goodput_lines, latency_table
 from shoal.cli.loadgen import RequestRecord
-from shoal.core.latency import METRICS, is_within, statistics
+from shoal.core.latency import METRICS, distribution, is_within, statistics
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +98,7 @@ def summarise(
             "prompt_tokens_per_s": _per_s(prompt_tokens, duration_s),
         },
         "latency_s": {name: statistics(values[name]) for name in METRICS},
+        "cdf": {name: distribution(values[name]) for name in METRICS},
         "send_lag_s": statistics([record.sent_s - record.scheduled_s for record in records]),
         "delayed_by_concurrency_limit": sum(record.waited_for_slot for record in records),
     }

@@ -23,10 +23,10 @@ from shoal.core.stats import EngineStats
 from shoal.engine.events import Cancel as CancelEvent
 from shoal.engine.events import DrainInstance as DrainInstanceEvent
 from shoal.engine.events import EndLease as EndLeaseEvent
-from shoal.engine.events import Lend, Receive
+from shoal.engine.events import InstancesSlow, Lend, Receive
 from shoal.engine.events import LendPrefix as LendPrefixEvent
 from shoal.engine.events import Submit as SubmitEvent
-from shoal.executor import Executor
+from shoal.policy.straggler import InstanceTimes
 from shoal.wire.channel import Codec, ThreadChannel
 from shoal.wire.loading import LoadingReport
 from shoal.wire.messages import (
@@ -68,7 +68,7 @@ def main() -> None:
     engine = _load(channel, first)
     channel.send(Ready(engine.info))
     loaded.set_result(engine)
-    threading.Thread(target=_tell_steps, args=(channel, engine.executor), daemon=True).start()
+    threading.Thread(target=_tell_steps, args=(channel, engine), daemon=True).start()
     engine.loop.run()
     engine.executor.close()
     channel.close()
@@ -102,11 +102,18 @@ def _load(channel: Channel, launch: Launch) -> LoadedEngine:
         sys.exit(1)
 
 
-def _tell_steps(channel: Channel, executor: Executor) -> None:
+def _tell_steps(channel: Channel, engine: LoadedEngine) -> None:
     """What Steps take, from time to time: it is nobody's hurry."""
+    times, slow = InstanceTimes(), tuple[tuple[int, float], ...]()
     while True:
         time.sleep(_STEPS_EVERY_S)
-        if steps := executor.steps_taken()[-_MOST_STEPS:]:
+        steps, now = engine.executor.steps_taken()[-_MOST_STEPS:], time.monotonic()
+        for step in steps:
+            times.note(step, now)
+        if (slow_now := times.slow(now)) != slow:
+            slow = slow_now
+            engine.loop.post(InstancesSlow(slow))
+        if steps:
             try:
                 channel.send(StepsTook(steps))
             except WireError as error:

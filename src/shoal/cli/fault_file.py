@@ -1,6 +1,7 @@
 """Events of a simulation from a YAML file: what happens to replicas, and when.
 
     - {at: 60, replica: replica-0, slow: 0.5}               # runs at half its speed
+    - {at: 75, replica: replica-0, stall: 2}                # it does nothing for 2 s, then goes on
     - {at: 90, replica: replica-0, instance: 1, lose: yes}  # an instance, counted over all stages
     - {at: 120, replica: replica-0, instance: 1, join: yes}
 
@@ -15,7 +16,7 @@ from shoal.plan_file.fields import Field, read_fields
 from shoal.sim import Fault
 from shoal.sim.faults import FaultKind
 
-_KINDS: tuple[FaultKind, ...] = ("slow", "lose", "join")
+_KINDS: tuple[FaultKind, ...] = ("slow", "stall", "lose", "join")
 _MAX_EVENTS, _MAX_S, _MAX_INSTANCES = 10_000, 1e9, 4096
 
 
@@ -38,15 +39,16 @@ def _fault(place: Field) -> Fault:
     if len(said) != 1:
         raise place.error(
             f"an event has one of {', '.join(_KINDS)}, this has {len(said)}; write slow: 0.5, "
-            "lose: yes or join: yes"
+            "stall: 2, lose: yes or join: yes"
         )
     (kind,) = said
-    if kind != "slow":
+    if kind in ("lose", "join"):
         entries[kind].choice(("yes", "true"))
     return Fault(
         at_s=entries["at"].number(0.0, _MAX_S),
         replica=entries["replica"].text(),
         kind=kind,
         instance=entries["instance"].integer(0, _MAX_INSTANCES) if "instance" in entries else None,
+        seconds=entries["stall"].number(0.0, _MAX_S) if kind == "stall" else 0.0,
         speed=entries["slow"].number(0.001, 1000.0) if kind == "slow" else 1.0,
     )

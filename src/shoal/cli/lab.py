@@ -131,6 +131,12 @@ def stop(who: Who, name: Name = "lab") -> None:
 
 
 @app.command()
+def resume(who: Who, name: Name = "lab") -> None:
+    """Let frozen workers go on (SIGCONT)."""
+    _signal(name, who, signal.SIGCONT)
+
+
+@app.command()
 def kill(who: Who, name: Name = "lab") -> None:
     """Kill workers (SIGKILL)."""
     _signal(name, who, signal.SIGKILL)

@@ -22,6 +22,25 @@ def latency_table(title: str, latency_s: Mapping[str, Mapping[str, float] | None
     return table
 
 
+def policy_table(reports: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A row for each policy, in milliseconds."""
+    first = next(iter(reports.values()))
+    table = Table(title=f"{first['title']}: {first['workload']}", title_justify="left")
+    table.add_column("ms")
+    for column in ("TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99", "goodput"):
+        table.add_column(column, justify="right")
+    for policy, report in reports.items():
+        found = [report["latency_s"][metric] for metric in ("ttft", "tpot")]
+        cells = [
+            f"{each[column] * 1000:,.1f}" if each else "-"
+            for each in found
+            for column in ("p50", "p99")
+        ]
+        goodput = report.get("goodput")
+        table.add_row(policy, *cells, f"{goodput['share']:.1%}" if goodput else "-")
+    return table
+
+
 def goodput_lines(report: Mapping[str, Any]) -> list[str]:
     """One, if bounds were given."""
     if not (goodput := report.get("goodput")):

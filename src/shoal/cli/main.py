@@ -19,6 +19,7 @@ from shoal.core.errors import ShoalError
 
 COMMANDS = {
     "serve": "shoal.cli.serve:serve",
+    "route": "shoal.cli.route:route",
     "chat": "shoal.cli.chat:chat",
     "generate": "shoal.cli.generate:generate",
     "models": "shoal.cli.models:app",

@@ -21,6 +21,7 @@ import typer
 
 from shoal.core.errors import ConfigError
 from shoal.core.options import ActivationFormat as ActivationFormatName
+from shoal.core.options import Batching as BatchingName
 from shoal.core.options import DType as DTypeName
 from shoal.core.options import Kernels as KernelsName
 from shoal.core.options import KVCacheDType as KVCacheDTypeName
@@ -205,6 +206,25 @@ MaxNumSeqs = Annotated[
 ]
 MaxNumBatchedTokens = Annotated[
     int | None, _option("--max-num-batched-tokens", "Tokens in one step at most.", _ENGINE, min=1)
+]
+Batching = Annotated[
+    BatchingName,
+    _option(
+        "--batching",
+        "even: prompts are cut so that running streams go on evenly; continuous: they are not; "
+        "article: continuous, and batches of rate x 1 s at most.",
+        _ENGINE,
+    ),
+]
+TpotTarget = Annotated[
+    float | None,
+    _option(
+        "--tpot-target",
+        "Seconds per token that running streams keep beside prompts; the SLO's, or little more "
+        "than they take alone.",
+        _ENGINE,
+        min=0,
+    ),
 ]
 KvCacheMemoryBytes = Annotated[
     int | None, _option("--kv-cache-memory-bytes", "Memory for the KV cache.", _ENGINE, min=1)

@@ -28,7 +28,7 @@ def own_plan(model: Path, options: EngineOptions, cluster_file: Path | None) -> 
     Raises:
         ConfigError: the file is wrong, or the model fits none of its devices.
     """
-    path = cluster_file or _probed()
+    path = cluster_file or probed_cluster()
     if path is None:
         return None
     try:
@@ -53,7 +53,7 @@ def _planned(model: Path, options: EngineOptions, path: Path) -> PlanFile | None
     if len(cluster.devices) < 2:
         return None
     goal = Goal(
-        precisions=(_precision(options),),
+        precisions=(precision_of(options),),
         max_tokens=options.max_model_len or 0,
         max_concurrency=options.max_num_seqs,
     )
@@ -74,7 +74,7 @@ def _planned(model: Path, options: EngineOptions, path: Path) -> PlanFile | None
     return read_plan(written)
 
 
-def _probed() -> Path | None:
+def probed_cluster() -> Path | None:
     """What was probed of this machine, or of the cluster whose head it is."""
     from shoal.cli.probe_sites import here_or_cluster, probe_cache
     from shoal.cli.serving import cluster_here
@@ -89,7 +89,7 @@ def _probed() -> Path | None:
         place.launcher().close()
 
 
-def _precision(options: EngineOptions) -> Precision:
+def precision_of(options: EngineOptions) -> Precision:
     wanted = options.quantize
     is_one = wanted in get_args(Quantization) and wanted not in ("auto", "none")
     return cast(Precision, wanted if is_one else "bfloat16")

@@ -18,12 +18,12 @@ from shoal.cli.options import Json
 from shoal.cluster.cluster_file import read_cluster
 from shoal.core.cluster import Precision
 from shoal.core.errors import ConfigError
-from shoal.core.latency import parse_slo
+from shoal.core.latency import Slo, parse_slo
 from shoal.core.workload import read_workload
 from shoal.plan_file import dump_plan
 from shoal.planner.engines import emit as emit_for
 from shoal.planner.explain import report, text
-from shoal.planner.goal import CostUnit, Goal, Slo, lengths_of, objective_of, rate_of
+from shoal.planner.goal import CostUnit, Goal, lengths_of, objective_of, rate_of
 from shoal.planner.profiles import Problem
 from shoal.planner.search import Outcome, find_plan
 from shoal.planner.to_plan import to_plan

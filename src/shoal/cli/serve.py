@@ -8,7 +8,8 @@ from pathlib import Path
 
 import typer
 
-from shoal.cli import options
+from shoal.cli import options, router_options
+from shoal.cli.route import route_to
 from shoal.core.errors import ConfigError
 
 
@@ -23,6 +24,12 @@ def serve(
     request_timeout: options.RequestTimeout = None,
     chat_template: options.ChatTemplate = None,
     record: options.Record = None,
+    router_policy: router_options.RouterPolicy = "predicted",
+    hedging: router_options.Hedging = True,
+    collapse: router_options.Collapse = True,
+    slo: router_options.RouterSlo = None,
+    upstream: router_options.Upstream = None,
+    upstream_key: router_options.UpstreamKey = None,
     dtype: options.DType = "auto",
     quantize: options.Quantize = "auto",
     kv_cache_dtype: options.KVCacheDType = "auto",
@@ -36,6 +43,8 @@ def serve(
     max_model_len: options.MaxModelLen = None,
     max_num_seqs: options.MaxNumSeqs = 64,
     max_num_batched_tokens: options.MaxNumBatchedTokens = None,
+    batching: options.Batching = "even",
+    tpot_target: options.TpotTarget = None,
     max_waiting: options.MaxWaiting = 256,
     kv_cache_memory_bytes: options.KvCacheMemoryBytes = None,
     weights_memory_bytes: options.WeightsMemoryBytes = None,
@@ -49,10 +58,10 @@ def serve(
 ) -> None:
     """Serve a model over the OpenAI API."""
     del config
+    from shoal.cli.http_server import bind
     from shoal.cli.own_plan import own_plan
     from shoal.cli.serving import (
         ServeSettings,
-        bind,
         cluster_here,
         plan_hosts,
         plan_replicas,
@@ -60,9 +69,34 @@ def serve(
         start_engines,
     )
     from shoal.cli.terminal import find_model
+    from shoal.core.latency import Slo
     from shoal.core.options import EngineOptions
     from shoal.plan_file import Parallelism
+    from shoal.policy.routing import policy_named
 
+    if upstream:
+        if model is not None or plan is not None:
+            raise ConfigError(
+                "--upstream stands beside a model to be served here; serve that on a port of its "
+                "own, and name it as another --upstream"
+            )
+        raise typer.Exit(
+            route_to(
+                upstream,
+                keys=upstream_key or (),
+                names=served_model_name or (),
+                host=host,
+                port=port,
+                api_keys=tuple(api_key or ()),
+                policy=router_policy,
+                hedging=hedging,
+                slo=slo,
+                drain_timeout_s=drain_timeout,
+                request_timeout_s=request_timeout,
+            )
+        )
+    policy_named(router_policy)
+    bounds = Slo.parse(slo) if slo else None
     template = options.template_text(chat_template)
     file, named = options.plan_and_model(plan, model)
     parallelism = Parallelism(
@@ -89,6 +123,8 @@ def serve(
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            batching=batching,
+            tpot_target_s=tpot_target or (bounds.tpot_s if bounds is not None else None),
             max_waiting=max_waiting,
             kv_cache_memory_bytes=kv_cache_memory_bytes,
             weights_memory_bytes=weights_memory_bytes,
@@ -115,6 +151,11 @@ def serve(
             request_timeout_s=request_timeout,
             chat_template=template,
             record=recording_folder(record),
+            router_policy=router_policy,
+            hedging=hedging,
+            collapse=collapse,
+            slo=bounds,
+            cluster=cluster,
         )
         raise typer.Exit(run(settings, sock, start_engines(settings)))
 

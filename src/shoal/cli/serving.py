@@ -7,29 +7,28 @@ beside ours. This process holds no torch.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import errno
-import ipaddress
+import hashlib
 import logging
 import os
 import random
-import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 import uvloop
 
+from shoal.cli.expected_speeds import expected_speeds
+from shoal.cli.http_server import Stopping, http_server, url_of
 from shoal.cli.up import cluster_folder
 from shoal.cluster.folder import Record
 from shoal.cluster.raylet import is_alive
 from shoal.core.clock import MonotonicClock
 from shoal.core.errors import ConfigError
+from shoal.core.latency import Slo
 from shoal.core.options import EngineOptions
 from shoal.core.plan import ReplicaPlan
 from shoal.core.record import Recorder
@@ -47,7 +46,6 @@ from shoal.wire.messages import ClusterNet, HostNet, Loading
 log = logging.getLogger(__name__)
 
 _READY_POLL_S = 0.02
-_CONNECTIONS_GRACE_S = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +58,8 @@ class ServeSettings:
         drain_timeout_s: after SIGTERM, how long running requests may take.
         watchdog: how long an engine may be quiet before it is ended and started again.
         record: a folder for recordings of what router and engines decide.
+        router_policy, hedging, collapse, slo: of the router.
+        cluster: a file that knows its devices.
     """
 
     engine: EngineOptions
@@ -73,36 +73,11 @@ class ServeSettings:
     chat_template: str | None = None
     watchdog: WatchdogLimits = field(default_factory=WatchdogLimits)
     record: Path | None = None
-
-
-def bind(host: str, port: int, api_keys: tuple[str, ...]) -> socket.socket:
-    """A listening socket.
-
-    Raises:
-        ConfigError: the port is taken, or the address is beyond loopback and there is no key.
-    """
-    if not api_keys and not _is_loopback(host):
-        raise ConfigError(
-            f"--host {host} can be reached from other machines, but no API key is set; "
-            f"set SHOAL_API_KEY (or --api-key), or use --host 127.0.0.1"
-        )
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        sock = socket.socket(family, kind, proto)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-    except socket.gaierror as error:
-        raise ConfigError(f"--host {host} is not an address of this machine: {error}") from error
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise ConfigError(
-                f"port {port} on {host} is taken; stop what uses it, or choose another --port"
-            ) from error
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
-    sock.listen(2048)
-    return sock
+    router_policy: str = "predicted"
+    hedging: bool = True
+    collapse: bool = True
+    slo: Slo | None = None
+    cluster: Path | None = None
 
 
 def plan_replicas(parallelism: Parallelism, path: Path) -> tuple[ReplicaPlan | None, ...]:
@@ -222,25 +197,22 @@ async def _serve(settings: ServeSettings, sock: socket.socket, clients: list[Eng
     roles = {name: plan.role for name, plan in zip(names, settings.replicas, strict=True) if plan}
     config = RouterConfig(
         replicas=names,
-        max_homeless=settings.engine.max_waiting,
+        max_waiting=settings.engine.max_waiting * len(names),
         roles=roles,
         moves_kv=len(names) > 1,
+        policy=settings.router_policy,
+        speeds=expected_speeds(settings.replicas, settings.engine, settings.cluster),
+        slo=settings.slo,
+        hedging=settings.hedging,
+        collapse=settings.collapse,
     )
     recorder = None
     if settings.record is not None:
         recorder = Recorder(settings.record, "router", what="router", config=config, seed=seed)
     state = RouterState(config, random.Random(seed))
     async with Router(state, list(clients), clock, recorder) as router:
-        stopping = _Stopping(settings, router, clients)
-        server = _HttpServer(
-            uvicorn.Config(
-                _make_app(settings, router),
-                log_level="warning",
-                access_log=False,
-                timeout_graceful_shutdown=_CONNECTIONS_GRACE_S,
-                server_header=False,
-            )
-        )
+        stopping = Stopping(router, settings.drain_timeout_s, lambda: _kill(clients))
+        server = http_server(_make_app(settings, router))
         stopping.server = server
         serving = asyncio.create_task(server.serve(sockets=[sock]))
         launched = await _launched(router, clients, serving)
@@ -267,6 +239,7 @@ def _make_app(settings: ServeSettings, router: Router) -> Any:
         api_keys=settings.api_keys,
         request_timeout_s=settings.request_timeout_s,
         default_sampling=read_default_sampling(path),
+        continuation=_continuation(settings),
     )
     return create_app(
         config=config,
@@ -277,6 +250,19 @@ def _make_app(settings: ServeSettings, router: Router) -> Any:
         rng=random.SystemRandom(),
         wall_clock=time.time,
     )
+
+
+def _kill(clients: list[EngineClient]) -> None:
+    for client in clients:
+        client.kill()
+
+
+def _continuation(settings: ServeSettings) -> str:
+    """Of the checkpoint, and of what turns messages into its tokens."""
+    if not settings.engine.fingerprint:
+        return ""
+    parts = f"{settings.engine.fingerprint}\0{settings.chat_template or ''}"
+    return hashlib.sha256(parts.encode()).hexdigest()[:32]
 
 
 async def _launched(
@@ -293,64 +279,13 @@ async def _launched(
 def _say_ready(settings: ServeSettings, router: Router, port: int) -> None:
     info = router.info
     assert info is not None
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    url = f"http://{host}:{port}"
+    url = url_of(settings.host, port)
     print(
         f"ready      {info.load_s:.1f} s; {settings.served_model_names[0]} at {url}/v1 "
         f"(try: curl {url}/v1/models)",
         file=sys.stderr,
         flush=True,
     )
-
-
-class _HttpServer(uvicorn.Server):
-    """uvicorn without its own signal handlers: stopping is ours to order."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-class _Stopping:
-    """First signal: drain, then leave. Second: leave at once."""
-
-    def __init__(
-        self,
-        settings: ServeSettings,
-        router: Router,
-        clients: list[EngineClient],
-    ) -> None:
-        self.server: uvicorn.Server | None = None
-        self._settings = settings
-        self._router = router
-        self._clients = clients
-        self._task: asyncio.Task[None] | None = None
-        loop = asyncio.get_running_loop()
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(signum, self._on_signal, signum)
-
-    @property
-    def begun(self) -> bool:
-        return self._task is not None
-
-    def _on_signal(self, signum: signal.Signals) -> None:
-        if self._task is None:
-            self._task = asyncio.create_task(self._drain())
-            return
-        for client in self._clients:
-            client.kill()
-        os._exit(128 + signum)
-
-    async def _drain(self) -> None:
-        print(
-            f"stopping: no new requests; waiting up to {self._settings.drain_timeout_s:g} s for "
-            f"{self._router.num_in_flight} running (signal again to leave at once)",
-            file=sys.stderr,
-            flush=True,
-        )
-        await self._router.drain(self._settings.drain_timeout_s)
-        if self.server is not None:
-            self.server.should_exit = True
 
 
 class _Announcer:
@@ -374,10 +309,3 @@ class _Announcer:
         if self._bar_shown:
             print("\r\033[K", end="", file=sys.stderr)
             self._bar_shown = False
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any
@@ -18,13 +19,15 @@ from rich.text import Text
 
 from shoal.cli import workloads
 from shoal.cli.fault_file import read_faults
-from shoal.cli.latency_table import goodput_lines, latency_table
+from shoal.cli.latency_table import goodput_lines, latency_table, policy_table
 from shoal.cli.model_shape import spec_of
+from shoal.cli.options import Batching, TpotTarget
+from shoal.cli.router_options import Collapse, Hedging
 from shoal.cluster.cluster_file import read_cluster
 from shoal.cluster.helix_placement import read_placement
 from shoal.core.cluster import Cluster
 from shoal.core.errors import ConfigError
-from shoal.core.latency import parse_slo
+from shoal.core.latency import Slo, parse_slo
 from shoal.core.model_spec import ModelSpec
 from shoal.core.plan import Plan
 from shoal.core.workload import Workload
@@ -32,6 +35,7 @@ from shoal.plan_file import read_plan
 from shoal.planner.goal import Goal
 from shoal.planner.placement import placed_replica
 from shoal.planner.profiles import Problem
+from shoal.policy.routing import policy_named
 from shoal.sim import ReplicaSetup, Simulation, html_page, summarise
 from shoal.sim.from_plan import Limits, precision_of, replica_setups
 
@@ -55,6 +59,12 @@ def simulate(
         Path | None, typer.Option(help="YAML: slow-downs, deaths and joins of replicas")
     ] = None,
     slo: workloads.SloBounds = None,
+    router_policy: Annotated[
+        str,
+        typer.Option(help="of `shoal serve`; several, with commas between them, are compared"),
+    ] = "predicted",
+    hedging: Hedging = True,
+    collapse: Collapse = True,
     seed: Annotated[int, typer.Option(help="of arrivals")] = 0,
     precision: Annotated[
         str, typer.Option(help="of weights, where the plan says nothing")
@@ -65,6 +75,8 @@ def simulate(
     ] = "shoal",
     max_num_seqs: Annotated[int, typer.Option(min=1, help="as of `shoal serve`")] = 64,
     max_num_batched_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+    batching: Batching = "even",
+    tpot_target: TpotTarget = None,
     max_model_len: Annotated[int | None, typer.Option(min=1)] = None,
     max_waiting: Annotated[int, typer.Option(min=0)] = 256,
     enable_prefix_caching: Annotated[bool, typer.Option()] = True,
@@ -89,9 +101,12 @@ def simulate(
         output_tokens=output_tokens,
         rng=Random(seed),
     ).stretched(time_scale)
+    bounds = parse_slo(slo) if slo else {}
     limits = Limits(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        batching=batching,
+        tpot_target_s=tpot_target or bounds.get("tpot"),
         max_model_len=max_model_len,
         max_waiting=max_waiting,
         prefix_caching=enable_prefix_caching,
@@ -102,18 +117,32 @@ def simulate(
     known = read_cluster(cluster)
     name, spec, chosen = _read_plan(plan, model, known, limits)
     setups = replica_setups(chosen, spec, known, limits)
-    simulation = Simulation(
-        load,
-        setups,
-        Random(seed),
-        faults=read_faults(events) if events else (),
-        max_homeless=max_waiting,
-        runs=not stepwise,
-        request_s=known.request_s,
-    )
-    records = simulation.run(math.inf if until is None else until)
-    summary = summarise(records, setups, simulation.stats(), parse_slo(slo) if slo else {})
-    report = _report(summary, load, setups, f"{name} by {plan}")
+
+    def simulated(policy: str) -> dict[str, Any]:
+        simulation = Simulation(
+            load,
+            setups,
+            Random(seed),
+            faults=read_faults(events) if events else (),
+            runs=not stepwise,
+            request_s=known.request_s,
+            policy=policy,
+            slo=Slo(ttft_s=bounds.get("ttft"), tpot_s=bounds.get("tpot")) if bounds else None,
+            hedging=hedging,
+            collapse=collapse,
+        )
+        records = simulation.run(math.inf if until is None else until)
+        summary = summarise(records, setups, simulation.stats(), bounds)
+        summary["hedges"] = asdict(simulation.hedges)
+        return _report(summary, load, setups, f"{name} by {plan}")
+
+    policies = [each.strip() for each in router_policy.split(",")]
+    for each in policies:
+        policy_named(each)
+    if html is not None and len(policies) > 1:
+        raise ConfigError("--html shows one run; name one --router-policy, or leave it out")
+    reports = {each: simulated(each) for each in policies}
+    report = reports[policies[0]] if len(policies) == 1 else {"policies": reports}
     if html is not None:
         _write(html, html_page(report), "--html")
     text = json.dumps(report, indent=1)
@@ -158,6 +187,8 @@ def _report(
 
 
 def _rendered(report: Mapping[str, Any]) -> RenderableType:
+    if "policies" in report:
+        return policy_table(report["policies"])
     table = latency_table(f"{report['title']}: {report['workload']}", report["latency_s"])
     requests, throughput = report["requests"], report["throughput"]
     lines = [
@@ -173,6 +204,12 @@ def _rendered(report: Mapping[str, Any]) -> RenderableType:
         f"{each['preemptions']} preemptions, {each['cached_tokens']:,} prompt tokens cached"
         for each in report["replicas"]
     ]
+    if any((hedges := report["hedges"]).values()):
+        extra = hedges["extra_tokens"] + hedges["rescued_tokens"]
+        lines.append(
+            f"second attempts: {hedges['hedged'] + hedges['rescued']}, {hedges['won']} won; "
+            f"{extra / max(hedges['computed_tokens'], 1):.1%} more tokens were computed"
+        )
     lines += [f"note: {note}" for note in report["notes"]]
     return Group(table, *(Text(line) for line in lines))
 

@@ -11,6 +11,7 @@
     │   ├── InvalidRequestError   malformed or out of range (400)
     │   ├── NotFoundError         no such model or address (404)
     │   ├── QueueFullError        no room; try again later (429)
+    │   ├── UpstreamError         another server failed us (502)
     │   └── UnavailableError      draining, or no replica is alive (503)
     ├── WireError             a message that is too large, malformed or cut short
     └── CommError             a collective or transfer among workers that did not happen
@@ -91,6 +92,12 @@ class QueueFullError(RequestError):
     """No room now: the same request may succeed later."""
 
     status = 429
+
+
+class UpstreamError(RequestError):
+    """A server that was to answer in our place did not, or not rightly."""
+
+    status = 502
 
 
 class UnavailableError(RequestError):

@@ -13,10 +13,47 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from shoal.core.errors import ConfigError
 
 METRICS = ("ttft", "tpot", "itl", "e2e")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slo:
+    """Upper limits, in seconds; None: no limit."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("ttft", self.ttft_s), ("tpot", self.tpot_s)):
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"the SLO {name} is {value:g} s; it must be more than 0")
+
+    @classmethod
+    def parse(cls, text: str) -> Slo:
+        """Of ``ttft=2s,tpot=50ms``, or one of them.
+
+        Raises:
+            ConfigError: text that says something else.
+        """
+        bounds = parse_slo(text)
+        if unknown := bounds.keys() - {"ttft", "tpot"}:
+            raise ConfigError(
+                f"SLO has {', '.join(sorted(unknown))}; requests are routed by ttft and tpot: name "
+                "these, as in --slo ttft=2s,tpot=50ms"
+            )
+        return cls(ttft_s=bounds.get("ttft"), tpot_s=bounds.get("tpot"))
+
+    def __str__(self) -> str:
+        parts = [
+            f"{name} <= {value * 1e3:,.0f} ms"
+            for name, value in (("TTFT", self.ttft_s), ("TPOT", self.tpot_s))
+            if value is not None
+        ]
+        return ", ".join(parts) or "none"
 
 
 def parse_slo(text: str) -> dict[str, float]:
@@ -47,9 +84,15 @@ def percentile(ordered: Sequence[float], percent: float) -> float:
 
 
 def statistics(values: Sequence[float]) -> dict[str, float] | None:
-    """Mean, p50, p95, p99 and max; None of nothing."""
+    """Mean, p50, p95, p99, p99.9 and max; None of nothing."""
     if not values:
         return None
     ordered = sorted(values)
-    percentiles = {f"p{percent}": percentile(ordered, percent) for percent in (50, 95, 99)}
+    percentiles = {f"p{percent}": percentile(ordered, percent) for percent in (50, 95, 99, 99.9)}
     return {"mean": math.fsum(ordered) / len(ordered), **percentiles, "max": ordered[-1]}
+
+
+def distribution(values: Sequence[float]) -> list[float]:
+    """Percentiles 0 to 100; empty of nothing."""
+    ordered = sorted(values)
+    return [percentile(ordered, percent) for percent in range(101)] if ordered else []

@@ -15,6 +15,7 @@ KVCacheDType = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"]
 Kernels = Literal["auto", "reference", "cpu", "cuda"]
 LinkFormat = Literal["exact", "bfloat16", "int8"]
 ActivationFormat = Literal["auto", "exact", "bfloat16", "int8"]
+Batching = Literal["even", "continuous", "article"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,9 @@ class EngineOptions:
         kv_cache_memory_bytes: None: a share of the device's free memory.
         weights_memory_bytes: that weights may take; layers beyond it come from disk, or from host
             memory to a GPU, in every step. None: most of what is free.
+        batching: what goes into a Step (`policy/batching.py`).
+        tpot_target_s: that chunks of prompts leave to streams that run; None: little more than
+            those take alone.
         num_threads: of the CPU; None: all of them.
         device_share: how much of the device's free memory is this engine's.
         activation_format: of hidden states between stages, and of sums that cross a network.
@@ -56,6 +60,8 @@ class EngineOptions:
     weights_memory_bytes: int | None = None
     enable_prefix_caching: bool = True
     max_steps_in_flight: int = 2
+    batching: Batching = "even"
+    tpot_target_s: float | None = None
     num_threads: int | None = None
     device_share: float = 1.0
     activation_format: ActivationFormat = "auto"

@@ -7,9 +7,9 @@ stop strings ride along in `SamplingParams` for `text/`, the engine never looks 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
 from shoal.core.errors import (
     InvalidRequestError,
@@ -17,6 +17,7 @@ from shoal.core.errors import (
     RequestError,
     RequestTimeoutError,
     UnavailableError,
+    UpstreamError,
 )
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -226,6 +227,17 @@ class GenerateRequest:
     timeout_s: float | None = None
     salt: str = ""
 
+    @property
+    def may_go_on(self) -> bool:
+        """Whether its output ids are all that another replica needs to go on with it."""
+        return True
+
+    @property
+    def tells_progress(self) -> bool:
+        """Whether outputs come while it runs; otherwise there is only a last one, and silence
+        says nothing of who serves it."""
+        return True
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
@@ -271,7 +283,10 @@ class ErrorInfo:
 
 _ERROR_BY_STATUS: dict[int, type[RequestError]] = {
     kind.status: kind
-    for kind in (InvalidRequestError, QueueFullError, UnavailableError, RequestTimeoutError)
+    for kind in (
+        *(InvalidRequestError, QueueFullError, UpstreamError),
+        *(UnavailableError, RequestTimeoutError),
+    )
 }
 
 
@@ -297,3 +312,15 @@ class Output:
     stop_token_id: int | None = None
     error: ErrorInfo | None = None
     num_cached_tokens: int | None = None
+
+    @classmethod
+    def joined(cls, outputs: Sequence[Self]) -> Self:
+        """Outputs of one request that came one after the other, as one."""
+        first, last = outputs[0], outputs[-1]
+        return replace(
+            last,
+            token_ids=tuple(token for output in outputs for token in output.token_ids),
+            logprobs=tuple(entry for output in outputs for entry in output.logprobs),
+            prompt_logprobs=first.prompt_logprobs,
+            num_cached_tokens=first.num_cached_tokens,
+        )

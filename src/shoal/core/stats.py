@@ -15,8 +15,11 @@ class EngineInfo:
         max_num_seqs: rows in one Step at most.
         max_num_batched_tokens: tokens in one Step at most.
         max_waiting: requests that may queue.
+        filling_tokens: of prompts that wait there, below which some of its devices may be idle.
+        is_even, tpot_target_s: prompts are cut so that those who decode go on evenly, and how.
         kv_digest: of KV, which replicas can exchange if it is the same.
         kv_block_bytes: of one block, over all layers; 0: it stays where it is.
+        restarts: it cannot go on with what another one began, nor another one with what it began.
         device, dtype: for people.
         load_s: seconds from process start until ready.
     """
@@ -28,8 +31,12 @@ class EngineInfo:
     max_waiting: int
     device: str
     dtype: str
+    filling_tokens: int = 0
+    is_even: bool = False
+    tpot_target_s: float | None = None
     kv_digest: str = ""
     kv_block_bytes: int = 0
+    restarts: bool = False
     load_s: float = 0.0
 
 
@@ -51,7 +58,8 @@ class EngineStats:
     `num_blocks`, `num_blocks_used` are of the instance whose share in use is the largest;
     `recovering`: an instance is down, so that no Step coming back is no sign of a hang;
     `route_moves`, `copied_tokens`: sequences that went on on another route, and tokens whose KV
-    went along; `instances`: where there are several routes.
+    went along; `instances`: where there are several routes; `slow`: instances whose Steps lately
+    take so many times as long as usual.
     """
 
     num_running: int = 0
@@ -68,6 +76,37 @@ class EngineStats:
     route_moves: int = 0
     copied_tokens: int = 0
     instances: tuple[InstanceStats, ...] = ()
+    slow: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prospect:
+    """What a router expects of a replica.
+
+    Attributes:
+        prompts, decoding: how many times as long as predicted it takes, for prompts and the rest.
+        share: of all new requests, lately.
+        ttft_s: of a request like most, were it sent there now.
+    """
+
+    prompts: float
+    decoding: float
+    share: float
+    ttft_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Lag:
+    """How slow a replica has been for long.
+
+    Attributes:
+        p50, p95: times as long as usual that it took, of the last seconds.
+        lasted_s: for so long by now.
+    """
+
+    p50: float
+    p95: float
+    lasted_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +115,54 @@ class ReplicaView:
 
     Attributes:
         num_requests: that it has; of one that is drained, 0 when it may be stopped.
+        prospect: None of one that is not alive.
+        lag: of one that has been slow for so long that another plan would carry more.
     """
 
     is_alive: bool
     is_drained: bool
     num_requests: int
+    prospect: Prospect | None = None
+    lag: Lag | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EntranceStats:
+    """What came of requests before they had a replica.
+
+    Attributes:
+        num_waiting: now; the others are counted since the router began.
+        num_refused: as they would have waited too long, or too many do.
+        num_collapsed: that shared the computation of another one.
+    """
+
+    num_waiting: int = 0
+    num_refused: int = 0
+    num_collapsed: int = 0
+
+
+@dataclass(slots=True)
+class HedgeStats:
+    """Counters of second attempts, since a router began.
+
+    Attributes:
+        hedged: made since a token was late or a stream stalled; `unpaid`: not made, since they
+            would have cost too much.
+        rescued: made since a replica was in doubt.
+        won: that said the next token first.
+        retried: requests that went elsewhere after a replica failed at them.
+        doubted: times that a replica was silent for too long.
+        computed_tokens: prompts and outputs that requests needed.
+        extra_tokens: on top of them, of `hedged` attempts, and what ended attempts still said;
+            `rescued_tokens`: of `rescued` ones.
+    """
+
+    hedged: int = 0
+    unpaid: int = 0
+    rescued: int = 0
+    won: int = 0
+    retried: int = 0
+    doubted: int = 0
+    computed_tokens: int = 0
+    extra_tokens: int = 0
+    rescued_tokens: int = 0

@@ -3,7 +3,8 @@
     Azure LLM inference  CSV    TIMESTAMP,ContextTokens,GeneratedTokens
     ServeGen             CSV    timestamp_s,input_tokens,output_tokens,...
     Mooncake             JSONL  timestamp (ms), input_length, output_length, hash_ids
-    shoal                JSONL  arrival_s, prompt_tokens, output_tokens, or prompt as text
+    shoal                JSONL  arrival_s, prompt_tokens (and hash_ids), output_tokens, or prompt
+                                as text
 
 The format is told by the header or the first line's keys. The first arrival is at 0 s.
 Knows nothing of prompts' contents, servers or clocks; chance comes as an argument.
@@ -225,6 +226,7 @@ def _own(row: Mapping[str, Any], _: Random) -> Arrival:
         prompt_tokens=int(row["prompt_tokens"] if prompt is None else row.get("prompt_tokens", 0)),
         output_tokens=int(row["output_tokens"]),
         prompt=prompt,
+        block_hashes=tuple(int(name) for name in row.get("hash_ids", ())),
     )
 
 

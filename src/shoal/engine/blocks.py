@@ -22,6 +22,8 @@ from shoal.core.step import BLOCK_SIZE
 from shoal.engine.free_list import FreeList
 
 BlockName = bytes
+_NAMED_BYTES = 8 * BLOCK_SIZE
+"""That a block's tokens are named by."""
 
 
 def root_name(model_digest: str, salt: str, adapter: str = "") -> BlockName:
@@ -33,8 +35,18 @@ def root_name(model_digest: str, salt: str, adapter: str = "") -> BlockName:
 
 def block_name(parent: BlockName, token_ids: Sequence[int]) -> BlockName:
     """The name of a full block (`token_ids` has 16 entries) that follows `parent`."""
-    content = array("q", token_ids).tobytes()
-    return hashlib.blake2b(parent + content, digest_size=16).digest()
+    (name,) = block_names(parent, token_ids)
+    return name
+
+
+def block_names(parent: BlockName, token_ids: Sequence[int]) -> list[BlockName]:
+    """Names of full blocks, one after another, that follow `parent`."""
+    content, blake2b, names = array("q", token_ids).tobytes(), hashlib.blake2b, []
+    for start in range(0, len(content), _NAMED_BYTES):
+        block = content[start : start + _NAMED_BYTES]
+        parent = blake2b(parent + block, digest_size=16).digest()
+        names.append(parent)
+    return names
 
 
 def blocks_for(num_tokens: int) -> int:
@@ -98,19 +110,25 @@ class BlockPool:
     def release(self, blocks: Sequence[int]) -> None:
         """Stop holding a sequence's blocks, given in order."""
         # Backwards, so that a tail is reused before the head others may share.
-        holders, names, free = self._holders, self._names, self._free
+        holders, names, findable = self._holders, self._names, []
         for block in reversed(blocks):
             left = holders[block] - 1
             assert left >= 0, f"block {block} released too often"
             holders[block] = left
             if left == 0:
-                free.add(block, first=names[block] is None)
+                if names[block] is None:
+                    self._free.add_first(block)
+                else:
+                    findable.append(block)
+        self._free.add_last(findable)
 
-    def publish(self, block: int, name: BlockName) -> None:
-        """Make a held, full block findable, unless another already has its name."""
-        if name not in self._index:
-            self._index[name] = block
-            self._names[block] = name
+    def publish(self, named: Iterable[tuple[int, BlockName]]) -> None:
+        """Make held, full blocks findable, each unless another already has its name."""
+        index, names = self._index, self._names
+        for block, name in named:
+            if name not in index:
+                index[name] = block
+                names[block] = name
 
     def forget(self, blocks: Iterable[int]) -> None:
         """The content of these blocks can't be trusted: nobody shall find them."""

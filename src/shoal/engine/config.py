@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from dataclasses import dataclass
 
 from shoal.core.errors import ConfigError
+from shoal.core.options import Batching
 from shoal.core.plan import Hop, Route
 from shoal.core.split import Range
 from shoal.core.step import BLOCK_SIZE
@@ -28,6 +31,9 @@ class EngineConfig:
         eos_token_ids: ids that end a generation unless it ignores EOS.
         max_num_seqs: sequences that run at once, and rows in one Step, at most.
         max_num_batched_tokens: tokens in one Step at most; longer prompts go in chunks.
+        batching: how much of prompts, and how many sequences, go into a Step.
+        tpot_target_s: that chunks of prompts leave to those who decode; None: little more than
+            they take alone.
         max_waiting: requests that may wait for a row; one more is refused.
         max_steps_in_flight: Steps handed out before the first one's result is back; of each
             route, and of a pipeline never fewer than keep all of its stages busy.
@@ -46,6 +52,8 @@ class EngineConfig:
     eos_token_ids: tuple[int, ...] = ()
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
+    batching: Batching = "even"
+    tpot_target_s: float | None = None
     max_waiting: int = 256
     max_steps_in_flight: int = 2
     prefix_caching: bool = True
@@ -62,6 +70,11 @@ class EngineConfig:
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) is below max_num_seqs "
                 f"({self.max_num_seqs}), so a Step could not hold a token of every sequence; "
                 f"raise --max-num-batched-tokens or lower --max-num-seqs"
+            )
+        if self.tpot_target_s is not None and not 0 < self.tpot_target_s < math.inf:
+            raise ConfigError(
+                f"the TPOT target is {self.tpot_target_s} s; it must be more than 0: raise "
+                "--tpot-target, or leave it out"
             )
         self._check_routes()
         room = max(self.route_tokens(route) for route in range(len(self.routes)))
@@ -84,9 +97,25 @@ class EngineConfig:
             return self.max_steps_in_flight
         return max(self.max_steps_in_flight, self.num_stages + 1)
 
+    @property
+    def filling_tokens(self) -> int:
+        """Of prompts, that keep all instances busy: a Step for each, and one that waits."""
+        num = len(self.instance_blocks)
+        return (num + 1) * self.max_num_batched_tokens if num > 1 else 0
+
     def route_tokens(self, route: int) -> int:
         """Tokens that one sequence may have on a route: its smallest instance binds."""
         return min(self.instance_blocks[hop.instance] for hop in self.routes[route]) * BLOCK_SIZE
+
+    @property
+    def num_kv_blocks(self) -> int:
+        """Blocks that sequences of all routes together have at least: each route gets as much of an
+        instance as any other that goes through it."""
+        through = Counter(hop.instance for route in self.routes for hop in route)
+        return sum(
+            min(self.instance_blocks[hop.instance] // through[hop.instance] for hop in route)
+            for route in self.routes
+        )
 
     def can_copy(self, source: int, target: int) -> bool:
         """Whether KV of one instance can be copied to another."""

@@ -95,17 +95,24 @@ class DrainInstance:
 
 
 @dataclass(frozen=True, slots=True)
+class InstancesSlow:
+    """Instances whose Steps lately take so many times as long as usual; others do not."""
+
+    times: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StepsDecoded:
-    """Of a run (`EngineState.decode_run`): so many Steps after those that were in flight came back.
+    """Results of a run (`EngineState.decode_run`), more of them than Steps are in flight, and the
+    Ticks after them; answered with the Steps that are in flight then, instead of those before.
 
     Attributes:
         token_ids: of each of its requests, what all of these Steps sampled.
-        compute_s: of all of them together.
+        compute_s: of each Step.
     """
 
-    num_steps: int
     token_ids: tuple[int, ...]
-    compute_s: float
+    compute_s: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +135,7 @@ Event = (
     | Receive
     | KVArrived
     | DrainInstance
+    | InstancesSlow
     | StepsDecoded
     | Tick
 )

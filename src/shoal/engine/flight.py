@@ -9,15 +9,19 @@ from __future__ import annotations
 from collections import Counter
 
 from shoal.core.step import Step, StepResult
+from shoal.engine.batch import Batch
 from shoal.engine.config import EngineConfig
-from shoal.engine.scheduler import Batch
 
 
 class Flight:
-    """Numbers Steps, and remembers what is in them."""
+    """Numbers Steps, and remembers what is in them.
+
+    Attributes:
+        depth: Steps of one route that are in flight at most.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
-        self._most = config.steps_per_route
+        self.depth = config.steps_per_route
         self._num_hops = [len(route) for route in config.routes]
         self._batches: dict[int, Batch] = {}
         self._of_route: Counter[int] = Counter()
@@ -27,8 +31,13 @@ class Flight:
     def __len__(self) -> int:
         return len(self._batches)
 
+    @property
+    def batches(self) -> list[Batch]:
+        """Oldest first."""
+        return list(self._batches.values())
+
     def has_room(self, route: int) -> bool:
-        return self._of_route[route] < self._most
+        return self._of_route[route] < self.depth
 
     def hand_out(self, batch: Batch, released: tuple[int, ...]) -> Step:
         """The Step of a batch that was filled for `next_step_id`."""
@@ -36,10 +45,14 @@ class Flight:
         self.next_step_id += 1
         self._batches[batch.step_id] = batch
         self._of_route[batch.route] += 1
+        return self.step(batch, released)
+
+    def step(self, batch: Batch, released: tuple[int, ...]) -> Step:
+        """What workers are told of a batch."""
         return Step(
             step_id=batch.step_id,
             incarnation=self.incarnation,
-            rows=tuple(row for _, row in batch.rows),
+            rows=tuple([row for _, row in batch.rows]),
             released=released,
             route=batch.route,
             num_hops=None if batch.num_hops == self._num_hops[batch.route] else batch.num_hops,
@@ -51,10 +64,16 @@ class Flight:
         self._of_route[batch.route] -= 1
         return batch
 
-    def skip(self, num_steps: int) -> None:
-        """So many Steps, while none is in flight, are as if they had been there."""
-        assert not self._batches, "Steps are in flight"
+    def skip(self, num_steps: int) -> list[Batch]:
+        """As if so many had come back, and as many been handed out; those in flight then, oldest
+        first, with the rows of those that were."""
+        batches = self.batches
+        for batch in batches:
+            batch.step_id += num_steps
+            batch.num_prompt_tokens = 0
+        self._batches = {batch.step_id: batch for batch in batches}
         self.next_step_id += num_steps
+        return batches
 
     def abandon(self) -> list[Batch]:
         """All of them, oldest first; a new incarnation begins."""

@@ -24,8 +24,10 @@ class FreeList:
 
     def __init__(self, length: int, order: Sequence[int] = ()) -> None:
         self._end = self._len = length
-        self._after = array("i", (*range(1, length + 1), 0))
-        self._before = array("i", (length, *range(length)))
+        self._after = array("i", range(1, length + 1))
+        self._after.append(0)
+        self._before = array("i", [length])
+        self._before.extend(range(length))
         for number, following in pairwise((length, *order, length) if order else ()):
             self._after[number], self._before[following] = following, number
 
@@ -55,10 +57,19 @@ class FreeList:
         self._after[before], self._before[after] = after, before
         self._len -= 1
 
-    def add(self, number: int, *, first: bool) -> None:
-        """One that was not; as the first or as the last."""
-        before = self._end if first else self._before[self._end]
-        after = self._after[before]
-        self._after[before] = self._before[after] = number
-        self._before[number], self._after[number] = before, after
+    def add_first(self, number: int) -> None:
+        """One that was not free."""
+        end, after = self._end, self._after[self._end]
+        self._after[end] = self._before[after] = number
+        self._before[number], self._after[number] = end, after
         self._len += 1
+
+    def add_last(self, numbers: Sequence[int]) -> None:
+        """These, which were not free, in this order."""
+        after, before, end = self._after, self._before, self._end
+        last = before[end]
+        for number in numbers:
+            after[last], before[number] = number, last
+            last = number
+        after[last], before[end] = end, last
+        self._len += len(numbers)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from shoal.core.errors import InvalidRequestError
-from shoal.core.request import FinishReason, GenerateRequest
+from shoal.core.errors import InvalidRequestError, RequestError
+from shoal.core.request import ErrorInfo, FinishReason, GenerateRequest
 from shoal.engine.blocks import root_name
 from shoal.engine.config import EngineConfig
 from shoal.engine.sequence import Sequence
@@ -28,7 +28,9 @@ def refuse_if_wrong(request: GenerateRequest, config: EngineConfig) -> None:
             code="context_length_exceeded",
             param="prompt",
         )
-    token_ids = (*request.prompt_ids, *request.output_ids)
+    token_ids = request.prompt_ids
+    if request.output_ids:
+        token_ids = (*token_ids, *request.output_ids)
     if min(token_ids) < 0 or max(token_ids) >= config.vocab_size:
         raise InvalidRequestError(
             f"token ids lie between {min(token_ids)} and {max(token_ids)}; this model's "
@@ -58,3 +60,10 @@ def already_over(sequence: Sequence) -> FinishReason | None:
     if sequence.num_output and sequence.stops_at(sequence.token_ids[-1]):
         return "stop"
     return "length" if len(sequence.token_ids) >= sequence.max_len else None
+
+
+def grammar_failure(error: Exception) -> ErrorInfo:
+    """What a request hears of a schema that could not be followed."""
+    if isinstance(error, RequestError):
+        return ErrorInfo.of(error)
+    return ErrorInfo.of(RequestError(f"following the schema failed: {error}"))

@@ -39,7 +39,8 @@ class Places:
     """The routes, and which of them may be taken.
 
     Attributes:
-        shares: KV blocks of each instance, as a share of the largest's.
+        shares: KV blocks of each instance, as a share of the largest's; less of one that is slow.
+        slow: instances that are, lately: how many times as long their Steps take as usual.
         down: instances that run no Steps.
         drained: instances that are to have no sequences.
     """
@@ -48,11 +49,20 @@ class Places:
         self._config = config
         self._pools = pools
         largest = max(config.instance_blocks)
-        self.shares = [num_blocks / largest for num_blocks in config.instance_blocks]
+        self._sizes = [num_blocks / largest for num_blocks in config.instance_blocks]
+        self.shares = list(self._sizes)
+        self.slow: tuple[tuple[int, float], ...] = ()
         self._layers = [[len(hop.layers) for hop in route] for route in config.routes]
         self._instances = [[hop.instance for hop in route] for route in config.routes]
         self.down: set[int] = set()
         self.drained: set[int] = set()
+
+    def slow_down(self, times: tuple[tuple[int, float], ...]) -> None:
+        """These are slow, and no others: who carries less for its size is chosen less."""
+        self.slow = times
+        self.shares = list(self._sizes)
+        for instance, each in times:
+            self.shares[instance] /= each
 
     def is_usable(self, route: int) -> bool:
         return self.down.isdisjoint(self._instances[route])
@@ -112,6 +122,17 @@ class Places:
             self._lacking(instance, wanted, found) + beside[instance]
             <= self._pools.of_instance[instance].num_free + returning[instance]
             for instance, found in hops
+        )
+
+    def has_plain_room(self, sequence: TokenSequence, num_running: int) -> bool:
+        """Whether it could run on some route with none of its blocks cached: a quick look, before
+        it is known which are."""
+        wanted = blocks_for(sequence.total_len) + num_running
+        return any(
+            self.is_open(route)
+            and sequence.max_len <= self._config.route_tokens(route)
+            and all(pool.num_free >= wanted for pool in self._pools.along(route))
+            for route in range(len(self._instances))
         )
 
     def blocks(self, sequences: Iterable[TokenSequence]) -> Counter[int]:

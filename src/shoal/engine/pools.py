@@ -40,8 +40,7 @@ class Pools:
     def publish(self, route: int, hop: int, named: Iterable[tuple[int, BlockName]]) -> None:
         """Make blocks of a hop findable by their names."""
         pool, layers = self.along(route)[hop], self._layers[route][hop]
-        for block, name in named:
-            pool.publish(block, name + layers)
+        pool.publish([(block, name + layers) for block, name in named])
 
 
 def _layer_keys(route: Route) -> tuple[bytes, ...]:

@@ -16,7 +16,8 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable
 
 from shoal.core.step import BLOCK_SIZE, StepRow
-from shoal.engine.scheduler import Batch, Scheduler
+from shoal.engine.batch import Batch
+from shoal.engine.scheduler import Scheduler
 from shoal.engine.sequence import Sequence
 
 Blocks = defaultdict[int, set[int]]

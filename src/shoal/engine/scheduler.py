@@ -1,9 +1,10 @@
 """Which tokens go into the next Step: continuous batching with chunked prefill.
 
 One token budget a Step. Sequences that decode come first (one token each), then chunks of
-prompts already begun, then waiting requests in order of (priority, arrival). When KV runs
-out the worst-ranked running sequence gives its blocks back and is computed again later;
-the best-ranked one therefore always advances, so the whole does.
+prompts already begun, then waiting requests in order of (priority, arrival); how much of prompts
+there is beside those that decode, `engine/chunks.py` says. When KV runs out the worst-ranked
+running sequence gives its blocks back and is computed again later; the best-ranked one therefore
+always advances, so the whole does.
 
 A Step follows one route. In a pipeline of S stages it decodes for one S-th of those that run
 there, in turns, so that every stage has some; rows that rebuild KV on the first hops alone go
@@ -17,10 +18,11 @@ from __future__ import annotations
 from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
 
 from shoal.core.step import StepRow
+from shoal.engine.batch import Batch, Rows
 from shoal.engine.blocks import blocks_for
+from shoal.engine.chunks import Chunks
 from shoal.engine.config import EngineConfig
 from shoal.engine.places import Place, Places
 from shoal.engine.pools import Pools
@@ -28,23 +30,9 @@ from shoal.engine.sequence import HopBlocks, Status
 from shoal.engine.sequence import Sequence as TokenSequence
 from shoal.policy.cost import Work
 
-Rows = list[tuple[TokenSequence, StepRow]]
-
 
 def _nothing(_instance: int) -> Iterable[list[int]]:
     return ()
-
-
-@dataclass(slots=True)
-class Batch:
-    """Rows of one Step, all of them through the first `num_hops` hops of a route."""
-
-    route: int
-    step_id: int
-    turn: int
-    budget: int
-    num_hops: int
-    rows: Rows = field(default_factory=list)
 
 
 class Scheduler:
@@ -54,12 +42,15 @@ class Scheduler:
         self._config = config
         self.pools = Pools(config)
         self.places = Places(config, self.pools)
+        self.chunks = Chunks(config)
+        self.max_running = config.max_num_seqs
         self.waiting: list[TokenSequence] = []
         self.running: list[TokenSequence] = []
         # Finished or preempted, their blocks still in use by Steps in flight.
         self.leaving: list[TokenSequence] = []
         # Those whose sampler state workers may forget.
         self._released: list[int] = []
+        self._is_in_order = len(config.routes) == 1
         self._max_pending = config.max_steps_in_flight if config.num_stages == 1 else 1
         self._last_turns: Counter[tuple[int, int]] = Counter()
         self._num_turns = 0
@@ -104,6 +95,7 @@ class Scheduler:
         if batch.rows:
             self._last_turns[route, batch.num_hops] = self._num_turns = batch.turn
             self._num_steps[route] += 1
+            self.chunks.handed_out(batch, len(self._on(route)))
         return batch
 
     def note_returned(self, sequence: TokenSequence, row: StepRow) -> None:
@@ -186,16 +178,12 @@ class Scheduler:
 
     # --- whose turn it is ---
 
-    @property
-    def _is_in_order(self) -> bool:
-        return len(self._config.routes) == 1
-
     def _in_turn(self, route: int) -> Iterable[tuple[int, Sequence[TokenSequence]]]:
         """Those that could go into a Step: the hops they run, and who, in order.
 
         A Step takes those of one number of hops; whose turn was longest ago is first.
         """
-        mine = [sequence for sequence in self.running if sequence.route == route]
+        mine = self._on(route)
         ready = [sequence for sequence in mine if sequence.can_schedule(self._max_pending)]
         turns = self._last_turns
         counts = {sequence.num_hops_in_run for sequence in ready}
@@ -207,6 +195,12 @@ class Scheduler:
                 decoding.sort(key=lambda sequence: (sequence.last_turn, sequence.rank))
                 decoding = decoding[: self._micro_batch(mine, route)]
             yield num_hops, [*decoding, *prompts]
+
+    def _on(self, route: int) -> list[TokenSequence]:
+        """Those that run on a route."""
+        if self._is_in_order:
+            return self.running
+        return [sequence for sequence in self.running if sequence.route == route]
 
     def _micro_batch(self, running: Sequence[TokenSequence], route: int) -> int:
         """Rows that decode in a route's next Step: n of them in S Steps, as even as can be."""
@@ -241,7 +235,8 @@ class Scheduler:
         """Admit who waits while the Step has room; some may be bound to other routes."""
         while self.waiting and batch.budget:
             sequence = self.waiting[0]
-            if not self._admit(sequence):
+            has_room = self.chunks.room(batch, self._on(batch.route), self._num_coming)
+            if not has_room or not self._admit(sequence):
                 return
             if sequence.route != batch.route:
                 continue
@@ -254,12 +249,21 @@ class Scheduler:
     # --- one row ---
 
     def _put(self, sequence: TokenSequence, batch: Batch) -> None:
-        row = sequence.make_row(min(sequence.num_in_run, batch.budget))
+        running = self._on(batch.route)
+        num_tokens = self.chunks.take(batch, sequence, running, self._num_coming)
+        if not num_tokens:
+            return
+        row = sequence.make_row(num_tokens)
         sequence.note_scheduled(row, batch.step_id, len(batch.rows), batch.turn)
         if self._is_in_order:
             self.publish(sequence)
         batch.rows.append((sequence, row))
         batch.budget -= row.num_tokens
+
+    @property
+    def _num_coming(self) -> int:
+        """Waiting sequences that there are seats for."""
+        return min(len(self.waiting), max(self.max_running - len(self.running), 0))
 
     def grow(self, sequence: TokenSequence, rows: Rows) -> bool:
         """Give a running sequence the block its next token needs, if there is one to be had."""
@@ -287,7 +291,7 @@ class Scheduler:
 
     def _displace(self) -> None:
         """Make room for a waiting request that is more urgent than running ones."""
-        if not self.waiting or self.find_place(self.waiting[0]) is not None:
+        if not self.waiting or self.has_place(self.waiting[0]):
             return
         urgent = self.waiting[0]
         victims = [s for s in self.running if s.request.priority > urgent.request.priority]
@@ -331,12 +335,20 @@ class Scheduler:
 
     def find_place(self, sequence: TokenSequence) -> Place | None:
         """The best route with room for it."""
-        if len(self.running) >= self._config.max_num_seqs:
+        if len(self.running) >= self.max_running:
             return None
         for place in self.places.candidates(sequence, self.running):
             if self.places.has_room(sequence, place, self.running, Counter()):
                 return place
         return None
+
+    def has_place(self, sequence: TokenSequence) -> bool:
+        """Whether there is a route with room for it."""
+        if len(self.running) < self.max_running and self.places.has_plain_room(
+            sequence, len(self.running)
+        ):
+            return True
+        return self.find_place(sequence) is not None
 
     # --- giving blocks back ---
 

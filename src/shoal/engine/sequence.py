@@ -15,7 +15,7 @@ from typing import Protocol
 
 from shoal.core.request import GenerateRequest, TokenLogprobs
 from shoal.core.step import BLOCK_SIZE, SequenceStart, StepRow, TokenRef
-from shoal.engine.blocks import BlockName, block_name
+from shoal.engine.blocks import BlockName, block_names
 from shoal.policy.cost import Run, Work
 
 
@@ -203,10 +203,12 @@ class Sequence:
 
     def names(self, num_blocks: int) -> list[BlockName]:
         """Names of its first `num_blocks` blocks; all their tokens are known."""
-        for i in range(len(self._names) - 1, num_blocks):
-            tokens = self.token_ids[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE]
-            assert len(tokens) == BLOCK_SIZE, "only a full block of known tokens has a name"
-            self._names.append(block_name(self._names[-1], tokens))
+        first = len(self._names) - 1
+        if first < num_blocks:
+            tokens = self.token_ids[first * BLOCK_SIZE : num_blocks * BLOCK_SIZE]
+            full = (num_blocks - first) * BLOCK_SIZE
+            assert len(tokens) == full, "only a full block of known tokens has a name"
+            self._names += block_names(self._names[-1], tokens)
         return self._names[1 : num_blocks + 1]
 
     def stops_at(self, token_id: int) -> bool:

@@ -22,7 +22,7 @@ from shoal.core.request import ErrorInfo, FinishReason, GenerateRequest, Output,
 from shoal.core.stats import EngineStats
 from shoal.core.step import InstancesReady, RowResult, StepFailure, StepResult, StepRow
 from shoal.engine.config import EngineConfig
-from shoal.engine.decode_run import DecodeRun, advance, find_run
+from shoal.engine.decode_run import DecodeRun, find_run, take_run
 from shoal.engine.events import (
     Cancel,
     CompileGrammar,
@@ -34,6 +34,7 @@ from shoal.engine.events import (
     GrammarFailed,
     GrammarReady,
     GrammarStarted,
+    InstancesSlow,
     Lend,
     LendPrefix,
     Receive,
@@ -43,13 +44,14 @@ from shoal.engine.events import (
     Tick,
 )
 from shoal.engine.flight import Flight
-from shoal.engine.intake import already_over, new_sequence, refuse_if_wrong
+from shoal.engine.intake import already_over, grammar_failure, new_sequence, refuse_if_wrong
 from shoal.engine.pace import CompletionPace
 from shoal.engine.recovery import recover
 from shoal.engine.route_moves import RouteMoves
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.sequence import GrammarMatcher, Sequence, Status
 from shoal.engine.transfers import Transfers
+from shoal.policy.batching import Seats
 
 
 class EngineState:
@@ -64,6 +66,7 @@ class EngineState:
         self._transfers = Transfers(config, self._scheduler)
         self._moves = RouteMoves(config, self._scheduler)
         self._flight = Flight(config)
+        self._seats = Seats(config.batching, config.max_num_seqs)
         self._num_submitted = 0
         self._pace = CompletionPace()
         self._counters = {"prompt": 0, "cached": 0, "output": 0, "steps": 0}
@@ -81,10 +84,11 @@ class EngineState:
 
     def next_deadline(self) -> float | None:
         """When a Tick is due even if nothing happens."""
-        if not (self._timed or self._transfers or self._moves):
+        if not (self._timed or self._transfers or self._moves or self._seats.next_s):
             return None
         deadlines = [sequence.next_deadline for sequence in self._timed.values()]
         deadlines += [self._transfers.next_deadline(), self._moves.next_deadline()]
+        deadlines.append(self._seats.next_s)
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def stats(self) -> EngineStats:
@@ -105,11 +109,12 @@ class EngineState:
             route_moves=self._moves.num_moved,
             copied_tokens=self._moves.num_copied_tokens,
             instances=self._scheduler.places.stats(self._scheduler.running),
+            slow=self._scheduler.places.slow,
         )
 
     def decode_run(self) -> DecodeRun | None:
-        """Steps that may be taken at once (`StepsDecoded`), after those in flight came back."""
-        if self._timed or self._transfers:
+        """Results that may be taken at once (`StepsDecoded`)."""
+        if self._timed or self._transfers or self._seats.next_s:
             return None
         return find_run(self._config, self._scheduler, self._flight)
 
@@ -131,7 +136,7 @@ class EngineState:
             case Tick():
                 expired = [*self._transfers.expire(now), *self._expire(now)]
                 moved = self._moves.advance(now)
-                return [*expired, *moved, *self._hand_out(), *self._transfers.loans.grow()]
+                return [*expired, *moved, *self._hand_out(now), *self._transfers.loans.grow()]
             case StepResult():
                 return self._step_done(event, now)
             case Submit(request):
@@ -163,6 +168,9 @@ class EngineState:
                 return [*self._moves.arrived(event), *self._transfers.arrived(event)]
             case DrainInstance(instance, is_drained):
                 self._moves.drain(instance, is_drained)
+                return []
+            case InstancesSlow(times):
+                self._scheduler.places.slow_down(times)
                 return []
 
     def _submit(self, request: GenerateRequest, now: float) -> list[Effect]:
@@ -199,7 +207,7 @@ class EngineState:
         try:
             sequence.follow_grammar()
         except Exception as error:  # noqa: BLE001 - a library's failure ends one request only
-            return self._end(sequence, "error", now, _grammar_failure(error))
+            return self._end(sequence, "error", now, grammar_failure(error))
         self._scheduler.add(sequence)
         return []
 
@@ -207,6 +215,7 @@ class EngineState:
         if result.incarnation != self._flight.incarnation:
             return []
         batch = self._flight.take(result)
+        self._scheduler.chunks.took(batch, result.compute_s)
         self._counters["steps"] += 1
         self._busy_s += result.compute_s
         effects: list[Effect] = []
@@ -217,15 +226,19 @@ class EngineState:
         return effects
 
     def _steps_decoded(self, run: StepsDecoded) -> list[Effect]:
-        self._flight.skip(run.num_steps)
-        advance(self._scheduler, run.num_steps, run.token_ids)
-        self._counters["steps"] += run.num_steps
-        self._counters["output"] += run.num_steps * len(run.token_ids)
-        self._busy_s += run.compute_s
-        return [
-            Emit(Output(request_id=each.request.request_id, token_ids=(token_id,) * run.num_steps))
+        num_steps = len(run.compute_s)
+        scheduler = self._scheduler
+        scheduler.chunks.decoded(self._flight.batches, len(scheduler.running), run.compute_s)
+        steps = take_run(scheduler, self._flight, num_steps, run.token_ids)
+        self._counters["steps"] += num_steps
+        self._counters["output"] += num_steps * len(run.token_ids)
+        for each in run.compute_s:
+            self._busy_s += each
+        outputs = (
+            Output(request_id=each.request.request_id, token_ids=(token_id,) * num_steps)
             for each, token_id in zip(self._scheduler.running, run.token_ids, strict=True)
-        ]
+        )
+        return [*map(Emit, outputs), *map(RunStep, steps)]
 
     def _step_failed(self, failure: StepFailure, now: float) -> list[Effect]:
         """Abandon everything in flight; its requests go on from what they have."""
@@ -272,10 +285,13 @@ class EngineState:
             effects += self._end(sequence, "error", now, ErrorInfo.of(error))
         return effects
 
-    def _hand_out(self) -> list[Effect]:
+    def _hand_out(self, now: float) -> list[Effect]:
         """A Step for each route in turn, until none has room or rows."""
         effects: list[Effect] = []
         scheduler, flight, before = self._scheduler, self._flight, -1
+        scheduler.max_running = self._seats.open(
+            self._num_submitted, len(scheduler.running), len(scheduler.waiting), now
+        )
         while (progress := flight.next_step_id + scheduler.num_admissions) != before:
             before = progress
             for route in scheduler.places.usable:
@@ -331,7 +347,7 @@ class EngineState:
         try:
             return (None if sequence.follow_grammar(token_id) else "stop"), None
         except Exception as error:  # noqa: BLE001 - a library's failure ends one request only
-            return "error", _grammar_failure(error)
+            return "error", grammar_failure(error)
 
     def _news(
         self,
@@ -374,12 +390,6 @@ class EngineState:
         self._timed.pop(sequence.request.request_id, None)
         self._scheduler.remove(sequence)
         self._pace.note_completion(now)
-
-
-def _grammar_failure(error: Exception) -> ErrorInfo:
-    if isinstance(error, RequestError):
-        return ErrorInfo.of(error)
-    return ErrorInfo.of(RequestError(f"following the schema failed: {error}"))
 
 
 def _refusal(request_id: str, error: RequestError) -> Effect:

@@ -29,7 +29,7 @@ from shoal.plan_file.experts import ExpertsDraft, draft_experts
 from shoal.plan_file.fields import Field
 
 PLAN_KEYS = ("model", "replicas", "stages", "routes", "role")
-MAX_REPLICAS, MAX_STAGES, MAX_INSTANCES, MAX_RANKS, MAX_ROUTES = 64, 128, 32, 64, 256
+MAX_REPLICAS, MAX_STAGES, MAX_INSTANCES, MAX_RANKS, MAX_ROUTES = 4096, 128, 32, 64, 256
 
 _REPLICA_KEYS = ("stages", "routes", "role")
 _MEMORY_KEYS = ("kv_cache_memory", "weights_memory")

@@ -10,16 +10,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import sys
 from collections.abc import AsyncGenerator, Collection, Sequence
 from typing import Protocol
 
 from shoal.core.clock import Clock
+from shoal.core.errors import RequestError
 from shoal.core.kv import KVOffer
 from shoal.core.plan import ReplicaPlan
 from shoal.core.record import Recorder
 from shoal.core.request import GenerateRequest, Output
-from shoal.core.stats import EngineInfo, EngineStats, ReplicaView
+from shoal.core.stats import EngineInfo, EngineStats, EntranceStats, HedgeStats, Lag, ReplicaView
 from shoal.core.step_times import InstanceStep, ReplicaSteps
 from shoal.router.events import (
     Abandon,
@@ -33,6 +35,7 @@ from shoal.router.events import (
     LendAt,
     LendPrefixAt,
     PullAt,
+    ReplanNeeded,
     ReplicaLost,
     ResumeReplica,
     Send,
@@ -106,6 +109,8 @@ class Router:
         self._idle.set()
         self._tasks: list[asyncio.Task[None]] = []
         self._last_token_s: float | None = None
+        self._wake: asyncio.TimerHandle | None = None
+        self._wakes_s = math.inf
 
     async def __aenter__(self) -> Router:
         runners = [self._run_client(client) for client in self._clients.values()]
@@ -116,6 +121,8 @@ class Router:
         self.tell(Abandon())
         for task in self._tasks:
             task.cancel()
+        if self._wake is not None:
+            self._wake.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(client.close() for client in self._clients.values()))
         if self._recorder is not None:
@@ -194,11 +201,33 @@ class Router:
         info = self.info
         return ReplicaSteps(client.plan, info.dtype if info else "", tuple(client.steps_taken))
 
+    @property
+    def hedges(self) -> HedgeStats:
+        """Counters of second attempts."""
+        return self._state.hedges
+
+    @property
+    def entrance(self) -> EntranceStats:
+        """What came of requests before they had a replica."""
+        return self._state.entrance
+
+    def why_full(self, salt: str, priority: int) -> RequestError | None:
+        """Why a request of that tenant would be refused now; None: it depends on what it asks."""
+        return self._state.refusal(salt, priority, self._clock.now())
+
     def replicas(self) -> dict[str, ReplicaView]:
         """How each replica stands to requests."""
         outstanding, alive = self._state.outstanding(), self._state.alive
+        now = self._clock.now()
+        prospects, lags = self._state.prospects(now), self._state.stragglers(now)
         return {
-            name: ReplicaView(name in alive, name in self._state.drained, outstanding[name])
+            name: ReplicaView(
+                name in alive,
+                name in self._state.drained,
+                outstanding[name],
+                prospects.get(name),
+                lags.get(name),
+            )
             for name in self._clients
         }
 
@@ -237,6 +266,32 @@ class Router:
                     self._clients[replica].receive(offer, ttl_s)
                 case EndLeaseAt(replica, move_id):
                     self._clients[replica].end_lease(move_id)
+                case ReplanNeeded(replica, lag):
+                    self._warn(replica, lag)
+        wake_s = self._state.wake_s
+        if wake_s is not None and wake_s < self._wakes_s:
+            self._wake_at(wake_s, now)
+
+    def _warn(self, name: str, lag: Lag) -> None:
+        slow = self._clients[name].stats.slow
+        instances = ", ".join(f"instance {index} {times:.1f} times" for index, times in slow)
+        log.warning(
+            "%s has taken %.1f times as long as usual (p95 %.1f) for %.0f s%s: re-plan needed",
+            *(name, lag.p50, lag.p95, lag.lasted_s),
+            f" ({instances})" if instances else "",
+        )
+
+    def _wake_at(self, when: float, now: float) -> None:
+        """A `Tick` then, if nothing that is wanted sooner comes between."""
+        if self._wake is not None:
+            self._wake.cancel()
+        self._wakes_s = when
+        loop = asyncio.get_running_loop()
+        self._wake = loop.call_later(max(when - now, 0.0), self._on_wake)
+
+    def _on_wake(self) -> None:
+        self._wake, self._wakes_s = None, math.inf
+        self.tell(Tick())
 
     def _deliver(self, outputs: Sequence[Output], now: float) -> None:
         for output in outputs:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shoal.core.kv import KVOffer
-from shoal.core.request import GenerateRequest, Output
-from shoal.core.stats import EngineInfo
+from shoal.core.request import ErrorInfo, GenerateRequest, Output
+from shoal.core.stats import EngineInfo, Lag
 from shoal.engine.blocks import BlockName
 
 
@@ -51,6 +51,20 @@ class ReplicaOutputs:
     replica: str
     incarnation: int
     outputs: Sequence[Output]
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptFailed:
+    """A replica will not do what it was sent; another one may.
+
+    Attributes:
+        request_id: as the replica was told.
+    """
+
+    replica: str
+    incarnation: int
+    request_id: str
+    error: ErrorInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +121,7 @@ Event = (
     | ReplicaReady
     | ReplicaLost
     | ReplicaOutputs
+    | AttemptFailed
     | KVLent
     | KVPulled
     | DrainReplica
@@ -180,4 +195,12 @@ class EndLeaseAt:
     move_id: int
 
 
-Effect = Send | CancelAt | Deliver | LendAt | LendPrefixAt | PullAt | EndLeaseAt
+@dataclass(frozen=True, slots=True)
+class ReplanNeeded:
+    """A replica has been slow for long: another plan would carry more."""
+
+    replica: str
+    lag: Lag
+
+
+Effect = ReplanNeeded | Send | CancelAt | Deliver | LendAt | LendPrefixAt | PullAt | EndLeaseAt

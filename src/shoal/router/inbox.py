@@ -10,7 +10,7 @@ nothing of replicas.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from shoal.core.request import Output
 
@@ -54,19 +54,4 @@ class Inbox:
         if waiting[-1].finish in ("error", "cancelled"):
             # Not to be mixed with what went well before.
             self._outputs.append(waiting.pop())
-        return joined(waiting)
-
-
-def joined(outputs: Sequence[Output]) -> Output:
-    """Outputs of one request that came one after the other, as one."""
-    first, last = outputs[0], outputs[-1]
-    return Output(
-        request_id=last.request_id,
-        token_ids=tuple(token for output in outputs for token in output.token_ids),
-        logprobs=tuple(entry for output in outputs for entry in output.logprobs),
-        prompt_logprobs=first.prompt_logprobs,
-        finish=last.finish,
-        stop_token_id=last.stop_token_id,
-        error=last.error,
-        num_cached_tokens=first.num_cached_tokens,
-    )
+        return type(waiting[-1]).joined(waiting)

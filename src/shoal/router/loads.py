@@ -1,4 +1,4 @@
-"""How many requests each replica has or is about to have, and which of them take more.
+"""How many requests each replica has or is about to have, for its speed, and which take more.
 
 Counted as they come and go: a fleet of a thousand is asked with every request. Knows nothing of
 what a request is, or of KV.
@@ -6,8 +6,11 @@ what a request is, or of KV.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
+import numpy as np
+
+from shoal.policy.routing.fleet import Floats, Numbers
 from shoal.router.records import Replica
 
 
@@ -20,16 +23,25 @@ class Loads:
     def __init__(self, replicas: Mapping[str, Replica]) -> None:
         self._replicas = tuple(replicas.values())
         self._numbers = {each.name: number for number, each in enumerate(self._replicas)}
-        self._counts = [0] * len(self._replicas)
+        self.counts: Floats = np.zeros(len(self._replicas))
+        # How fast each is beside the fastest, about; those that are nearly as fast count as equal.
+        self.weights: Floats = np.ones(len(self._replicas))
         # Numbers of those that a request may be sent to, by whether it has begun; as asked for.
-        self._fit: dict[bool, list[int]] = {}
+        self._fit: dict[bool, Numbers] = {}
+        # Of those that may not have as many as they take.
+        self._limited: set[int] = set()
 
     def add(self, replica: str, change: int) -> None:
         """It is about to have so many more."""
-        self._counts[self._numbers[replica]] += change
+        self.counts[self._numbers[replica]] += change
 
     def of(self, replica: str) -> int:
-        return self._counts[self._numbers[replica]]
+        return int(self.counts[self._numbers[replica]])
+
+    def crowd(self, replica: str) -> float:
+        """The same for its speed: as many of the fastest would make as slow."""
+        number = self._numbers[replica]
+        return float(self.counts[number] / self.weights[number])
 
     def put(self, replica: str, request_id: str) -> None:
         self._replicas[self._numbers[replica]].outstanding[request_id] = None
@@ -51,29 +63,45 @@ class Loads:
         self._replicas[self._numbers[replica]].is_drained = is_drained
         self.fleet_changed()
 
+    def allow(self, replica: str, most: int | None) -> None:
+        """It may have so many requests for now; None: as many as it takes."""
+        number = self._numbers[replica]
+        self._replicas[number].allowance = most
+        self._limited.discard(number) if most is None else self._limited.add(number)
+
     def fleet_changed(self) -> None:
         """Some replica came or went."""
         self._fit.clear()
 
     def fit(self, has_begun: bool) -> list[Replica]:
         """Replicas that a request may be sent to: those meant for it, if there are any."""
-        return [self._replicas[number] for number in self._fitting(has_begun)]
+        return [self._replicas[number] for number in self.fitting(has_begun)]
+
+    def fitting(self, has_begun: bool, but_not: Collection[str] = ()) -> Numbers:
+        """Numbers of the same, without some; of those that may have more, if there are any."""
+        if has_begun not in self._fit:
+            self._fit[has_begun] = self._work_out(has_begun)
+        fit = self._fit[has_begun]
+        if but_not:
+            fit = np.array([n for n in fit if self._replicas[n].name not in but_not], dtype=int)
+        if self._limited:
+            free = [number for number in fit if not self._is_at_limit(number)]
+            fit = np.array(free, dtype=int) if free else fit
+        return fit
 
     def taking(self, replica: str | None, has_begun: bool) -> Replica | None:
         """The replica of that name, if a request may be sent there."""
-        number = self._numbers.get(replica or "", -1)
-        return self._replicas[number] if number in self._fitting(has_begun) else None
+        number = self._numbers.get(replica, -1) if replica is not None else -1
+        if number < 0 or number not in self.fitting(has_begun):
+            return None
+        return self._replicas[number]
 
     def fewest(self, has_begun: bool) -> Iterator[Replica]:
-        """Those of them with the fewest requests, in order."""
-        fitting = self._fitting(has_begun)
-        counts = self._counts
-        if len(fitting) < len(counts):
-            counts = [counts[number] for number in fitting]
-        least, at = min(counts, default=0), -1
-        for _ in range(counts.count(least)):
-            at = counts.index(least, at + 1)
-            yield self._replicas[fitting[at]]
+        """Those of them with the fewest requests for their speed, in order."""
+        fitting = self.fitting(has_begun)
+        counts = self.counts[fitting] / self.weights[fitting]
+        if len(counts):
+            yield from (self._replicas[number] for number in fitting[counts == counts.min()])
 
     def check_integrity(self, num_coming: Callable[[str], int]) -> set[tuple[str, str]]:
         """Whether they were counted right, and which requests are where; for tests."""
@@ -82,10 +110,16 @@ class Loads:
             assert self.of(replica.name) == len(replica.outstanding) + num_coming(replica.name)
         return {(each.name, request) for each in self._replicas for request in each.outstanding}
 
-    def _fitting(self, has_begun: bool) -> list[int]:
-        if has_begun not in self._fit:
-            alive = [n for n, each in enumerate(self._replicas) if each.alive]
-            taking = [n for n in alive if not self._replicas[n].is_drained]
-            meant = [n for n in taking if self._replicas[n].is_meant_for(has_begun)]
-            self._fit[has_begun] = meant or taking or alive
-        return self._fit[has_begun]
+    def _is_at_limit(self, number: int) -> bool:
+        most = self._replicas[number].allowance if number in self._limited else None
+        return most is not None and self.counts[number] >= most
+
+    def _work_out(self, has_begun: bool) -> Numbers:
+        alive = [
+            number
+            for number, each in enumerate(self._replicas)
+            if each.alive and not (has_begun and each.restarts)
+        ]
+        taking = [n for n in alive if not self._replicas[n].is_drained]
+        meant = [n for n in taking if self._replicas[n].is_meant_for(has_begun)]
+        return np.array(meant or taking or alive, dtype=int)

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from shoal.router.events import Effect, EndLeaseAt, LendAt, LendPrefixAt
 from shoal.router.loads import Loads
 from shoal.router.prefixes import Prefix
-from shoal.router.records import Entry, Move, Replica, RouterConfig, Why
+from shoal.router.records import Entry, Move, Replica, RouterConfig, Why, can_go_on
 
 _LEASE_PER_TIMEOUT = 1.5
 _GRACE_S = 0.1
@@ -154,7 +154,7 @@ class Moves:
         return is_due and not lead.was_pushed and request_id not in self
 
     def for_balance(self) -> str | None:
-        """A request of who has the most, if another has that many fewer."""
+        """A request of who has the most for its speed, if another has that many fewer."""
         gap = self._config.balance_gap
         is_balancing = any(move.why == "balance" for move in self._moves.values())
         if not gap or not self._config.moves_kv or is_balancing:
@@ -162,8 +162,9 @@ class Moves:
         fit = self._loads.fit(has_begun=True)
         if len(fit) < 2:
             return None
-        fullest = max(fit, key=lambda replica: len(replica.outstanding))
-        if len(fullest.outstanding) - min(self._loads.of(each.name) for each in fit) < gap:
+        fullest = max(fit, key=lambda replica: self._loads.crowd(replica.name))
+        crowd = self._loads.crowd(fullest.name)
+        if crowd - min(self._loads.crowd(each.name) for each in fit) < gap:
             return None
         begun = (each for each in reversed(fullest.outstanding) if self._entries[each].has_begun)
         return next((request_id for request_id in begun if request_id not in self), None)
@@ -175,7 +176,7 @@ class Moves:
             ahead: where it will go once it has begun.
         """
         entry = self._entries[request_id]
-        if entry.replica is None:
+        if entry.replica is None or not can_go_on(entry, self._replicas):
             return None
         source = self._replicas[entry.replica]
         if self._num_leaving(source, ahead) >= self._config.max_moves:
@@ -188,7 +189,7 @@ class Moves:
         targets = [each for each in others if each.is_meant_for(has_begun)]
         if source.is_drained:
             targets = targets or others
-        best = min(targets, key=lambda each: self._loads.of(each.name), default=None)
+        best = min(targets, key=lambda each: self._loads.crowd(each.name), default=None)
         return None if best is None else best.name
 
     def _may_take(self, replica: Replica, source: Replica) -> bool:

@@ -78,12 +78,6 @@ class Prefixes:
             return 0
         return self._num_held(replica.name, _names(entry, replica.info.kv_digest))
 
-    def most_held(self, replicas: Iterable[Replica], entry: Entry) -> Replica | None:
-        """Which of them has most of a request; of equals the first."""
-        if not self._is_on:
-            return next(iter(replicas), None)
-        return max(replicas, key=lambda each: self.held(each, entry), default=None)
-
     def worth_getting(
         self, entry: Entry, target: Replica, others: Iterable[Replica]
     ) -> Prefix | None:

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from shoal.core.latency import Slo
 from shoal.core.plan import Role
 from shoal.core.request import GenerateRequest
+from shoal.core.speed import Speed
 from shoal.core.stats import EngineInfo
 from shoal.engine.blocks import BlockName
 
@@ -20,8 +22,8 @@ class RouterConfig:
 
     Attributes:
         replicas: their names.
-        max_homeless: requests that may wait while no replica is alive.
-        homeless_timeout_s: how long they may.
+        max_waiting: requests that may wait until a replica can begin them soon.
+        homeless_timeout_s: how long they may while no replica is alive.
         max_lost: replicas a request may lose before it ends in an error.
         roles: of replicas that are not for all of a request.
         moves_kv: replicas can exchange KV; otherwise requests move without it.
@@ -30,10 +32,15 @@ class RouterConfig:
             is sent when it is complete.
         max_moves: at once from one replica; as many prompts are sent on at once.
         balance_gap: how many more requests than another a replica has before one moves; 0: none.
+        policy: by which a replica is chosen (`policy/routing`).
+        speeds: of replicas, as they are expected; of others they are learned.
+        slo: what requests are to keep to.
+        collapse: requests that would give the same tokens share one computation.
+        hedging: a request that is late or stalls may go on at a second replica too.
     """
 
     replicas: tuple[str, ...]
-    max_homeless: int = 256
+    max_waiting: int = 256
     homeless_timeout_s: float = 120.0
     max_lost: int = 3
     roles: Mapping[str, Role] = field(default_factory=dict)
@@ -42,6 +49,11 @@ class RouterConfig:
     push_timeout_s: float = 60.0
     max_moves: int = 4
     balance_gap: int = 4
+    policy: str = "predicted"
+    speeds: Mapping[str, Speed] = field(default_factory=dict)
+    slo: Slo | None = None
+    collapse: bool = True
+    hedging: bool = True
 
 
 @dataclass(slots=True)
@@ -49,6 +61,9 @@ class Replica:
     """
     Attributes:
         token_s: that a token of a prompt takes, once that was seen.
+        allowance: requests that it may have for now, as it is in doubt (0), tried again (1), or
+            trusted again by and by; None: as many as it takes.
+        restarts: it cannot go on with what another one began, as it said when it was ready.
     """
 
     name: str
@@ -59,6 +74,8 @@ class Replica:
     gone_for_good: bool = False
     outstanding: dict[str, None] = field(default_factory=dict)
     token_s: float | None = None
+    allowance: int | None = None
+    restarts: bool = False
 
     @property
     def alive(self) -> bool:
@@ -77,6 +94,9 @@ class Attempt:
             says of a request that left it is not taken for what it says when the request is back.
         sent_s: when it was sent; `was_alone`: to a replica that had nothing else then.
         was_pushed: KV of it was asked for ahead, which is tried once.
+        predicted_s: until its first token, as it was predicted when it was sent.
+        first_s, heard_s: when it said its first and its latest token; None: it has not.
+        num_said: tokens.
     """
 
     replica: str
@@ -84,6 +104,10 @@ class Attempt:
     sent_s: float = 0.0
     was_alone: bool = False
     was_pushed: bool = False
+    predicted_s: float | None = None
+    first_s: float | None = None
+    heard_s: float | None = None
+    num_said: int = 0
 
 
 @dataclass(slots=True)
@@ -93,7 +117,10 @@ class Entry:
         lead: the attempt whose tokens are delivered; None: it waits for a replica.
         rival: another one, from the same last token; who says the next token leads, and the
             other one ends. There is none without a lead.
-        num_lost: replicas that were lost under it.
+        num_lost: replicas that were lost under it, or failed at it.
+        num_rivals: that were made for it.
+        waits_since_s: for a replica (`router/waiting_room.py`); None: it has one.
+        charged: weighted tokens, to its tenant.
         names: of its full blocks, as far as they were asked for, at replicas whose KV is
             `named_for`.
     """
@@ -103,9 +130,11 @@ class Entry:
     output_ids: list[int]
     lead: Attempt | None = None
     rival: Attempt | None = None
-    homeless_since: float = 0.0
+    waits_since_s: float | None = None
+    charged: float = 0.0
     num_lost: int = 0
     num_attempts: int = 0
+    num_rivals: int = 0
     named_for: str | None = None
     names: list[BlockName] = field(default_factory=list)
 
@@ -172,3 +201,11 @@ class Move:
     pulled_s: float = 0.0
     num_offered: int = 0
     is_here: bool = False
+
+
+def can_go_on(entry: Entry, replicas: Mapping[str, Replica]) -> bool:
+    """Whether a request can go on at another replica than those where it is."""
+    if not entry.has_begun:
+        return True
+    restarts = any(replicas[each.replica].restarts for each in entry.attempts)
+    return entry.request.may_go_on and not restarts

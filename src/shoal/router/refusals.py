@@ -6,6 +6,11 @@ from shoal.core.errors import QueueFullError, RequestError, RequestTimeoutError,
 from shoal.core.request import ErrorInfo, GenerateRequest, Output
 from shoal.router.events import Deliver
 
+OF_REPLICAS = (500, 502, 503)
+"""Statuses by which a replica says that it did not do its work."""
+WORTH_RETRYING = (429, *OF_REPLICAS)
+"""Those after which another replica may do it."""
+
 
 def failed(request_id: str, error: RequestError) -> Deliver:
     return Deliver([Output(request_id=request_id, finish="error", error=ErrorInfo.of(error))])
@@ -25,17 +30,35 @@ def no_replica(reason: str) -> UnavailableError:
     )
 
 
-def too_many_wait(num_homeless: int) -> QueueFullError:
+def queue_is_full(num_waiting: int, retry_after_s: float) -> QueueFullError:
     return QueueFullError(
-        f"no replica is ready yet and {num_homeless} requests already wait",
+        f"{num_waiting} requests already wait for a replica, and no more of yours may; try again "
+        "later",
         code="queue_full",
-        retry_after_s=1.0,
+        retry_after_s=retry_after_s,
+    )
+
+
+def too_late(ttft_s: float, limit_s: float, retry_after_s: float) -> QueueFullError:
+    return QueueFullError(
+        f"the first token would come in {ttft_s:.1f} s, and {limit_s:g} s are promised; try again "
+        "later",
+        code="overloaded",
+        retry_after_s=retry_after_s,
     )
 
 
 def lost_too_often(num_lost: int, reason: str) -> RequestError:
     return RequestError(
         f"the replicas serving this request were lost {num_lost} times, last: {reason}",
+        code="replica_lost",
+    )
+
+
+def cannot_go_on(reason: str) -> UnavailableError:
+    return UnavailableError(
+        f"the replica that began this answer was lost ({reason}), and no other one can go on with "
+        f"it; ask again",
         code="replica_lost",
     )
 

@@ -8,6 +8,7 @@
     sampling.py      body → SamplingParams → GenerateRequests
     generation.py    GenerateRequests → updates of text
     express.py       plain text straight from the router to the socket, past all of these
+    proxy.py         the same endpoints where upstreams do the work; proxy_stream.py
     respond.py       updates → a response; sse.py: event streams, clients that hang up or stall
     responses.py, logprobs.py   the JSON that goes out
     middleware.py, auth.py, limits.py, errors.py   around every request
@@ -15,7 +16,7 @@
 Knows nothing of torch, KV, replicas or how a token is made: a `Router` gives tokens.
 """
 
-from shoal.server.app import create_app
-from shoal.server.config import Router, ServerConfig
+from shoal.server.app import create_app, create_proxy_app
+from shoal.server.config import EdgeContext, Router, ServerConfig
 
-__all__ = ["Router", "ServerConfig", "create_app"]
+__all__ = ["EdgeContext", "Router", "ServerConfig", "create_app", "create_proxy_app"]

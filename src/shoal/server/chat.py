@@ -18,6 +18,7 @@ from shoal.server.respond import (
     Job,
     UsageField,
     check_common,
+    check_room,
     request_label,
     respond,
     tenant,
@@ -53,6 +54,7 @@ def chat_routes(context: ServerContext) -> APIRouter:
 
 async def _create(body: ChatRequest, request: Request, context: ServerContext) -> Response:
     info = check_common(body, context, num_prompts=1)
+    check_room(request, body.priority, context)
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequestError(
             "top_logprobs needs logprobs=true", code="invalid_value", param="top_logprobs"
@@ -121,7 +123,7 @@ class ChatShape:
             logprobs=self._logprobs(update),
             finish_reason=update.finish,
             stop_reason=UNSET if update.finish is None else update.stop_reason,
-            token_ids=update.token_ids if with_ids else UNSET,
+            token_ids=update.token_ids if self._body.shows_token_ids else UNSET,
         )
         prompt = self._prompt if with_ids and first_ever else UNSET
         return self._chunk([choice], usage, prompt)
@@ -142,7 +144,7 @@ class ChatShape:
                     logprobs=self._logprobs(update),
                     finish_reason=update.finish,
                     stop_reason=update.stop_reason,
-                    token_ids=update.token_ids if with_ids else UNSET,
+                    token_ids=update.token_ids if self._body.shows_token_ids else UNSET,
                 )
                 for update in completions
             ],

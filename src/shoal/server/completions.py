@@ -20,6 +20,7 @@ from shoal.server.respond import (
     Job,
     UsageField,
     check_common,
+    check_room,
     request_label,
     respond,
     tenant,
@@ -50,6 +51,7 @@ def completion_routes(context: ServerContext) -> APIRouter:
 
 async def _create(body: CompletionRequest, request: Request, context: ServerContext) -> Response:
     info = check_common(body, context, num_prompts(body))
+    check_room(request, body.priority, context)
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise InvalidRequestError(
             f"best_of is {body.best_of} and n is {body.n or 1}; shoal returns all it generates: "
@@ -167,7 +169,7 @@ class CompletionShape:
             if self._body.prompt_logprobs is None
             else prompt_logprobs(update.prompt_logprobs, self._tokenizer),
             prompt_token_ids=prompt if with_ids and first else UNSET,
-            token_ids=update.token_ids if with_ids else UNSET,
+            token_ids=update.token_ids if self._body.shows_token_ids else UNSET,
         )
 
     def _logprobs(

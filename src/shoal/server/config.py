@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from shoal.core.clock import Clock
-from shoal.core.errors import ConfigError
+from shoal.core.errors import ConfigError, RequestError
 from shoal.core.request import MAX_COMPLETIONS, GenerateRequest, Output
-from shoal.core.stats import EngineInfo, EngineStats, ReplicaView
+from shoal.core.stats import EngineInfo, EngineStats, EntranceStats, HedgeStats, ReplicaView
 from shoal.core.step_times import ReplicaSteps
 from shoal.observe import ServingMetrics
 from shoal.text import Tokenizer
@@ -30,6 +30,8 @@ class ServerConfig:
         default_sampling: sampling fields the model's generation_config asks for.
         ready_window_s: a token this recent proves that the server can generate.
         probe_timeout_s, probe_ttl_s: of the one-token probe behind /ready.
+        continuation: names what a stream's tokens mean: servers that say the same can go on with
+            each other's; "": none can.
     """
 
     served_model_names: tuple[str, ...]
@@ -42,6 +44,7 @@ class ServerConfig:
     ready_window_s: float = 10.0
     probe_timeout_s: float = 5.0
     probe_ttl_s: float = 3.0
+    continuation: str = ""
 
     def __post_init__(self) -> None:
         if not self.served_model_names:
@@ -79,12 +82,26 @@ class Router(Protocol):
         """
         ...
 
+    def why_full(self, salt: str, priority: int) -> RequestError | None:
+        """Why a request of that tenant would be refused now, before it is known what it asks."""
+        ...
+
+    @property
+    def entrance(self) -> EntranceStats:
+        """What came of requests before they had a replica."""
+        ...
+
     def stats(self) -> Mapping[str, EngineStats]:
         """By replica name."""
         ...
 
     def steps(self, name: str) -> ReplicaSteps:
         """What a replica's latest Steps took."""
+        ...
+
+    @property
+    def hedges(self) -> HedgeStats:
+        """Counters of second attempts."""
         ...
 
     def replicas(self) -> Mapping[str, ReplicaView]:
@@ -103,8 +120,8 @@ class Router(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServerContext:
-    """What the endpoints of one app share.
+class EdgeContext:
+    """What the endpoints of one app share, whoever turns text into tokens.
 
     Attributes:
         wall_clock: seconds since 1970, for `created`.
@@ -112,8 +129,14 @@ class ServerContext:
 
     config: ServerConfig
     router: Router
-    tokenizer: Tokenizer
     metrics: ServingMetrics
     clock: Clock
     rng: random.Random
     wall_clock: Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerContext(EdgeContext):
+    """Of an app that turns text into tokens itself."""
+
+    tokenizer: Tokenizer

@@ -60,11 +60,7 @@ class Express:
 
     def open(self, send: Send) -> None:
         """The first event is out, by `send`; it takes uvicorn's, and its chunked encoding."""
-        cycle = getattr(send, "__self__", None)
-        if not isinstance(cycle, RequestResponseCycle):
-            return
-        if all(hasattr(cycle, name) for name in _USED) and cycle.chunked_encoding:
-            self._cycle = cycle
+        self._cycle = socket_of(send)
 
     def take(self, output: Output, now: float) -> bool:
         """Send what `output` tells; False if that is more than text, or the client is slow."""
@@ -73,9 +69,7 @@ class Express:
             cycle is None
             or output.finish is not None
             or output.num_cached_tokens is not None
-            or cycle.flow.write_paused
-            or cycle.disconnected
-            or cycle.transport.is_closing()
+            or not can_write(cycle)
         ):
             return False
         num_tokens = len(output.token_ids)
@@ -88,3 +82,17 @@ class Express:
                 b"%x%b%b%b" % (self._frame_bytes + len(spelled), self._before, spelled, self._after)
             )
         return True
+
+
+def socket_of(send: Send) -> RequestResponseCycle | None:
+    """What uvicorn's own `send` writes a chunked body to; None: it is not to be had."""
+    cycle = getattr(send, "__self__", None)
+    if not isinstance(cycle, RequestResponseCycle):
+        return None
+    is_usable = all(hasattr(cycle, name) for name in _USED) and cycle.chunked_encoding
+    return cycle if is_usable else None
+
+
+def can_write(cycle: RequestResponseCycle) -> bool:
+    """Whether the client is there and keeps up."""
+    return not (cycle.flow.write_paused or cycle.disconnected or cycle.transport.is_closing())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -11,14 +12,17 @@ from starlette.responses import Response
 
 from shoal.core.request import ErrorInfo, GenerateRequest, SamplingParams
 from shoal.observe import CONTENT_TYPE
-from shoal.server.config import ServerContext
+from shoal.server.config import EdgeContext, ServerContext
 from shoal.server.errors import error_response
 
 
-def health_routes(context: ServerContext) -> APIRouter:
-    """The endpoints, for one app."""
+def health_routes(context: EdgeContext, why_not: Callable[[], Awaitable[str | None]]) -> APIRouter:
+    """The endpoints, for one app.
+
+    Args:
+        why_not: why it is not ready; None: it is.
+    """
     routes = APIRouter()
-    readiness = Readiness(context)
 
     @routes.get("/health", response_class=Response)
     async def health() -> Response:
@@ -26,7 +30,7 @@ def health_routes(context: ServerContext) -> APIRouter:
 
     @routes.get("/ready", response_class=Response)
     async def ready() -> Response:
-        reason = await readiness.why_not()
+        reason = await why_not()
         if reason is None:
             return Response(b'{"status":"ready"}', media_type="application/json")
         return error_response(

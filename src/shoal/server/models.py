@@ -6,14 +6,16 @@ from importlib.metadata import version
 
 import msgspec
 from fastapi import APIRouter
+from msgspec import UNSET, UnsetType
 from starlette.responses import Response
 
-from shoal.server.config import ServerContext
+from shoal.router.upstream.card import ShoalCard
+from shoal.server.config import EdgeContext
 from shoal.server.respond import check_model
 from shoal.server.responses import ModelCard, ModelList
 
 
-def model_routes(context: ServerContext) -> APIRouter:
+def model_routes(context: EdgeContext) -> APIRouter:
     """The endpoints, for one app."""
     routes = APIRouter()
     created = int(context.wall_clock())
@@ -25,6 +27,7 @@ def model_routes(context: ServerContext) -> APIRouter:
             created=created,
             root=context.config.served_model_names[0],
             max_model_len=None if info is None else info.max_model_len,
+            shoal=_carries(context),
         )
 
     @routes.get("/v1/models", response_class=Response)
@@ -42,6 +45,19 @@ def model_routes(context: ServerContext) -> APIRouter:
         return _json({"version": version("shoal")})
 
     return routes
+
+
+def _carries(context: EdgeContext) -> ShoalCard | UnsetType:
+    """What a `shoal route` before this server wants to know; left out while it is not known."""
+    info, continuation = context.router.info, context.config.continuation
+    if info is None or not continuation:
+        return UNSET
+    num_alive = sum(each.is_alive for each in context.router.replicas().values())
+    return ShoalCard(
+        continuation=continuation,
+        max_num_seqs=num_alive * info.max_num_seqs,
+        num_kv_blocks=num_alive * info.num_kv_blocks,
+    )
 
 
 def _json(body: object) -> Response:

@@ -3,10 +3,11 @@
 Shape, types and sizes are checked here; ranges by `core.request.SamplingParams`; what
 depends on the model (vocabulary, context) in `prompts.py` and `sampling.py`.
 
-shoal's own field is `output_token_ids`: output tokens a client already has. The request
+shoal's own fields: `output_token_ids` are output tokens a client already has. The request
 continues right after them; they count in usage and towards max_tokens, and only the text of
 new tokens is returned. With the same prompt, seed and parameters the whole is the same as
-without the cut.
+without the cut. A stream with `resumable` says in each event which tokens it holds, so that it
+can be continued from there wherever it breaks.
 """
 
 from __future__ import annotations
@@ -138,6 +139,12 @@ class GenerationFields(WireModel):
     return_token_ids: bool | None = None
     # shoal's
     output_token_ids: TokenIds | None = None
+    resumable: bool | None = None
+
+    @property
+    def shows_token_ids(self) -> bool:
+        """Of the output; only return_token_ids shows the prompt's."""
+        return bool(self.return_token_ids or self.resumable)
 
 
 class CompletionRequest(GenerationFields):

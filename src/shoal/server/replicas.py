@@ -14,6 +14,7 @@ Only for who holds an API key: without one a page in a browser could post here.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Literal
 
 import msgspec
@@ -21,8 +22,8 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from shoal.core.request import ErrorInfo
-from shoal.core.stats import EngineStats, InstanceStats
-from shoal.server.config import ServerContext
+from shoal.core.stats import EngineStats, InstanceStats, ReplicaView
+from shoal.server.config import EdgeContext
 from shoal.server.errors import error_response
 
 _NO_KEY = ErrorInfo(
@@ -32,7 +33,7 @@ _NO_KEY = ErrorInfo(
 )
 
 
-def replica_routes(context: ServerContext) -> APIRouter:
+def replica_routes(context: EdgeContext) -> APIRouter:
     """The endpoints, for one app."""
     routes = APIRouter()
     router = context.router
@@ -114,13 +115,34 @@ def _instances(stats: EngineStats) -> dict[str, object]:
     return {"instances": found} if found else {}
 
 
-def _shown(context: ServerContext) -> Response:
+def _prospect(replica: ReplicaView) -> dict[str, object]:
+    """What the router expects of it."""
+    if (prospect := replica.prospect) is None:
+        return {}
+    return {
+        "slowness": {"prompts": prospect.prompts, "decoding": prospect.decoding},
+        "share": prospect.share,
+        "predicted_ttft_s": prospect.ttft_s,
+    }
+
+
+def _lag(replica: ReplicaView, stats: EngineStats) -> dict[str, object]:
+    """Of one that has been slow for long, and which of its instances are."""
+    if (lag := replica.lag) is None:
+        return {}
+    slow = {str(instance): times for instance, times in stats.slow}
+    return {"replan_needed": {**asdict(lag), "slow_instances": slow}}
+
+
+def _shown(context: EdgeContext) -> Response:
     stats = context.router.stats()
     found = {
         name: {
             "alive": each.is_alive,
             "drained": each.is_drained,
             "requests": each.num_requests,
+            **_prospect(each),
+            **_lag(each, stats[name]),
             **_instances(stats[name]),
         }
         for name, each in context.router.replicas().items()

@@ -19,7 +19,7 @@ from starlette.responses import Response
 from shoal.core.errors import InvalidRequestError, NotFoundError, UnavailableError
 from shoal.core.request import GenerateRequest
 from shoal.core.stats import EngineInfo
-from shoal.server.config import ServerContext
+from shoal.server.config import EdgeContext, ServerContext
 from shoal.server.express import Express
 from shoal.server.generation import Update, Usage, updates
 from shoal.server.openai_types import GenerationFields
@@ -111,7 +111,14 @@ def check_common(body: GenerationFields, context: ServerContext, num_prompts: in
     return info
 
 
-def check_model(model: str | None, context: ServerContext) -> None:
+def check_room(request: Request, priority: int, context: EdgeContext) -> None:
+    """Raises QueueFullError if there is no room, before any work is put into the request."""
+    full = context.router.why_full(tenant(request), priority)
+    if full is not None:
+        raise full
+
+
+def check_model(model: str | None, context: EdgeContext) -> None:
     """Raises NotFoundError unless it is served under this name (or none was asked for)."""
     names = context.config.served_model_names
     if model is not None and model not in names:
@@ -156,7 +163,7 @@ def _is_plain(body: GenerationFields, job: Job) -> bool:
 
 def _always_tells(body: GenerationFields) -> bool:
     """Whether there is something to say of a token that shows no text."""
-    return body.return_token_ids or _continuous_usage(body)
+    return body.shows_token_ids or _continuous_usage(body)
 
 
 def _continuous_usage(body: GenerationFields) -> bool:

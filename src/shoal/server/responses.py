@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from msgspec import UNSET, Struct, UnsetType
 
+from shoal.router.upstream.card import ShoalCard
+
 
 class PromptTokensDetails(Struct, frozen=True):
     cached_tokens: int
@@ -139,6 +141,7 @@ class ModelCard(Struct, frozen=True, kw_only=True):
     owned_by: str = "shoal"
     root: str
     max_model_len: int | None
+    shoal: ShoalCard | UnsetType = UNSET
 
 
 class ModelList(Struct, frozen=True):

@@ -21,7 +21,7 @@ from shoal.core.request import ErrorInfo
 from shoal.server.errors import INTERNAL_ERROR, error_payload
 from shoal.server.express import Express
 
-_HEADERS = [
+EVENT_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx would hold events back
@@ -79,8 +79,8 @@ class EventStream(Response):
 
     async def _stream(self, send: Send, send_body: Send) -> None:
         first = await anext(self._events)
-        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-        with _StallWatch(self._stall_timeout_s) as watch:
+        await send({"type": "http.response.start", "status": 200, "headers": EVENT_HEADERS})
+        with StallWatch(self._stall_timeout_s) as watch:
             try:
                 await self._send_all(send_body, first, watch)
             except asyncio.CancelledError:
@@ -93,7 +93,7 @@ class EventStream(Response):
                     self._stall_timeout_s,
                 )
 
-    async def _send_all(self, send: Send, first: bytes, watch: _StallWatch) -> None:
+    async def _send_all(self, send: Send, first: bytes, watch: StallWatch) -> None:
         watch.begin()
         await send(_body(first))
         watch.end()
@@ -119,7 +119,7 @@ def _body(event: bytes, *, more_body: bool = True) -> Message:
     return {"type": "http.response.body", "body": body, "more_body": more_body}
 
 
-class _StallWatch:
+class StallWatch:
     """Cancels the task that entered it when one send takes too long.
 
     One timer a stream, put off when it fires, because a timeout of its own for every token
@@ -132,7 +132,7 @@ class _StallWatch:
         self._loop = asyncio.get_running_loop()
         self._sending_since: float | None = None
 
-    def __enter__(self) -> _StallWatch:
+    def __enter__(self) -> StallWatch:
         self._task = asyncio.current_task()
         self._timer = self._loop.call_later(self._limit_s, self._look)
         return self

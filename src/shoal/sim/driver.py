@@ -17,8 +17,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 
+from shoal.core.latency import Slo
 from shoal.core.request import Output
-from shoal.core.stats import EngineInfo, EngineStats
+from shoal.core.speed import Speed
+from shoal.core.stats import EngineInfo, EngineStats, HedgeStats
 from shoal.core.workload import Workload
 from shoal.engine.config import EngineConfig
 from shoal.engine.events import Cancel as CancelRequest
@@ -27,6 +29,7 @@ from shoal.router.events import (
     CancelAt,
     Deliver,
     Event,
+    ReplanNeeded,
     ReplicaLost,
     ReplicaOutputs,
     ReplicaReady,
@@ -38,25 +41,29 @@ from shoal.router.records import RouterConfig
 from shoal.router.state import RouterState
 from shoal.sim.faults import Fault, check_faults, joins_later
 from shoal.sim.prompts import Prompts
-from shoal.sim.records import Records, ReplicaSample, RequestRecord, Sample
+from shoal.sim.records import Records, Replan, ReplicaSample, RequestRecord, Sample
 from shoal.sim.replica import SimulatedReplica
 from shoal.sim.setup import ReplicaSetup
+from shoal.sim.speeds import speed_of
 
 _TICK_S = 0.25
 """As the live router's."""
 _MOST_IDLE_TICKS = 1000
 """With nothing to come: those that still wait then, wait for ever."""
-_RESULT, _FAULT, _ARRIVAL, _TICK, _SAMPLE = range(5)
+_RESULT, _FAULT, _ARRIVAL, _WAKE, _TICK, _SAMPLE = range(6)
 
 
 class Simulation:
     """
     Args:
         rng: the router's.
-        max_homeless: requests that wait while there is no replica, as `--max-waiting`.
+        max_waiting: requests that wait at the router; None: as many as at all engines.
         num_samples: looks at how replicas stand, about.
         runs: take runs of decode Steps at once; the results are the same.
         request_s: from a request's arrival until the router has it.
+        policy, slo, hedging, collapse: the router's; requests of a trace only seem to be the same
+            where it says that they begin alike, and who joins one gets what runs have told so far.
+        knows_speeds: the router knows what Steps cost; otherwise it learns that.
 
     Raises:
         ConfigError: faults of replicas or instances that there are not; prompts without a length.
@@ -69,10 +76,15 @@ class Simulation:
         rng: Random,
         *,
         faults: Sequence[Fault] = (),
-        max_homeless: int = 256,
+        max_waiting: int | None = None,
         num_samples: int = 120,
         runs: bool = True,
         request_s: float = 0.0,
+        policy: str = "predicted",
+        slo: Slo | None = None,
+        knows_speeds: bool = True,
+        hedging: bool = True,
+        collapse: bool = False,
     ) -> None:
         check_faults(faults, replicas)
         self._setups = {each.name: each for each in replicas}
@@ -84,8 +96,13 @@ class Simulation:
         self._request_s = request_s
         config = RouterConfig(
             replicas=tuple(self._setups),
-            max_homeless=max_homeless,
+            max_waiting=max_waiting or sum(each.config.max_waiting for each in replicas),
             roles={each.name: each.role for each in replicas},
+            policy=policy,
+            speeds=_speeds(replicas) if knows_speeds else {},
+            slo=slo,
+            hedging=hedging,
+            collapse=collapse,
         )
         self._router = RouterState(config, rng)
         self._replicas: dict[str, SimulatedReplica] = {}
@@ -98,6 +115,7 @@ class Simulation:
         self._records = Records([RequestRecord(a.arrival_s, a.prompt_tokens) for a in arrivals])
         self._num_open = len(arrivals)
         self._now = 0.0
+        self._wakes_s = math.inf
         self._num_idle_ticks = 0
         self._most_samples = 2 * num_samples
         self._sample_every_s = max(workload.duration_s, 1.0) / num_samples
@@ -126,6 +144,10 @@ class Simulation:
         """Of each replica, counters of all its incarnations together."""
         return {name: _summed(self._all_of(name)) for name in self._setups}
 
+    @property
+    def hedges(self) -> HedgeStats:
+        return self._router.hedges
+
     def check_integrity(self) -> None:
         """For tests."""
         self._router.check_integrity()
@@ -145,12 +167,19 @@ class Simulation:
             self._strike(self._faults[number], now)
         elif kind == _ARRIVAL:
             self._arrive(number, now)
+        elif kind == _WAKE:
+            self._wakes_s = math.inf
+            self._look(now)
         elif kind == _TICK:
             self._tick(now)
         else:
             self._sample(now)
             self._push(now + self._sample_every_s, _SAMPLE, 0)
         self._hear()
+        wake_s = self._router.wake_s
+        if wake_s is not None and wake_s < self._wakes_s:
+            self._wakes_s = max(wake_s, now)
+            self._push(self._wakes_s, _WAKE, 0)
 
     def _wake(self, name: str, now: float) -> None:
         replica = self._replicas.get(name)
@@ -165,10 +194,18 @@ class Simulation:
             self._push(arrival_s, _ARRIVAL, number + 1)
 
     def _tick(self, now: float) -> None:
-        is_idle = all(kind >= _TICK for _, kind, _ in self._agenda)
+        is_idle = all(kind >= _WAKE for _, kind, _ in self._agenda)
         self._num_idle_ticks = self._num_idle_ticks + 1 if is_idle else 0
-        self._tell_router(Tick(), now)
+        self._look(now)
         self._push(now + _TICK_S, _TICK, 0)
+
+    def _look(self, now: float) -> None:
+        """The router does, once it has been told what those said who seem silent to it."""
+        for name in self._router.doubted(now):
+            if name in self._replicas:
+                self._replicas[name].advance(now)
+                self._settle(name)
+        self._tell_router(Tick(), now)
 
     def _sample(self, now: float) -> None:
         """How all replicas stand; every other look is forgotten when there are too many."""
@@ -220,7 +257,7 @@ class Simulation:
 
     def _strike(self, fault: Fault, now: float) -> None:
         name, instance = fault.replica, fault.instance
-        if instance is None and fault.kind != "slow":
+        if instance is None and fault.kind in ("join", "lose"):
             self._join(name, now) if fault.kind == "join" else self._lose(name, now)
             return
         replica = self._replicas.get(name)
@@ -228,6 +265,8 @@ class Simulation:
             return
         if fault.kind == "slow":
             replica.slow_down(instance, fault.speed, now)
+        elif fault.kind == "stall":
+            replica.stall(fault.seconds, now)
         elif fault.kind == "lose":
             replica.fail(instance or 0, now)
         else:
@@ -269,6 +308,8 @@ class Simulation:
                         self._tell_replica(name, SubmitRequest(request))
                     case CancelAt(name, request_id):
                         self._tell_replica(name, CancelRequest(request_id))
+                    case ReplanNeeded(name, lag):
+                        self._records.replans.append(Replan(times[-1], name, lag))
                     case _:
                         raise AssertionError(f"nobody asked for {type(effect).__name__}")
 
@@ -289,13 +330,26 @@ class Simulation:
 def _info(config: EngineConfig) -> EngineInfo:
     return EngineInfo(
         max_model_len=config.max_model_len,
-        num_kv_blocks=min(config.instance_blocks),
+        num_kv_blocks=config.num_kv_blocks,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
+        filling_tokens=config.filling_tokens,
+        is_even=config.batching == "even",
+        tpot_target_s=config.tpot_target_s,
         max_waiting=config.max_waiting,
         device="simulated",
         dtype="",
     )
+
+
+def _speeds(replicas: Sequence[ReplicaSetup]) -> dict[str, Speed]:
+    """Those of one cost and configuration are worked out once."""
+    known: dict[tuple[int, int], Speed] = {}
+    for each in replicas:
+        alike = id(each.cost), id(each.config)
+        if alike not in known:
+            known[alike] = speed_of(each)
+    return {each.name: known[id(each.cost), id(each.config)] for each in replicas}
 
 
 def _summed(replicas: Sequence[SimulatedReplica]) -> EngineStats:

@@ -1,4 +1,7 @@
-"""What happens to replicas while they serve: slow-downs, deaths, joins. Knows nothing of files."""
+"""What happens to replicas while they serve: slow-downs, stalls, deaths, joins.
+
+Knows nothing of files.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Literal
 from shoal.core.errors import ConfigError
 from shoal.sim.setup import ReplicaSetup
 
-FaultKind = Literal["slow", "lose", "join"]
+FaultKind = Literal["slow", "stall", "lose", "join"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,9 +21,10 @@ class Fault:
 
     Attributes:
         instance: None: the whole replica.
-        kind: "slow": it runs at `speed` of itself from its next Step on; "lose": it is gone, with
-            its KV; "join": it is there again, empty. A replica of which the first that happens is
-            that it joins is not there before.
+        kind: "slow": it runs at `speed` of itself from its next Step on; "stall": all of it does
+            nothing for `seconds`, and then goes on; "lose": it is gone, with its KV; "join": it is
+            there again, empty. A replica of which the first that happens is that it joins is not
+            there before.
     """
 
     at_s: float
@@ -28,6 +32,7 @@ class Fault:
     kind: FaultKind
     instance: int | None = None
     speed: float = 1.0
+    seconds: float = 0.0
 
 
 def check_faults(faults: Sequence[Fault], replicas: Sequence[ReplicaSetup]) -> None:
@@ -37,6 +42,11 @@ def check_faults(faults: Sequence[Fault], replicas: Sequence[ReplicaSetup]) -> N
     """
     known = {each.name: len(each.config.instance_blocks) for each in replicas}
     for fault in faults:
+        if fault.kind == "stall" and fault.instance is not None:
+            raise ConfigError(
+                f"an event stalls instance {fault.instance} of replica {fault.replica}; only all "
+                "of a replica can stall: leave the instance out"
+            )
         if fault.replica not in known:
             raise ConfigError(
                 f"an event names replica {fault.replica!r}; there are {', '.join(known)}"
@@ -56,4 +66,4 @@ def joins_later(replica: str, faults: Sequence[Fault]) -> bool:
         faults: in order of time.
     """
     own = (each.kind for each in faults if each.replica == replica and each.instance is None)
-    return next((kind == "join" for kind in own if kind != "slow"), False)
+    return next((kind == "join" for kind in own if kind not in ("slow", "stall")), False)

@@ -16,6 +16,7 @@ from typing import cast, get_args
 from shoal.core.cluster import Cluster, Device, Precision
 from shoal.core.errors import ConfigError
 from shoal.core.model_spec import ModelSpec
+from shoal.core.options import Batching
 from shoal.core.plan import Plan, ReplicaPlan
 from shoal.core.split import Shard
 from shoal.core.step import BLOCK_SIZE
@@ -43,6 +44,8 @@ class Limits:
     max_model_len: int | None = None
     max_waiting: int = 256
     max_steps_in_flight: int = 2
+    batching: Batching = "even"
+    tpot_target_s: float | None = None
     prefix_caching: bool = True
     precision: Precision = "bfloat16"
     kv_precision: Precision = "bfloat16"
@@ -113,6 +116,8 @@ def _setup(
         max_num_batched_tokens=num_tokens,
         max_waiting=limits.max_waiting,
         max_steps_in_flight=limits.max_steps_in_flight,
+        batching=limits.batching,
+        tpot_target_s=limits.tpot_target_s,
         prefix_caching=limits.prefix_caching,
     )
     return ReplicaSetup(

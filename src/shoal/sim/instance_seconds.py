@@ -15,6 +15,7 @@ from shoal.policy.cost_model.loads import StepLoad, Windows
 from shoal.policy.cost_model.times import InstanceCost
 
 _MANY = 1 << 40
+_MOST_KEPT = 100_000
 
 Slopes = tuple[tuple[float, ...], ...]
 """Seconds of one position or pair: of each rank, in each window."""
@@ -29,7 +30,8 @@ class InstanceSeconds:
         self._none = (0,) * len(windows)
         self._reads = self._slopes(reads=True)
         self._pairs = self._slopes(reads=False)
-        self._fixed: dict[int, tuple[tuple[float, ...], float]] = {}
+        # By tokens, rows that sample, and prompts that end.
+        self._fixed: dict[tuple[int, int, int], tuple[tuple[float, ...], float]] = {}
 
     def __call__(self, load: StepLoad) -> float:
         fixed, communication_s = self._without_attention(load)
@@ -66,10 +68,11 @@ class InstanceSeconds:
         return [seconds + slope * n + communication_s for n in reads]
 
     def _without_attention(self, load: StepLoad) -> tuple[tuple[float, ...], float]:
-        """Of each rank, and of all sums between them; kept where every token is sampled from."""
-        only_decodes = load.num_tokens == load.num_sampled
-        if only_decodes and load.num_tokens in self._fixed:
-            return self._fixed[load.num_tokens]
+        """Of each rank, and of all sums between them."""
+        key = load.num_tokens, load.num_sampled, load.num_ended
+        known = self._fixed.get(key)
+        if known is not None:
+            return known
         bare = StepLoad(
             load.num_tokens,
             load.num_sampled,
@@ -78,9 +81,9 @@ class InstanceSeconds:
             self._none,
             load.num_ended,
         )
-        found = self._rank_seconds(bare), self._cost.communication_s(bare)
-        if only_decodes:
-            self._fixed[load.num_tokens] = found
+        if len(self._fixed) >= _MOST_KEPT:
+            self._fixed.clear()
+        self._fixed[key] = found = self._rank_seconds(bare), self._cost.communication_s(bare)
         return found
 
     def _slopes(self, *, reads: bool) -> Slopes:

@@ -56,6 +56,15 @@ def html_page(report: Mapping[str, Any]) -> str:
         _replica_table(report["replicas"]),
         f"<h2>Notes</h2><ul>{notes}</ul>" if notes else "",
     ]
+    return document(title, body)
+
+
+def document(title: str, body: Sequence[str]) -> str:
+    """Pieces of HTML as a page.
+
+    Args:
+        title: escaped.
+    """
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f"<title>{title}</title><style>{_STYLE}</style></head><body>\n"

@@ -88,17 +88,6 @@ class Pipeline:
         self._start_next(self._instances[work.step.route][0], now)
         return now, work
 
-    def take_all(self) -> list[Work]:
-        """The Steps of the only instance, oldest first, as if all had come back."""
-        (station,) = self.stations
-        assert station.current is not None
-        works = [station.current, *station.queue]
-        station.current = None
-        station.queue.clear()
-        self._events.clear()
-        self._unsampled.clear()
-        return works
-
     def clear(self) -> None:
         """Everything in flight is lost."""
         for station in self.stations:
@@ -106,6 +95,14 @@ class Pipeline:
             station.current = None
         self._events.clear()
         self._unsampled.clear()
+
+    def delay(self, seconds: float) -> None:
+        """All that is under way takes so much longer."""
+        self._events = [
+            (when + seconds, number, what, work, instance)
+            for when, number, what, work, instance in self._events
+        ]
+        heapq.heapify(self._events)
 
     def _push(self, when: float, what: str, work: Work, instance: int) -> None:
         self._num_events += 1

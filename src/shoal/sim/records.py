@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from shoal.core.request import Output
+from shoal.core.stats import Lag
 
 _BIN_RATIO = 1.005
 _SMALLEST_S = 1e-9
@@ -137,6 +138,15 @@ class Sample:
     replicas: tuple[ReplicaSample, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Replan:
+    """A replica had been slow for long then."""
+
+    at_s: float
+    replica: str
+    lag: Lag
+
+
 @dataclass(slots=True)
 class Records:
     """
@@ -149,6 +159,7 @@ class Records:
     end_s: float = 0.0
     gaps: Gaps = field(default_factory=Gaps)
     samples: list[Sample] = field(default_factory=list)
+    replans: list[Replan] = field(default_factory=list)
 
     def note_started(self, number: int, now: float) -> None:
         record = self.requests[number]

@@ -10,6 +10,7 @@ nothing of routers or of why requests come.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ Report = Callable[[list[Output], Sequence[float]], None]
 Started = Callable[[int, float], None]
 """Told of a request's number when it goes into its first Step."""
 
-_SHORTEST_RUN = 8
+_SHORTEST_RUN = 4
 _LONGEST_RUN = 128
 """Results foreseen at once: more would be in vain when somebody comes in before."""
 
@@ -67,14 +68,22 @@ class SimulatedReplica:
         self._forecast: _Forecast | None = None
         self._numbers: dict[str, int] = {}  # of requests, by id
         self._results: dict[int, RowResult] = {}  # of a row that samples, by sequence
+        self._stalls_until_s = self._result_s = -math.inf
+        self._unheard: list[Event] = []  # what it was told while it stalls
 
     @property
     def next_s(self) -> float | None:
         """When `advance` is next worth a call."""
         if self._forecast is not None:
             return self._forecast.times[-1]
-        due = (self._pipeline.next_s, self._state.next_deadline())
-        return min((each for each in due if each is not None), default=None)
+        step_s, deadline = self._pipeline.next_s, self._state.next_deadline()
+        if step_s is None or deadline is None:
+            when = deadline if step_s is None else step_s
+        else:
+            when = min(step_s, deadline)
+        if self._unheard:
+            return self._stalls_until_s
+        return when if when is None else max(when, self._stalls_until_s)
 
     def is_quiet(self, now: float) -> bool:
         """Whether `advance` would change nothing."""
@@ -104,21 +113,44 @@ class SimulatedReplica:
 
     def advance(self, now: float) -> None:
         """Let happen what is due."""
+        self._listen(now)
         self._catch_up(now)
         self._look_ahead()
 
+    def stall(self, seconds: float, now: float) -> None:
+        """It does nothing for so long, and then goes on."""
+        self._listen(now)
+        self._catch_up(now)
+        self._pipeline.delay(seconds)
+        self._stalls_until_s = max(self._stalls_until_s, now) + seconds
+        self._look_ahead()
+
+    def _listen(self, now: float) -> None:
+        """To what it was told while it stalled, once that is over."""
+        if now >= self._stalls_until_s:
+            unheard, self._unheard = self._unheard, []
+            for event in unheard:
+                self.tell(event, self._stalls_until_s)
+
     def _catch_up(self, now: float) -> None:
+        if now < self._stalls_until_s:
+            return
         self._take_run(now)
         while (when := self._pipeline.next_s) is not None and when <= now:
             at, work = self._pipeline.step()
             if work is not None:
+                self._result_s = at
                 self._handle(self._result_of(work), at)
         deadline = self._state.next_deadline()
         if deadline is not None and deadline <= now:
-            self._carry_out(self._state.handle(Tick(), now), now)
+            self._carry_out(self._state.handle(Tick(), now), (now,))
 
     def tell(self, event: Event, now: float) -> None:
         """Whatever is not a result; what was due before comes first."""
+        self._listen(now)
+        if now < self._stalls_until_s:
+            self._unheard.append(event)
+            return
         self._catch_up(now)
         if isinstance(event, Submit):
             seed = event.request.sampling.seed
@@ -161,20 +193,24 @@ class SimulatedReplica:
     def _handle(self, event: Event, now: float) -> None:
         effects = self._state.handle(event, now)
         effects += self._state.handle(Tick(), now)
-        self._carry_out(effects, now)
+        self._carry_out(effects, (now,))
 
-    def _carry_out(self, effects: Sequence[Effect], now: float) -> None:
+    def _carry_out(self, effects: Sequence[Effect], times: Sequence[float]) -> None:
+        """
+        Args:
+            times: when the tokens came; Steps are handed out at the last one.
+        """
         outputs: list[Output] = []
         for effect in effects:
             match effect:
                 case RunStep(step):
-                    self._note_rows(step, now)
-                    self._pipeline.submit(step, now)
+                    self._note_rows(step, times[-1])
+                    self._pipeline.submit(step, times[-1])
                 case Emit(output):
                     outputs.append(output)
                 case _:
                     raise AssertionError(f"nobody asked for {type(effect).__name__}")
-        self._tell_outputs(outputs, (now,))
+        self._tell_outputs(outputs, times)
 
     def _tell_outputs(self, outputs: list[Output], times: Sequence[float]) -> None:
         for output in outputs:
@@ -210,7 +246,8 @@ class SimulatedReplica:
 
     def _look_ahead(self) -> None:
         self._forecast = None
-        if not self._runs:
+        # Of the first result after a stall the router hears at once: others may have gone on.
+        if not self._runs or self._result_s < self._stalls_until_s:
             return
         run = self._state.decode_run()
         if run is not None and run.num_steps >= _SHORTEST_RUN:
@@ -228,27 +265,21 @@ class SimulatedReplica:
         return _Forecast(run, times, [station.seconds, *following])
 
     def _take_run(self, now: float) -> None:
-        """Results of the run that came back by now, if there are enough to be worth it."""
+        """Results of the run that came back by now, if there are enough to be taken at once."""
         forecast, self._forecast = self._forecast, None
         if forecast is None:
             return
-        count, depth = bisect_right(forecast.times, now), self._config.steps_per_route
-        if count <= depth:
+        count = bisect_right(forecast.times, now)
+        if count <= self._config.steps_per_route:
             return
         times, seconds = forecast.times[:count], forecast.seconds[:count]
         (station,) = self._pipeline.stations
         for each in seconds:
             station.busy_s += each
-        for index, work in enumerate(self._pipeline.take_all()):
-            work.compute_s = seconds[index]
-            effects = self._state.handle(self._result_of(work), times[index])
-            self._carry_out(effects, times[index])
+        self._pipeline.clear()
         token_ids = tuple(self._numbers[each] for each in forecast.run.request_ids)
-        skipped = StepsDecoded(count - depth, token_ids, sum(seconds[depth:]))
-        effects = self._state.handle(skipped, times[-1])
-        outputs = [each.output for each in effects if isinstance(each, Emit)]
-        self._tell_outputs(outputs, times[depth:])
-        self._carry_out(self._state.handle(Tick(), times[-1]), times[-1])
+        effects = self._state.handle(StepsDecoded(token_ids, tuple(seconds)), times[-1])
+        self._carry_out(effects, times)
 
 
 _NOTHING = RowResult()

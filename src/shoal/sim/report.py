@@ -10,15 +10,14 @@ import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
-from shoal.core.latency import is_within, percentile, statistics
+from shoal.core.latency import distribution, is_within, percentile, statistics
 from shoal.core.stats import EngineStats
 from shoal.sim.records import Gaps, Records, RequestRecord, Sample
 from shoal.sim.setup import ReplicaSetup
-
-_CDF_PERCENTS = range(0, 101)
 
 
 def summarise(
@@ -36,6 +35,7 @@ def summarise(
     requests = records.requests
     good = [each for each in requests if each.is_good]
     errors = Counter(each.error for each in requests if each.error is not None)
+    refused = errors["queue_full"] + errors["overloaded"]
     output_tokens = sum(each.num_output for each in good)
     end_s = records.end_s
     summary: dict[str, Any] = {
@@ -43,8 +43,8 @@ def summarise(
             "planned": len(requests),
             "finished": sum(each.is_finished for each in requests),
             "succeeded": len(good),
-            "refused": errors["queue_full"],
-            "failed": errors.total() - errors["queue_full"],
+            "refused": refused,
+            "failed": errors.total() - refused,
             "never_ended": sum(not each.is_finished for each in requests),
         },
         "errors": dict(sorted(errors.items())),
@@ -63,8 +63,12 @@ def summarise(
         "replicas": [
             _replica(index, each, stats[each.name], records) for index, each in enumerate(replicas)
         ],
+        "replans": [
+            {"at_s": each.at_s, "replica": each.replica, **asdict(each.lag)}
+            for each in records.replans
+        ],
         "series": _series(records, replicas),
-        "cdf": {name: _cdf(values) for name, values in _metrics(good).items()},
+        "cdf": {name: distribution(values) for name, values in _metrics(good).items()},
     }
     if slo:
         within = sum(_is_good(each, slo) for each in requests)
@@ -96,12 +100,6 @@ def _latencies(good: Sequence[RequestRecord], gaps: Gaps) -> dict[str, Any]:
             "max": gaps.longest_s,
         }
     return found
-
-
-def _cdf(values: list[float]) -> list[float]:
-    """Percentiles 0 to 100; empty of nothing."""
-    ordered = sorted(values)
-    return [percentile(ordered, percent) for percent in _CDF_PERCENTS] if ordered else []
 
 
 def _is_good(record: RequestRecord, slo: Mapping[str, float]) -> bool:

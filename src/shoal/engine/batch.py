@@ -1,0 +1,30 @@
+"""A Step while it is filled. Knows nothing of who goes into it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from shoal.core.step import StepRow
+from shoal.engine.sequence import Sequence
+
+Rows = list[tuple[Sequence, StepRow]]
+
+
+@dataclass(slots=True)
+class Batch:
+    """Rows of one Step, all of them through the first `num_hops` hops of a route.
+
+    Attributes:
+        budget: tokens that it may still hold.
+        prompt_room: of prompts; None: not asked yet.
+        num_prompt_tokens: that it holds.
+    """
+
+    route: int
+    step_id: int
+    turn: int
+    budget: int
+    num_hops: int
+    rows: Rows = field(default_factory=list)
+    prompt_room: int | None = None
+    num_prompt_tokens: int = 0

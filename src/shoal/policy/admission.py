@@ -1,0 +1,83 @@
+"""Who waits, in which order, and for how long about.
+
+    order      the most urgent first; among equals the tenant that has been served least, by tokens
+               (fair queueing by virtual time; VTC, OSDI 2024, sec. 4); of one tenant the oldest
+    bound      a tenant may have so many waiting as `TIMES_FREE` times the places that are free:
+               whoever comes alone gets most of them, and newcomers always find some
+               (dynamic thresholds, Choudhury and Hahne 1998)
+    how long   those ahead, over how many lately left the queue in a second
+
+Knows nothing of replicas or of what a request is.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+TIMES_FREE = 4
+OUTPUT_WEIGHT = 2.0
+"""A token of output costs about as much of a device as two of a prompt."""
+
+_DEPARTURES_KEPT = 32
+_FEWEST_DEPARTURES = 4
+_PRIOR_DEPARTURES = 2
+_SHORTEST_S = 1e-3
+
+
+class Shares:
+    """What each tenant has been served, in weighted tokens."""
+
+    def __init__(self) -> None:
+        self._served: dict[str, float] = {}
+        self._last = 0.0
+
+    def came(self, tenant: str, waiting: Iterable[str]) -> None:
+        """A tenant begins to wait, beside these: time that it was away earns it nothing."""
+        least = min((self._served.get(each, 0.0) for each in waiting), default=self._last)
+        self._served[tenant] = max(self._served.get(tenant, 0.0), least)
+
+    def serve(self, tenant: str, tokens: float) -> None:
+        """It is served so many; fewer than 0: it was charged for more than it took."""
+        self._served[tenant] = self._served.get(tenant, 0.0) + tokens
+
+    def next_of(self, tenants: Iterable[str]) -> str:
+        """Whose turn it is; of equals the first."""
+        found = min(tenants, key=lambda tenant: self._served.get(tenant, 0.0))
+        self._last = self._served.get(found, 0.0)
+        return found
+
+
+class Departures:
+    """How fast a queue is served, seen from who leaves it while others wait."""
+
+    def __init__(self) -> None:
+        self._times: deque[float] = deque(maxlen=_DEPARTURES_KEPT)
+        self._since = 0.0
+        self._known: float | None = None
+
+    def begin(self, now: float) -> None:
+        """Somebody waits."""
+        self._times.clear()
+        self._since = now
+
+    def note(self, now: float) -> None:
+        if len(self._times) == _DEPARTURES_KEPT:
+            self._since = self._times[0]
+        self._times.append(now)
+
+    def end(self) -> None:
+        """Nobody waits any more."""
+        if len(self._times) >= _FEWEST_DEPARTURES:
+            self._known = self.per_s(self._times[-1], 0.0)
+
+    def per_s(self, now: float, expected: float) -> float:
+        """Requests a second: as many as were seen to leave, and a few as fast as expected.
+
+        Args:
+            expected: until a queue has been seen.
+        """
+        expected = self._known or expected
+        first = _PRIOR_DEPARTURES / expected if expected else 0.0
+        seen = len(self._times)
+        return (seen + _PRIOR_DEPARTURES) / max(first + now - self._since, _SHORTEST_S)

@@ -1,0 +1,101 @@
+"""When a request is worth a second attempt elsewhere, and what all of those may cost.
+
+    first token   later than nearly all are, as a multiple of what was predicted: those of late
+    a stream      silent for several times as long as its tokens take, and as a Step may take
+    budget        a share of the tokens that are computed anyway, with little saved up
+
+Quantiles of lateness follow Dean and Barroso (The Tail at Scale, 2013), a budget by tokens what
+gRPC's retry throttling does by requests. Knows nothing of replicas.
+"""
+
+from __future__ import annotations
+
+from shoal.policy.window import Window
+
+EXTRA_SHARE = 0.05
+"""Of all computed tokens, that second attempts may add."""
+
+_NUM_KEPT, _FEWEST = 256, 16
+_QUANTILE, _SLACK, _FIRST_RATIO = 0.95, 1.2, 3.0
+_MOST_MEDIANS = 4.0
+"""Where many are late, what is usual is not made of them."""
+_LEAST_LATE_S, _FIRST_LATE_S = 0.1, 1.0
+_LEAST_STALL_S = 1.0
+_STALL_GAPS, _STALL_STEPS = 8.0, 3.0
+LEAST_SILENCE_S = 1.25
+_FIRST_TOKENS, _MOST_TOKENS = 4096.0, 65_536.0
+_RETRY_SHARE, _FIRST_RETRIES, _MOST_RETRIES = 0.2, 10.0, 100.0
+
+
+class Lateness:
+    """How first tokens came, against what was predicted."""
+
+    def __init__(self) -> None:
+        self._ratios = Window(_NUM_KEPT)
+
+    def note(self, seconds: float, predicted_s: float, now: float) -> None:
+        """Of one that came; or did not within `seconds`, as another one was faster."""
+        if predicted_s > 0:
+            self._ratios.add(seconds / predicted_s, now)
+
+    def patience_s(self, predicted_s: float | None) -> float:
+        """After which a first token is later than nearly all are; None: nothing was predicted."""
+        if predicted_s is None:
+            return _FIRST_LATE_S
+        if len(self._ratios) < _FEWEST:
+            return max(predicted_s * _FIRST_RATIO, predicted_s + _FIRST_LATE_S)
+        usual = self._ratios.quantile(0.5)
+        ratio = min(self._ratios.quantile(_QUANTILE) * _SLACK, usual * _MOST_MEDIANS)
+        return max(predicted_s * ratio, predicted_s * usual + _LEAST_LATE_S)
+
+
+def stalled_after_s(gap_s: float, step_s: float) -> float:
+    """Silence after which a stream stalls.
+
+    Args:
+        gap_s: between its tokens so far; step_s: of a Step that also computes prompts.
+    """
+    return max(_LEAST_STALL_S, _STALL_GAPS * gap_s, _STALL_STEPS * step_s)
+
+
+def silent_after_s(gap_s: float, step_s: float) -> float:
+    """Silence of all streams of a replica after which it is not believed in any more."""
+    return max(LEAST_SILENCE_S, stalled_after_s(gap_s, step_s))
+
+
+class Budget:
+    """What may be done besides: a share of what is done anyway.
+
+    Args:
+        first, most: that there is at the start, and that is saved up.
+    """
+
+    __slots__ = ("_credit", "_most", "_share")
+
+    def __init__(self, share: float, first: float, most: float) -> None:
+        self._share, self._credit, self._most = share, first, most
+
+    def earn(self, amount: float) -> None:
+        """So much was done anyway."""
+        self._credit = min(self._credit + self._share * amount, self._most)
+
+    def spend(self, amount: float) -> bool:
+        """Whether there was so much left."""
+        if amount > self._credit:
+            return False
+        self._credit -= amount
+        return True
+
+    def charge(self, amount: float) -> None:
+        """It was done, whether there was so much left or not."""
+        self._credit = max(self._credit - amount, -self._most)
+
+
+def hedge_budget() -> Budget:
+    """Of computed tokens."""
+    return Budget(EXTRA_SHARE, _FIRST_TOKENS, _MOST_TOKENS)
+
+
+def retry_budget() -> Budget:
+    """Of requests: as Finagle's."""
+    return Budget(_RETRY_SHARE, _FIRST_RETRIES, _MOST_RETRIES)

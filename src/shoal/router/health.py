@@ -1,0 +1,135 @@
+"""Which replicas are believed in: silence and failures against them, answers for them.
+
+    silent    has begun requests, and says nothing for much longer than a Step should take; or has
+              none that has begun, and the first token that is due first is long overdue
+    failing   fails requests in a row, or is lost again and again
+
+Who is in doubt gets no requests, then one, then more by and by (`policy/breaker.py`). A router that
+slept itself doubts nobody: it has not listened. Knows nothing of what becomes of requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from shoal.policy.breaker import Breaker
+from shoal.policy.hedging import LEAST_SILENCE_S, Lateness, silent_after_s
+from shoal.router.loads import Loads
+from shoal.router.records import Attempt, Replica
+
+_SLEPT_S = 1.0
+
+
+class Health:
+    """
+    Args:
+        replicas, loads: the router's.
+        lateness: of first tokens, as of late.
+
+    Attributes:
+        awake_s: since when the router has listened all the time.
+    """
+
+    def __init__(self, replicas: Mapping[str, Replica], loads: Loads, lateness: Lateness) -> None:
+        self._replicas, self._loads, self._lateness = replicas, loads, lateness
+        self._breakers = {name: Breaker() for name in replicas}
+        self._heard_s = dict.fromkeys(replicas, 0.0)
+        self._limited: dict[str, None] = {}  # who may not have as many requests as it takes
+        self.awake_s = self._looked_s = 0.0
+
+    def is_in_doubt(self, replica: str) -> bool:
+        return self._breakers[replica].is_open
+
+    def wants_trial(self) -> str | None:
+        """A replica that a request should go to, to see whether it answers."""
+        for name in self._limited:
+            replica = self._replicas[name]
+            if replica.allowance == 1 and replica.alive and not replica.outstanding:
+                return name
+        return None
+
+    def has_not_spoken_since(self, replica: str, when: float) -> bool:
+        return self._heard_s[replica] <= when
+
+    # --- what happens ---
+
+    def looked(self, now: float) -> bool:
+        """Time went by; whether that took so long that nobody was listened to meanwhile."""
+        has_slept = now - self._looked_s > _SLEPT_S
+        if has_slept:
+            self.awake_s = now
+        self._looked_s = now
+        return has_slept
+
+    def heard(self, replica: str, now: float) -> None:
+        self._heard_s[replica] = now
+
+    def look(self, replica: str) -> None:
+        """Whether one in doubt has spoken since."""
+        breaker = self._breakers[replica]
+        if breaker.is_open and self._heard_s[replica] > breaker.tripped_s:
+            breaker.spoke()
+            self._allow(replica)
+
+    def answered(self, replica: str) -> None:
+        """It said the first token of a request."""
+        breaker = self._breakers[replica]
+        breaker.answered()
+        if breaker.allowance != self._replicas[replica].allowance:
+            self._allow(replica)
+
+    def failed(self, replica: str, now: float) -> None:
+        """At a request, or it was lost."""
+        if self._breakers[replica].failed(now):
+            self._allow(replica)
+
+    def doubt(self, replica: str, now: float) -> float:
+        """It is silent; returns when it may be tried again."""
+        self._breakers[replica].trip(now)
+        self._allow(replica)
+        return self._breakers[replica].ends_s
+
+    def may_be_tried(self, replica: str, now: float) -> float | None:
+        """It is, unless it is too early; then, when."""
+        breaker = self._breakers[replica]
+        if breaker.look(now):
+            self._allow(replica)
+        return breaker.ends_s if breaker.is_open else None
+
+    # --- silence ---
+
+    def silent_at(self, replica: str, attempts: Iterable[Attempt], step_s: float) -> float | None:
+        """When it will have been silent for too long; None: it has nothing to say.
+
+        Args:
+            attempts: that are there and tell their progress.
+            step_s: of a Step there at most.
+        """
+        heard_s = max(self._heard_s[replica], self.awake_s)
+        expected: list[float] = []
+        gap_s, has_begun = 0.0, False
+        for each in attempts:
+            if each.first_s is None:
+                due_s = each.sent_s + self._lateness.patience_s(each.predicted_s)
+                expected.append(max(due_s, heard_s) + LEAST_SILENCE_S)
+            else:
+                has_begun = True
+                gap_s = max(gap_s, mean_gap_s(each))
+        if has_begun:
+            return heard_s + silent_after_s(gap_s, step_s)
+        return min(expected, default=None)
+
+    def _allow(self, replica: str) -> None:
+        allowance = self._breakers[replica].allowance
+        self._loads.allow(replica, allowance)
+        if allowance is None:
+            self._limited.pop(replica, None)
+        else:
+            self._limited[replica] = None
+
+
+def mean_gap_s(attempt: Attempt) -> float:
+    """Between two tokens that it said."""
+    if attempt.first_s is None or attempt.heard_s is None or attempt.num_said < 2:
+        return 0.0
+    return (attempt.heard_s - attempt.first_s) / (attempt.num_said - 1)

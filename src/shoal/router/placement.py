@@ -1,0 +1,344 @@
+"""Which replica a request is sent to, by the router's policy, and what is known of replicas for it.
+
+    put ─► waits ─► first token ─► ... ─► last token        a stay, of each attempt
+           └ predicted from how the replica stands; what it then takes is learned
+
+Told what happens to attempts; keeps the arrays that policies see (`policy/routing`). Knows nothing
+of moves, hedges or of why a request needs a place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from random import Random
+
+import numpy as np
+
+from shoal.core.request import GenerateRequest, Output
+from shoal.core.stats import Prospect
+from shoal.core.step import BLOCK_SIZE
+from shoal.policy.routing import policy_named
+from shoal.policy.routing.fleet import Ask, Fleet, Floats, Numbers, Row
+from shoal.policy.routing.learning import Correction
+from shoal.policy.routing.predicted import prediction
+from shoal.policy.routing.standing import UNKNOWN, Standing, Stay
+from shoal.policy.routing.typical import Typical
+from shoal.router.loads import Loads
+from shoal.router.prefix_index import PrefixIndex
+from shoal.router.records import Attempt, Entry, Replica, RouterConfig
+
+_SOON = 0.3
+"""Of the TTFT that is to be kept: so long may prompts wait at a replica while others wait here."""
+_SEATS_PER_CREDIT = 16
+WITHIN_SLO = 0.7
+"""Of the TTFT that is to be kept: predictions are off at times."""
+
+_LOOK_EVERY = 64
+_MOVED = 0.05
+_ALIKE = 0.7
+
+
+@dataclass(slots=True)
+class _Heard:
+    """What a replica's outputs are read against: how it stood before them."""
+
+    number: int
+    begun: int
+    context: float
+    is_telling: bool = False
+
+
+class Placement:
+    """
+    Args:
+        replicas, loads: the router's.
+        rng: for policies that leave something to chance.
+
+    Raises:
+        ConfigError: there is no policy of that name.
+    """
+
+    def __init__(
+        self, config: RouterConfig, replicas: Mapping[str, Replica], loads: Loads, rng: Random
+    ) -> None:
+        self._policy, self._slo = policy_named(config.policy), config.slo
+        self._replicas, self._loads, self._rng = tuple(replicas.values()), loads, rng
+        self._numbers = {each.name: number for number, each in enumerate(self._replicas)}
+        self._speeds = [config.speeds.get(each.name) for each in self._replicas]
+        self._standings = [self._fresh(number) for number in range(len(self._replicas))]
+        self._stays: dict[str, tuple[int, Stay]] = {}
+        self._fleet = Fleet(len(self._replicas))
+        # What waits at each, by how fast prompts lately went there.
+        self._waits_s = np.zeros(len(self._replicas))
+        self._seen_token_s = np.zeros(len(self._replicas))
+        # Tokens of prompts that wait at each, and below which a pipeline is not full.
+        self._queued = np.zeros(len(self._replicas))
+        self._filling = np.zeros(len(self._replicas))
+        # Requests that each may have: as many as run there, and a few that come next.
+        self._places = np.ones(len(self._replicas))
+        self._index = PrefixIndex(len(self._replicas))
+        self._typical = Typical()
+        self._now = 0.0
+        self._heard: _Heard | None = None
+        self._asked: tuple[GenerateRequest, int, Ask] | None = None
+
+    def at(self, now: float) -> None:
+        """The time of what is told next."""
+        self._now = now
+
+    # --- choosing ---
+
+    def choose(self, entry: Entry, but_not: Collection[str] = ()) -> Replica | None:
+        """Where a request goes; None: there is nobody to send it to."""
+        fit = self._loads.fitting(entry.has_begun, but_not)
+        if not len(fit):
+            return None
+        fleet = self._fleet
+        if fleet.num_decided % max(_LOOK_EVERY, fleet.num_replicas) == 0:
+            self._aim()
+        if not entry.has_begun:
+            fit = self._in_time(self._with_room(fit), self._ask(entry), fit)
+        fleet.table[Row.NUM] = self._loads.counts
+        number = self._policy(fleet, fit, self._ask(entry), self._now, self._rng)
+        fleet.num_decided += 1
+        return self._replicas[number]
+
+    def has_room(self) -> bool:
+        """Whether a replica could begin a new request soon, were it sent there now."""
+        return len(self._with_room(self._loads.fitting(False))) > 0
+
+    def _with_room(self, fit: Numbers) -> Numbers:
+        """Those that could."""
+        if not len(fit):
+            return fit
+        table, counts = self._fleet.table[:, fit], self._loads.counts[fit]
+        waits_s = np.maximum(table[Row.FREE] - self._now, self._waits_s[fit])
+        within = waits_s <= _SOON * self._fleet.target_ttft_s
+        within |= self._queued[fit] < self._filling[fit]
+        within &= (counts < self._places[fit]) & (table[Row.ROOM] > 0)
+        if self._slo is not None and self._slo.tpot_s is not None:
+            within &= table[Row.GAP] <= self._slo.tpot_s
+        with_room: Numbers = fit[within | (counts == 0)]
+        return with_room
+
+    def _in_time(self, with_room: Numbers, ask: Ask, fit: Numbers) -> Numbers:
+        """Those that also keep the SLO, as far as it was seen; else those; else all that fit."""
+        if not len(with_room):
+            return fit
+        if self._slo is None or self._slo.ttft_s is None:
+            return with_room
+        seen_s = self._seen_ttft_s(ask)[with_room]
+        in_time: Numbers = with_room[seen_s <= WITHIN_SLO * self._slo.ttft_s]
+        return in_time if len(in_time) else with_room
+
+    def requests_per_s(self) -> float:
+        """That replicas take together, about."""
+        fit = self._loads.fitting(False)
+        return max(float(self._fleet.table[Row.WEIGHT, fit].sum()), 1e-3)
+
+    def output_of(self, request: GenerateRequest) -> float:
+        """Tokens that are expected of it."""
+        return self._typical.output_of(request)
+
+    def soonest_s(self, request: GenerateRequest | None) -> float | None:
+        """The shortest predicted TTFT of one that came now, or of any; None: nobody is there."""
+        fit = self._loads.fitting(False)
+        if not len(fit):
+            return None
+        ask = Ask(1, 1.0)
+        if request is not None:
+            ask = self._ask(Entry(request, None, list(request.output_ids)))
+        cached, rows = None if ask.cached is None else ask.cached[fit], self._fleet.table[:, fit]
+        ttft_s = prediction(list(rows), ask, cached, self._now, np.maximum).ttft_s
+        return float(np.maximum(ttft_s, self._seen_ttft_s(ask)[fit]).min())
+
+    def _seen_ttft_s(self, ask: Ask) -> Floats:
+        """At each replica, by how fast prompts lately went there; 0: none did."""
+        new = ask.num_tokens if ask.cached is None else np.maximum(ask.num_tokens - ask.cached, 1)
+        return self._waits_s + new * self._seen_token_s
+
+    def predicted_s(self, entry: Entry, replica: str) -> float:
+        """TTFT of a request, were it sent to that replica now."""
+        return self._predicted_s(self._ask(entry), self._numbers[replica])
+
+    def step_s(self, replica: str) -> float:
+        """Of a Step there that computes as much of the prompts that wait as it may."""
+        number = self._numbers[replica]
+        table, standing = self._fleet.table[:, number], self._standings[number]
+        tokens = min(standing.queued, standing.chunk)
+        return float(table[Row.FIXED] + table[Row.PER_TOKEN] * tokens)
+
+    def slowness(self, replica: str) -> float:
+        """Times as long as is usual for it that it takes lately."""
+        correction = self._standings[self._numbers[replica]].correction
+        return correction.factor / correction.usual if correction.usual else 1.0
+
+    # --- what happens to replicas ---
+
+    def ready(self, replica: Replica) -> None:
+        """It can take requests, and has nothing."""
+        number, info = self._numbers[replica.name], replica.info
+        assert info is not None, "it said what it can carry"
+        standing = self._standings[number] = self._fresh(number)
+        standing.seats, standing.chunk = info.max_num_seqs, info.max_num_batched_tokens
+        standing.is_even, standing.tpot_target_s = info.is_even, info.tpot_target_s
+        self._places[number] = info.max_num_seqs + max(info.max_num_seqs // _SEATS_PER_CREDIT, 1)
+        self._filling[number] = info.filling_tokens
+        standing.room = info.num_kv_blocks * BLOCK_SIZE
+        self._index.make_room(number, standing.room)
+        self._fleet_changed()
+
+    def lost(self, replica: str) -> None:
+        """It is gone, with all it had."""
+        number = self._numbers[replica]
+        self._index.forget(number)
+        self._stays = {name: each for name, each in self._stays.items() if each[0] != number}
+        self._standings[number] = self._fresh(number)
+        self._fleet_changed()
+
+    # --- what happens to attempts ---
+
+    def put(self, entry: Entry, attempt: Attempt) -> None:
+        """It is bound to its replica."""
+        number, ask = self._numbers[attempt.replica], self._ask(entry)
+        cached = 0.0 if ask.cached is None else float(ask.cached[number])
+        new = max(ask.num_tokens - cached, 1.0)
+        stay = Stay(
+            tokens=new,
+            pairs=new * (ask.num_tokens - new / 2),
+            prompt=ask.num_tokens,
+            output=ask.output_tokens,
+        )
+        attempt.predicted_s = self._predicted_s(ask, number)
+        self._stays[attempt.sent_id] = number, stay
+        self._standings[number].put(stay, self._now)
+        if not entry.request.tells_progress:
+            self._standings[number].assume_begun(stay, self._now)
+        self._fleet.table[Row.SENT, number] += 1
+        self._index.note(number, _tokens(entry), entry.request.salt)
+        self._renew(number)
+
+    def left(self, attempt: Attempt) -> None:
+        """It has ended, or is not wanted any more."""
+        number, stay = self._stays.pop(attempt.sent_id)
+        self._standings[number].end(stay, self._now, is_cut=not stay.is_over)
+        self._renew(number)
+
+    def listen(self, replica: str) -> None:
+        """It is about to say something (`said`, then `learn`)."""
+        number = self._numbers[replica]
+        standing = self._standings[number]
+        context = standing.decoding / standing.begun if standing.begun else 0.0
+        self._heard = _Heard(number, standing.begun, context)
+
+    def said(self, entry: Entry, attempt: Attempt, output: Output) -> None:
+        number, stay = self._stays[attempt.sent_id]
+        standing, heard = self._standings[number], self._heard
+        assert heard is not None, "it was listened to"
+        if entry.request.tells_progress:
+            standing.said += len(output.token_ids)
+        if output.token_ids and not stay.has_begun:
+            standing.said -= 1
+            standing.begin(stay, output.num_cached_tokens, self._now)
+            heard.is_telling = True
+        if output.finish is not None:
+            stay.is_over = output.error is None
+            heard.is_telling |= stay.is_over and entry.request.tells_progress
+            if stay.is_over:
+                self._typical.note_output(entry.request, len(entry.output_ids))
+                self._index.note(number, _tokens(entry), entry.request.salt)
+
+    def learn(self) -> None:
+        """It has said all for now."""
+        heard, self._heard = self._heard, None
+        if heard is not None and heard.is_telling:
+            self._standings[heard.number].learn(self._now, heard.begun, heard.context)
+            self._renew(heard.number)
+
+    # --- seen from outside ---
+
+    def prospects(self, now: float) -> dict[str, Prospect]:
+        """Of each replica that is alive."""
+        self._now = now
+        total = sum(each.rate for each in self._standings) or 1.0
+        ask = Ask(round(self._typical.prompt), self._typical.output)
+        return {
+            each.name: Prospect(
+                prompts=self._standings[number].correction.prompts,
+                decoding=self._standings[number].correction.decoding,
+                share=self._standings[number].rate / total,
+                ttft_s=self._predicted_s(ask, number),
+            )
+            for number, each in enumerate(self._replicas)
+            if each.alive
+        }
+
+    def check_integrity(self, sent_ids: Collection[str]) -> None:
+        """Raises AssertionError unless these are all that there is; for tests."""
+        assert self._stays.keys() == set(sent_ids)
+        for number, standing in enumerate(self._standings):
+            stays = [stay for at, stay in self._stays.values() if at == number]
+            assert standing.begun == sum(stay.has_begun for stay in stays)
+            assert len(standing.waiting) == len(stays) - standing.begun
+
+    # --- inside ---
+
+    def _fresh(self, number: int) -> Standing:
+        speed = self._speeds[number]
+        return Standing(speed or UNKNOWN, Correction(is_known=speed is not None))
+
+    def _ask(self, entry: Entry) -> Ask:
+        """The latest one is kept: who is chosen for is bound next."""
+        request, num_tokens = entry.request, entry.num_tokens
+        asked, asked_tokens, ask = self._asked or (None, 0, None)
+        if ask is not None and asked is request and asked_tokens == num_tokens:
+            return ask
+        cached = self._index.cached(_tokens(entry), request.salt)
+        expected = self._typical.output_of(request)
+        left = max(expected - len(entry.output_ids), expected / 4, 1.0)
+        ask = Ask(num_tokens, left, cached)
+        self._asked = request, num_tokens, ask
+        return ask
+
+    def _predicted_s(self, ask: Ask, number: int) -> float:
+        cached = None if ask.cached is None else float(ask.cached[number])
+        column: list[float] = self._fleet.table[:, number].tolist()
+        return prediction(column, ask, cached, self._now, max).ttft_s
+
+    def _fleet_changed(self) -> None:
+        self._fleet.table[Row.SENT] = 0
+        self._aim(is_certain=True)
+
+    def _aim(self, *, is_certain: bool = False) -> None:
+        """At latencies that were asked for, or that the slowest can keep; and by what speeds."""
+        alive = [
+            self._standings[number] for number, each in enumerate(self._replicas) if each.alive
+        ]
+        ttft_s, tpot_s = self._typical.targets(alive)
+        if self._slo is not None:
+            ttft_s, tpot_s = self._slo.ttft_s or ttft_s, self._slo.tpot_s or tpot_s
+        fleet = self._fleet
+        speeds = np.array([1 / self._typical.request_s(each) for each in self._standings])
+        fleet.table[Row.WEIGHT] = speeds
+        shares = speeds / speeds.max()
+        self._loads.weights[:] = np.where(shares >= _ALIKE, 1.0, shares)
+        old = fleet.target_ttft_s, fleet.target_tpot_s
+        if is_certain or max(abs(ttft_s / old[0] - 1), abs(tpot_s / old[1] - 1)) > _MOVED:
+            fleet.target_ttft_s, fleet.target_tpot_s = ttft_s, tpot_s
+            for number in range(len(self._standings)):
+                self._renew(number)
+
+    def _renew(self, number: int) -> None:
+        fleet, standing = self._fleet, self._standings[number]
+        self._seen_token_s[number] = standing.seen_token_s
+        self._waits_s[number] = standing.seen_token_s * standing.queued
+        self._queued[number] = standing.queued
+        fleet.table[: Row.NUM, number] = standing.column(
+            self._now, fleet.target_ttft_s, fleet.target_tpot_s
+        )
+
+
+def _tokens(entry: Entry) -> tuple[int, ...]:
+    prompt = entry.request.prompt_ids
+    return (*prompt, *entry.output_ids) if entry.output_ids else prompt

@@ -1,0 +1,187 @@
+"""Requests that wait for a replica: none is alive, or all have as much as they can begin soon.
+
+They wait here and not at replicas, so that whoever is more urgent, or a tenant that has had less,
+need not stand behind those that came before. Who would wait too long is refused at once, and told
+when it is worth trying again. Knows nothing of which replica is chosen.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+from shoal.core.errors import RequestError
+from shoal.core.request import GenerateRequest
+from shoal.policy.admission import OUTPUT_WEIGHT, TIMES_FREE, Departures, Shares
+from shoal.router import refusals
+from shoal.router.placement import WITHIN_SLO, Placement
+from shoal.router.records import Entry, RouterConfig
+
+_SHORTEST_RETRY_S = 1.0
+
+
+class WaitingRoom:
+    """Of one router; who has been admitted before goes first."""
+
+    def __init__(self, config: RouterConfig, placement: Placement) -> None:
+        self._config, self._placement = config, placement
+        self._ttft_s = None if config.slo is None else config.slo.ttft_s
+        self._returned: deque[Entry] = deque()
+        # By priority, then by tenant; none of them is empty.
+        self._queues: dict[int, dict[str, deque[Entry]]] = {}
+        self._num_waiting = 0
+        self._num_of: dict[str, int] = {}
+        self._shares = Shares()
+        self._departures = Departures()
+
+    def __len__(self) -> int:
+        return self._num_waiting + len(self._returned)
+
+    def __iter__(self) -> Iterator[Entry]:
+        yield from self._returned
+        for of_tenants in self._queues.values():
+            for queue in of_tenants.values():
+                yield from queue
+
+    # --- who may come in ---
+
+    @property
+    def is_passed_by(self) -> bool:
+        """Whether nobody waits, and nobody new has to."""
+        return not len(self) and self._placement.has_room()
+
+    def refusal(
+        self, salt: str, priority: int, request: GenerateRequest | None, now: float
+    ) -> RequestError | None:
+        """Why one more may not wait, if it has to.
+
+        Args:
+            request: None: it is not known yet what is asked.
+        """
+        if self.is_passed_by:
+            return None
+        tenant = tenant_of(salt)
+        if self._is_full(tenant, priority):
+            return refusals.queue_is_full(self._num_waiting, self._retry_s(now))
+        soonest_s = self._placement.soonest_s(request)
+        if self._ttft_s is None or soonest_s is None:
+            return None
+        ttft_s = self._num_ahead(tenant, priority) / self._per_s(now) + soonest_s
+        late_s = ttft_s - self._ttft_s * WITHIN_SLO
+        if late_s <= 0:
+            return None
+        return refusals.too_late(ttft_s, self._ttft_s, max(late_s, _SHORTEST_RETRY_S))
+
+    def displaced(self, now: float) -> tuple[str, RequestError] | None:
+        """Who must go as more are here than may be: the newest of the least urgent."""
+        if self._num_waiting <= self._config.max_waiting:
+            return None
+        longest = max(self._queues[max(self._queues)].values(), key=len)
+        full = refusals.queue_is_full(self._config.max_waiting, self._retry_s(now))
+        return longest[-1].request.request_id, full
+
+    def _retry_s(self, now: float) -> float:
+        """Until all who wait now have been sent."""
+        return max(self._num_waiting / self._per_s(now), _SHORTEST_RETRY_S)
+
+    def _per_s(self, now: float) -> float:
+        return self._departures.per_s(now, self._placement.requests_per_s())
+
+    # --- in and out ---
+
+    def put(self, entry: Entry, now: float) -> None:
+        """A new one."""
+        tenant = tenant_of(entry.request.salt)
+        if not self._num_of.get(tenant):
+            self._shares.came(tenant, self._num_of)
+        if not self._num_waiting:
+            self._departures.begin(now)
+        entry.waits_since_s = now
+        of_tenants = self._queues.setdefault(entry.request.priority, {})
+        of_tenants.setdefault(tenant, deque()).append(entry)
+        self._num_of[tenant] = self._num_of.get(tenant, 0) + 1
+        self._num_waiting += 1
+
+    def put_back(self, entry: Entry, now: float) -> None:
+        """One that has been admitted before."""
+        entry.waits_since_s = now
+        self._returned.append(entry)
+
+    def take_first(self, now: float) -> Entry:
+        """Whose turn it is; it waits no more."""
+        if self._returned:
+            entry = self._returned.popleft()
+            entry.waits_since_s = None
+            return entry
+        of_tenants = self._queues[min(self._queues)]
+        entry = of_tenants[self._shares.next_of(of_tenants)][0]
+        self._departures.note(now)
+        self._take(entry)
+        return entry
+
+    def remove(self, entry: Entry) -> None:
+        """It is over; one that does not wait is ignored."""
+        if entry.waits_since_s is None:
+            return
+        if any(each is entry for each in self._returned):
+            self._returned.remove(entry)
+            entry.waits_since_s = None
+        else:
+            self._take(entry)
+
+    def sent(self, entry: Entry) -> None:
+        """It goes to a replica; at its first one, what it is expected to take is charged."""
+        if not entry.charged:
+            output_tokens = self._placement.output_of(entry.request)
+            entry.charged = len(entry.request.prompt_ids) + OUTPUT_WEIGHT * output_tokens
+            self._shares.serve(tenant_of(entry.request.salt), entry.charged)
+
+    def ended(self, entry: Entry) -> None:
+        """It took what it took."""
+        if entry.charged:
+            took = len(entry.request.prompt_ids) + OUTPUT_WEIGHT * len(entry.output_ids)
+            self._shares.serve(tenant_of(entry.request.salt), took - entry.charged)
+
+    def overdue(self, now: float) -> list[Entry]:
+        """Who has waited for a replica for too long, while none is alive."""
+        limit_s = self._config.homeless_timeout_s
+        return [each for each in self if now >= (each.waits_since_s or 0.0) + limit_s]
+
+    def _take(self, entry: Entry) -> None:
+        tenant, priority = tenant_of(entry.request.salt), entry.request.priority
+        of_tenants = self._queues[priority]
+        of_tenants[tenant].remove(entry)
+        if not of_tenants[tenant]:
+            del of_tenants[tenant]
+        if not of_tenants:
+            del self._queues[priority]
+        self._num_of[tenant] -= 1
+        if not self._num_of[tenant]:
+            del self._num_of[tenant]
+        self._num_waiting -= 1
+        entry.waits_since_s = None
+        if not self._num_waiting:
+            self._departures.end()
+
+    def _is_full(self, tenant: str, priority: int) -> bool:
+        """Whether its tenant has all that it may, or all is taken by those as urgent."""
+        free = self._config.max_waiting - self._num_waiting
+        if free <= 0:
+            return priority >= max(self._queues, default=priority)
+        return tenant != "" and self._num_of.get(tenant, 0) >= TIMES_FREE * free
+
+    def _num_ahead(self, tenant: str, priority: int) -> int:
+        """Who would be sent before it, if it came now."""
+        urgent = [each for other, each in self._queues.items() if other < priority]
+        ahead = sum(len(queue) for each in urgent for queue in each.values())
+        equals = self._queues.get(priority, {})
+        own = len(equals.get(tenant, ()))
+        # Tenants take turns: of each as many as it has itself, and one.
+        return ahead + sum(
+            own if other == tenant else min(len(queue), own + 1) for other, queue in equals.items()
+        )
+
+
+def tenant_of(salt: str) -> str:
+    """Who a salt is of: what stands before a slash is the key's, the rest is chosen by the user."""
+    return salt.partition("/")[0]

@@ -1,0 +1,218 @@
+"""Looks after attempts and replicas while time goes by: what is late, what is silent, what then.
+
+    sent       ─► a look when its first token is later than nearly all are      ─► a rival, perhaps
+               ─► a look when its replica has said nothing for a while          ─► doubt, and rivals
+    doubt      ─► a look when the replica may be tried again                    ─► one request
+
+Knows neither what a rival may cost (`router/hedges.py`) nor when a replica is in doubt
+(`router/health.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from shoal.core.request import Output
+from shoal.core.stats import HedgeStats
+from shoal.policy.hedging import LEAST_SILENCE_S, Lateness, stalled_after_s
+from shoal.router.alarms import Alarms, Kind
+from shoal.router.attempts import Attempts
+from shoal.router.events import Effect, Send
+from shoal.router.health import Health, mean_gap_s
+from shoal.router.hedges import Hedges
+from shoal.router.loads import Loads
+from shoal.router.moves import Moves
+from shoal.router.placement import Placement
+from shoal.router.records import Attempt, Entry, Replica, RouterConfig
+from shoal.router.stragglers import Stragglers
+
+_AGAIN_S = 0.25
+_SOONEST_S = 0.1
+_PATIENCE = 0.5
+
+
+class Watch:
+    """
+    Args:
+        replicas, entries, attempts, loads, moves, placement: the router's.
+    """
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        replicas: Mapping[str, Replica],
+        entries: Mapping[str, Entry],
+        attempts: Attempts,
+        loads: Loads,
+        moves: Moves,
+        placement: Placement,
+    ) -> None:
+        self._config = config
+        self._replicas, self._entries, self._moves = replicas, entries, moves
+        self._attempts, self._placement = attempts, placement
+        lateness = Lateness()
+        self.health = Health(replicas, loads, lateness)
+        self.hedges = Hedges(
+            config.hedging, replicas, attempts, loads, lateness, placement, self.send
+        )
+        self.stragglers = Stragglers(replicas)
+        self._lateness = lateness
+        self._alarms = Alarms(self._is_wanted)
+        self._listened_to: set[str] = set()  # replicas whose silence would be noticed
+        self._outrun: dict[str, float] = {}  # since when they said nothing, if they did not
+
+    @property
+    def wake_s(self) -> float | None:
+        """When there is something to look at."""
+        return self._alarms.next_s
+
+    @property
+    def stats(self) -> HedgeStats:
+        return self.hedges.stats
+
+    def doubted(self, now: float) -> list[str]:
+        """Replicas whose silence is looked at next: what they said should be known by then."""
+        return self._alarms.names_due(now, "silent", "outrun")
+
+    # --- what happens ---
+
+    def send(self, entry: Entry, attempt: Attempt, now: float) -> Send:
+        """To the replica that it is bound to; from now on it is waited for."""
+        if self._config.hedging and entry.request.tells_progress:
+            patience_s = self._lateness.patience_s(attempt.predicted_s)
+            self._alarms.set(now + patience_s, "late", attempt.sent_id)
+        if attempt.replica not in self._listened_to:
+            self._listen_to(attempt.replica, now + LEAST_SILENCE_S)
+        return self._attempts.send(entry, attempt, now)
+
+    def said(self, entry: Entry, attempt: Attempt, output: Output, now: float) -> None:
+        """By an attempt that leads; its tokens are not among the request's yet."""
+        if not output.token_ids:
+            return
+        attempt.heard_s = now
+        if attempt.first_s is None:
+            attempt.first_s = now
+            if entry.request.tells_progress:
+                self.hedges.began(entry, attempt, output.num_cached_tokens, now)
+            self.health.answered(attempt.replica)
+            times = self._placement.slowness(attempt.replica)
+            self.stragglers.note(attempt.replica, times, now)
+        attempt.num_said += len(output.token_ids)
+
+    def outrun(self, entry: Entry, winner: Attempt, now: float) -> None:
+        """One of two attempts said the next token."""
+        self.hedges.won(entry, winner, now)
+        loser = entry.lead if winner is entry.rival else None
+        if loser is not None:
+            # Without the attempt that waits there, it would look as if it had time.
+            self._outrun[loser.replica] = loser.heard_s or loser.sent_s
+            self._alarms.set(now, "outrun", loser.replica)
+
+    def look(self, now: float) -> list[Effect]:
+        """At what is due."""
+        has_slept = self.health.looked(now)
+        effects: list[Effect] = [*self.stragglers.news(now)]
+        for kind, name in self._alarms.due(now):
+            match kind:
+                case "late" if has_slept:
+                    self._alarms.set(now + _SOONEST_S, kind, name)
+                case "late":
+                    effects += self._look_at_late(name, now)
+                case "silent":
+                    effects += self._look_at_replica(name, now)
+                case "outrun":
+                    since_s = self._outrun.pop(name, now)
+                    if self.health.has_not_spoken_since(name, since_s):
+                        self._doubt(name, now)
+                case "trial":
+                    again_s = self.health.may_be_tried(name, now)
+                    if again_s is not None:
+                        self._alarms.set(again_s, "trial", name)
+        return effects
+
+    # --- attempts ---
+
+    def _is_wanted(self, kind: Kind, name: str) -> bool:
+        if kind != "late":
+            return True
+        _, attempt = self._attempts.of(name)
+        return attempt is not None and attempt.first_s is None
+
+    def _look_at_late(self, sent_id: str, now: float) -> list[Effect]:
+        entry, attempt = self._attempts.of(sent_id)
+        if entry is None or attempt is None:
+            return []  # ended by what was looked at just now
+        waited_s = now - attempt.sent_s
+        effects = self._hedge(entry, attempt, waited_s, now)
+        if not effects:
+            self._alarms.set(now + max(_PATIENCE * waited_s, _SOONEST_S), "late", sent_id)
+        return effects
+
+    def _hedge(self, entry: Entry, attempt: Attempt, waited_s: float, now: float) -> list[Effect]:
+        if entry.request.request_id in self._moves:
+            return []  # it is about to leave
+        return self.hedges.hedge(entry, attempt, waited_s, now)
+
+    # --- replicas ---
+
+    def _look_at_replica(self, name: str, now: float) -> list[Effect]:
+        """Whether it is silent, or a stream there is."""
+        self._listened_to.discard(name)
+        self.health.look(name)
+        there = self._attempts_at(name)
+        step_s = self._placement.step_s(name)
+        silent_s = self.health.silent_at(name, [each for _, each in there], step_s)
+        if silent_s is None:
+            return []
+        if now < silent_s:
+            self._listen_to(name, max(silent_s, now + _SOONEST_S))
+            return self._look_at_streams(there, step_s, now)
+        if not self._has_others(name):
+            self._listen_to(name, now + LEAST_SILENCE_S)
+            return []
+        self._doubt(name, now)
+        self._listen_to(name, now + _AGAIN_S)
+        effects: list[Effect] = []
+        for entry, attempt in there:
+            if all(self.health.is_in_doubt(each.replica) for each in entry.attempts):
+                effects += self.hedges.rescue(entry, attempt, now)
+        return effects
+
+    def _doubt(self, name: str, now: float) -> None:
+        if not self.health.is_in_doubt(name):
+            self.stats.doubted += 1
+            self._alarms.set(self.health.doubt(name, now), "trial", name)
+
+    def _look_at_streams(
+        self, there: list[tuple[Entry, Attempt]], step_s: float, now: float
+    ) -> list[Effect]:
+        effects: list[Effect] = []
+        for entry, attempt in there:
+            if attempt.heard_s is not None:
+                silent_s = now - max(attempt.heard_s, self.health.awake_s)
+                if silent_s >= stalled_after_s(mean_gap_s(attempt), step_s):
+                    effects += self._hedge(entry, attempt, silent_s, now)
+        return effects
+
+    def _attempts_at(self, name: str) -> list[tuple[Entry, Attempt]]:
+        """Those that were sent, and would say how they get on."""
+        found = []
+        for request_id in self._replicas[name].outstanding:
+            entry = self._entries[request_id]
+            move = self._moves.of(request_id)
+            waits_for_kv = move is not None and move.why == "prefix"
+            if entry.request.tells_progress and not waits_for_kv:
+                found += [(entry, each) for each in entry.attempts if each.replica == name]
+        return found
+
+    def _has_others(self, name: str) -> bool:
+        """Who could go on with what is there."""
+        return any(
+            each.alive and not each.is_drained and not self.health.is_in_doubt(each.name)
+            for each in self._replicas.values()
+            if each.name != name
+        )
+
+    def _listen_to(self, name: str, when: float) -> None:
+        self._listened_to.add(name)
+        self._alarms.set(when, "silent", name)

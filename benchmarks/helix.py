@@ -181,7 +181,7 @@ def _simulated(
         precision="float16",
     )
     setups = replica_setups(plan, spec, cluster, limits)
-    simulation = Simulation(load, setups, Random(0), max_homeless=len(load.arrivals))
+    simulation = Simulation(load, setups, Random(0), max_waiting=len(load.arrivals))
     end_s = WARM_UP_S + seconds
     sys.stderr.write(f"{load.name}, {len(plan.replicas)} replicas, {end_s:g} s ...\n")
     records = simulation.run(end_s)

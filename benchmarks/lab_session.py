@@ -62,16 +62,20 @@ class Session:
         )  # fmt: skip
 
     @contextmanager
-    def up(self, lab: Path, plan: Path) -> Iterator[str]:
-        """The server's address."""
+    def up(self, lab: Path, plan: Path, *flags: str) -> Iterator[str]:
+        """The server's address; `flags` are the server's."""
         said = self._shoal(
             "lab", "up", str(lab), "--plan", str(plan), "--port", "0", "--name", NAME,
-            "--quantize", self.precision,
+            "--quantize", self.precision, *flags,
         )  # fmt: skip
         try:
             yield next(word for word in said.split() if word.startswith("http"))
         finally:
             self._shoal("lab", "down", "--name", NAME)
+
+    def lab(self, *arguments: str) -> str:
+        """A command to the lab that is up: slow, stop, resume, kill, cut, heal, status."""
+        return self._shoal("lab", *arguments, "--name", NAME)
 
     def bench(self, url: str, trace: Path, vocab_size: int, *flags: str) -> dict[str, Any]:
         """Of a live run."""

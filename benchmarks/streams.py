@@ -100,10 +100,19 @@ async def told(http: httpx.AsyncClient, url: str, model: str, ask: Ask) -> Told:
     return found
 
 
+async def served_model(http: httpx.AsyncClient, url: str) -> str:
+    """The first that a server names."""
+    answer = await http.get(f"{url}/v1/models")
+    answer.raise_for_status()
+    name: str = answer.json()["data"][0]["id"]
+    return name
+
+
 async def at_times(
-    http: httpx.AsyncClient, url: str, model: str, asks: Sequence[tuple[float, Ask]]
+    http: httpx.AsyncClient, url: str, asks: Sequence[tuple[float, Ask]]
 ) -> list[Told]:
     """Each request at its appointed time, in seconds from now, whatever comes back."""
+    model = await served_model(http, url)
     start_s = time.perf_counter()
 
     async def one(at_s: float, ask: Ask) -> Told:

@@ -20,7 +20,7 @@ from typing import Any
 
 import httpx
 from lab_session import Session, Trace, azure
-from streams import Ask, Told, at_times, client, told
+from streams import Ask, Told, at_times, client, served_model, told
 
 from shoal.core.latency import percentile
 
@@ -96,7 +96,7 @@ def _unloaded(session: Session, args: argparse.Namespace, load: Trace) -> dict[s
     rng = Random(3)
     asks = [_ask(rng, prompt, answer, None) for _, prompt, answer in load.requests[:_NUM_ALONE]]
     with _up(session, UNEQUAL, HOSTS[-1:]) as url:
-        answers = asyncio.run(_all(session, url, session.model, asks))
+        answers = _whole(asyncio.run(_all(session, url, asks)))
     return {
         "ttft": statistics.median(each.ttft_s or 0.0 for each in answers),
         "tpot": statistics.median(statistics.fmean(each.gaps_s) for each in answers),
@@ -149,10 +149,9 @@ def faults(session: Session, args: argparse.Namespace) -> dict[str, Any]:
     rng = Random(0)
     asks = [_ask(rng, 200, 96, seed=None if n % 2 else n + 1) for n in range(args.streams)]
     with _up(session, EQUAL, HOSTS) as url:
-        model = session.model
-        undisturbed = asyncio.run(_all(session, url, model, asks))
+        undisturbed = _whole(asyncio.run(_all(session, url, asks)))
         with _background(_strike_in_turn, session, args.seconds):
-            told_s = asyncio.run(_again_and_again(session, url, model, asks, args.seconds))
+            told_s = asyncio.run(_again_and_again(session, url, asks, args.seconds))
     wrong = [
         (number, answer.error or answer.finish or "broken off")
         for number, answer in told_s
@@ -180,13 +179,15 @@ def _strike_in_turn(session: Session, seconds: float, ended: Event) -> None:
         number += 1
 
 
-async def _all(session: Session, url: str, model: str, asks: Sequence[Ask]) -> list[Told]:
+async def _all(session: Session, url: str, asks: Sequence[Ask]) -> list[Told]:
+    """One after the other."""
     async with client(session.api_key) as http:
+        model = await served_model(http, url)
         return [await told(http, url, model, each) for each in asks]
 
 
 async def _again_and_again(
-    session: Session, url: str, model: str, asks: Sequence[Ask], seconds: float
+    session: Session, url: str, asks: Sequence[Ask], seconds: float
 ) -> list[tuple[int, Told]]:
     """A stream for each, which asks again when it is done, until time is up."""
     start_s, found = time.perf_counter(), list[tuple[int, Told]]()
@@ -196,6 +197,7 @@ async def _again_and_again(
             found.append((number, await told(http, url, model, asks[number])))
 
     async with client(session.api_key) as http:
+        model = await served_model(http, url)
         await asyncio.gather(*(stream(number) for number in range(len(asks))))
     return found
 
@@ -242,17 +244,16 @@ def long_prompt(session: Session, args: argparse.Namespace) -> dict[str, Any]:
     """ITL of 8 streams and TTFT of a prompt of 7,500 tokens, each alone and together."""
     rng = Random(1)
     streams = [_ask(rng, 64, 400, seed=n + 1) for n in range(8)]
-    long = Ask(prompt=_words(rng, 7_500), max_tokens=8)
+    long = Ask(prompt=_words(rng, 6_620), max_tokens=8)
     found: dict[str, list[Any]] = {"itl_p99_alone": [], "itl_p99": [], "ttft_alone": [], "ttft": []}
     with _up(session, UNEQUAL, HOSTS[:1]) as url:
         for repeat in range(args.repeats):
             own = Ask(prompt=f"{repeat} {long.prompt}", max_tokens=8)
             other = Ask(prompt=f"{repeat}, {long.prompt}", max_tokens=8)
-            alone = asyncio.run(_at(session, url, [(0.0, own)]))
-            calm = asyncio.run(_at(session, url, [(0.0, each) for each in streams]))
-            both = asyncio.run(
-                _at(session, url, [*((0.0, each) for each in streams), (2.0, other)])
-            )
+            alone = _whole(asyncio.run(_at(session, url, [(0.0, own)])))
+            calm = _whole(asyncio.run(_at(session, url, [(0.0, each) for each in streams])))
+            together = [*((0.0, each) for each in streams), (2.0, other)]
+            both = _whole(asyncio.run(_at(session, url, together)))
             found["ttft_alone"].append(alone[0].ttft_s)
             found["ttft"].append(both[-1].ttft_s)
             found["itl_p99_alone"].append(_percentile(_gaps(calm), 99))
@@ -263,7 +264,7 @@ def long_prompt(session: Session, args: argparse.Namespace) -> dict[str, Any]:
 
 async def _at(session: Session, url: str, asks: Sequence[tuple[float, Ask]]) -> list[Told]:
     async with client(session.api_key) as http:
-        return await at_times(http, url, session.model, asks)
+        return await at_times(http, url, asks)
 
 
 # --- 8: ten times too much ---
@@ -339,6 +340,14 @@ def _words(rng: Random, count: int) -> str:
 
 def _gaps(answers: Sequence[Told]) -> list[float]:
     return [gap for each in answers for gap in each.gaps_s]
+
+
+def _whole(answers: list[Told]) -> list[Told]:
+    """All of them, or the end."""
+    for each in answers:
+        if each.finish is None:
+            sys.exit(f"a request failed: {each.status} {each.error}")
+    return answers
 
 
 def _percentile(values: Sequence[float], percent: float) -> float:

@@ -6,7 +6,6 @@ Of an OpenAI-compatible server alone; knows nothing of replicas or of what is do
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -58,12 +57,6 @@ class Told:
     error: str | None = None
     end_s: float = 0.0
     retry_after_s: float | None = None
-
-    @property
-    def longest_gap_s(self) -> float:
-        """From the request to the first piece, and between two."""
-        times = [0.0, *self.times_s]
-        return max((b - a for a, b in itertools.pairwise(times)), default=self.end_s)
 
     @property
     def ttft_s(self) -> float | None:

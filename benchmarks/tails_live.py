@@ -161,9 +161,19 @@ def faults(session: Session, args: argparse.Namespace) -> dict[str, Any]:
         "num_requests": len(told_s),
         "num_wrong": len(wrong),
         "wrong": wrong[:20],
-        "longest_gap_s": max(answer.longest_gap_s for _, answer in told_s),
-        "p99_gap_s": _percentile([answer.longest_gap_s for _, answer in told_s], 99),
+        "longest_gap_s": max(_longest_gaps(told_s)),
+        "p90_of_longest_gaps_s": _percentile(_longest_gaps(told_s), 90),
+        "ttft_p50_s": _percentile(_ttfts(told_s), 50),
+        "longest_ttft_s": max(_ttfts(told_s)),
     }
+
+
+def _longest_gaps(told_s: Sequence[tuple[int, Told]]) -> list[float]:
+    return [max(answer.gaps_s, default=0.0) for _, answer in told_s]
+
+
+def _ttfts(told_s: Sequence[tuple[int, Told]]) -> list[float]:
+    return [answer.ttft_s for _, answer in told_s if answer.ttft_s is not None]
 
 
 def _strike_in_turn(session: Session, seconds: float, ended: Event) -> None:

@@ -13,7 +13,7 @@ from test_router_state import INFO, VOCAB, Fleet, own_id
 
 from shoal.core.request import ErrorInfo, Output
 from shoal.policy.hedging import EXTRA_SHARE
-from shoal.router.events import Cancel, ReplicaOutputs, ReplicaReady, Tick
+from shoal.router.events import Cancel, ReplicaOutputs, ReplicaReady, ReplicaStuck, Tick
 
 _TICK_S = 0.25
 _FIRST_TOKENS = 4096
@@ -162,6 +162,25 @@ def test_streams_of_a_silent_replica_go_on_elsewhere_and_it_is_trusted_again() -
     assert silent in later
     for number in range(3):
         assert fleet.delivered[f"q{number}"] == expected_output(PROMPT, 30, VOCAB)
+
+
+def test_who_says_that_it_is_stuck_is_not_waited_for() -> None:
+    fleet = Clocked("a", "b")
+    for number in range(4):
+        fleet.submit(f"q{number}", PROMPT)
+    fleet.say()
+    fleet.stalled = {"a"}
+    there = [own_id(each) for name, each in fleet.running if name == "a"]
+    assert there
+    fleet.tell(ReplicaStuck("a", fleet.incarnations["a"] - 1))
+    assert all(fleet.places(each) == ["a"] for each in there), "that was its predecessor"
+    fleet.tell(ReplicaStuck("a", fleet.incarnations["a"]))
+    assert all(fleet.places(each) == ["a", "b"] for each in there)
+    fleet.submit("new", PROMPT)
+    assert fleet.places("new") == ["b"]
+    fleet.stalled.clear()
+    fleet.finish()
+    assert all(ids == expected_output(PROMPT, 8, VOCAB) for ids in fleet.delivered.values())
 
 
 def test_a_router_that_slept_doubts_nobody() -> None:

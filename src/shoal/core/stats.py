@@ -78,6 +78,11 @@ class EngineStats:
     instances: tuple[InstanceStats, ...] = ()
     slow: tuple[tuple[int, float], ...] = ()
 
+    @property
+    def is_stuck(self) -> bool:
+        """Nothing goes on until what is down is back: there is one route."""
+        return self.recovering and not self.instances
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prospect:

@@ -24,7 +24,14 @@ from shoal.core.request import GenerateRequest
 from shoal.core.stats import EngineStats
 from shoal.core.step_times import MAX_STEPS_KEPT, InstanceStep
 from shoal.router.driver import Router
-from shoal.router.events import KVLent, KVPulled, ReplicaLost, ReplicaOutputs, ReplicaReady
+from shoal.router.events import (
+    KVLent,
+    KVPulled,
+    ReplicaLost,
+    ReplicaOutputs,
+    ReplicaReady,
+    ReplicaStuck,
+)
 from shoal.router.watchdog import Watchdog, WatchdogLimits
 from shoal.wire.channel import AsyncChannel, Codec
 from shoal.wire.kv_messages import KVKeys
@@ -187,10 +194,12 @@ class EngineClient:
             while (message := await channel.receive()) is not None:
                 match message:
                     case News(outputs, stats):
-                        self.stats = stats
+                        was_stuck, self.stats = self.stats.is_stuck, stats
                         watchdog.heard(stats, time_s())
                         if outputs:
                             router.tell(ReplicaOutputs(self.name, self._incarnation, outputs))
+                        if stats.is_stuck and not was_stuck:
+                            router.tell(ReplicaStuck(self.name, self._incarnation))
                     case Lent(offer):
                         router.tell(KVLent(self.name, self._incarnation, offer))
                     case Pulled(lease_id, num):

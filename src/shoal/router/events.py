@@ -45,6 +45,14 @@ class ReplicaLost:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaStuck:
+    """A replica runs, but nothing of it goes on until its workers are back."""
+
+    replica: str
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaOutputs:
     """What a replica produced: its Step's outputs come together."""
 
@@ -120,6 +128,7 @@ Event = (
     | Cancel
     | ReplicaReady
     | ReplicaLost
+    | ReplicaStuck
     | ReplicaOutputs
     | AttemptFailed
     | KVLent

@@ -164,10 +164,7 @@ class Placement:
 
     def step_s(self, replica: str) -> float:
         """Of a Step there that computes as much of the prompts that wait as it may."""
-        number = self._numbers[replica]
-        table, standing = self._fleet.table[:, number], self._standings[number]
-        tokens = min(standing.queued, standing.chunk)
-        return float(table[Row.FIXED] + table[Row.PER_TOKEN] * tokens)
+        return self._standings[self._numbers[replica]].longest_step_s()
 
     def slowness(self, replica: str) -> float:
         """Times as long as is usual for it that it takes lately."""

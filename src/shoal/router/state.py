@@ -36,6 +36,7 @@ from shoal.router.events import (
     ReplicaLost,
     ReplicaOutputs,
     ReplicaReady,
+    ReplicaStuck,
     ResumeReplica,
     Submit,
     Tick,
@@ -184,6 +185,9 @@ class RouterState:
                 return self._ready(event, now)
             case ReplicaLost():
                 return self._lost(event, now)
+            case ReplicaStuck(name, incarnation):
+                is_it = self._replicas[name].incarnation == incarnation
+                return self._watch.stuck(name, now) if is_it else []
             case ReplicaOutputs():
                 return self._outputs(event, now)
             case AttemptFailed():

@@ -99,6 +99,12 @@ class Watch:
             self.stragglers.note(attempt.replica, times, now)
         attempt.num_said += len(output.token_ids)
 
+    def stuck(self, name: str, now: float) -> list[Effect]:
+        """A replica said itself that it cannot go on for now."""
+        if not self._has_others(name):
+            return []
+        return self._rescue_from(name, self._attempts_at(name), now)
+
     def outrun(self, entry: Entry, winner: Attempt, now: float) -> None:
         """One of two attempts said the next token."""
         self.hedges.won(entry, winner, now)
@@ -170,6 +176,11 @@ class Watch:
         if not self._has_others(name):
             self._listen_to(name, now + LEAST_SILENCE_S)
             return []
+        return self._rescue_from(name, there, now)
+
+    def _rescue_from(
+        self, name: str, there: list[tuple[Entry, Attempt]], now: float
+    ) -> list[Effect]:
         self._doubt(name, now)
         self._listen_to(name, now + _AGAIN_S)
         effects: list[Effect] = []

@@ -217,11 +217,9 @@ class Standing:
         """Tokens of prompts that a Step holds beside those that decode."""
         if not self.is_even or not self.begun:
             return self.chunk
-        speed, factor = self.speed, self.correction
-        rows_s = speed.row_s * self.begun + speed.context_s * self.decoding
-        step_s = factor.decoding * (speed.step_s + rows_s)
+        step_s = self._decode_step_s()
         share = prompts_share(step_s, self.tpot_target_s, len(self.waiting))
-        return min(share * step_s / (factor.prompts * speed.token_s), self.chunk)
+        return min(share * step_s / (self.correction.prompts * self.speed.token_s), self.chunk)
 
     def _start_over(self, now: float) -> None:
         self.learned_s, self.said, self.came, self.came_pairs = now, 0, 0.0, 0.0
@@ -243,12 +241,22 @@ class Standing:
 
     # --- what follows ---
 
+    def longest_step_s(self) -> float:
+        """Of a Step that computes as much of the prompts that wait as it may."""
+        prompts_s = self.speed.token_s * min(self.queued, self._chunk())
+        return self._decode_step_s() + self.correction.prompts * prompts_s
+
+    def _decode_step_s(self) -> float:
+        speed = self.speed
+        rows_s = speed.row_s * self.begun + speed.context_s * self.decoding
+        return self.correction.decoding * (speed.step_s + rows_s)
+
     def column(self, now: float, target_ttft_s: float, target_tpot_s: float) -> list[float]:
         """A number for each `Row` before NUM."""
         speed, factor = self.speed, self.correction
         token_s, pair_s = factor.prompts * speed.token_s, factor.prompts * speed.pair_s
         row_s, context_s = factor.decoding * speed.row_s, factor.decoding * speed.context_s
-        step_s = factor.decoding * speed.step_s + row_s * self.begun + context_s * self.decoding
+        step_s = self._decode_step_s()
         per_token = token_s + step_s / self.chunk
         if self.is_even and self.begun:
             share = prompts_share(step_s, self.tpot_target_s, len(self.waiting) + 1)

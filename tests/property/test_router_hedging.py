@@ -172,13 +172,21 @@ def test_who_says_that_it_is_stuck_is_not_waited_for() -> None:
     fleet.stalled = {"a"}
     there = [own_id(each) for name, each in fleet.running if name == "a"]
     assert there
-    fleet.tell(ReplicaStuck("a", fleet.incarnations["a"] - 1))
+    fleet.tell(ReplicaStuck("a", fleet.incarnations["a"] - 1, True))
     assert all(fleet.places(each) == ["a"] for each in there), "that was its predecessor"
-    fleet.tell(ReplicaStuck("a", fleet.incarnations["a"]))
+    fleet.tell(ReplicaStuck("a", fleet.incarnations["a"], True))
     assert all(fleet.places(each) == ["a", "b"] for each in there)
-    fleet.submit("new", PROMPT)
-    assert fleet.places("new") == ["b"]
+    for number in range(5):
+        for _ in range(8):
+            fleet.say(gap_s=0.25)
+        fleet.submit(f"new{number}", PROMPT)
+        assert fleet.places(f"new{number}") == ["b"], "nobody is sent there to try it"
+    fleet.tell(ReplicaStuck("a", fleet.incarnations["a"], False))
     fleet.stalled.clear()
+    for _ in range(8):
+        fleet.say(gap_s=0.25)
+    fleet.submit("last", PROMPT)
+    assert fleet.places("last") == ["a"]
     fleet.finish()
     assert all(ids == expected_output(PROMPT, 8, VOCAB) for ids in fleet.delivered.values())
 

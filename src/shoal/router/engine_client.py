@@ -198,8 +198,9 @@ class EngineClient:
                         watchdog.heard(stats, time_s())
                         if outputs:
                             router.tell(ReplicaOutputs(self.name, self._incarnation, outputs))
-                        if stats.is_stuck and not was_stuck:
-                            router.tell(ReplicaStuck(self.name, self._incarnation))
+                        if stats.is_stuck != was_stuck:
+                            stuck = ReplicaStuck(self.name, self._incarnation, stats.is_stuck)
+                            router.tell(stuck)
                     case Lent(offer):
                         router.tell(KVLent(self.name, self._incarnation, offer))
                     case Pulled(lease_id, num):

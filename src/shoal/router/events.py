@@ -46,10 +46,11 @@ class ReplicaLost:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaStuck:
-    """A replica runs, but nothing of it goes on until its workers are back."""
+    """A replica runs, but nothing of it goes on until its workers are back; or they are."""
 
     replica: str
     incarnation: int
+    is_stuck: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,7 @@ class Replica:
         allowance: requests that it may have for now, as it is in doubt (0), tried again (1), or
             trusted again by and by; None: as many as it takes.
         restarts: it cannot go on with what another one began, as it said when it was ready.
+        is_stuck: it said that nothing goes on there for now.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Replica:
     token_s: float | None = None
     allowance: int | None = None
     restarts: bool = False
+    is_stuck: bool = False
 
     @property
     def alive(self) -> bool:

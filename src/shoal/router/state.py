@@ -185,9 +185,9 @@ class RouterState:
                 return self._ready(event, now)
             case ReplicaLost():
                 return self._lost(event, now)
-            case ReplicaStuck(name, incarnation):
+            case ReplicaStuck(name, incarnation, is_stuck):
                 is_it = self._replicas[name].incarnation == incarnation
-                return self._watch.stuck(name, now) if is_it else []
+                return self._watch.stuck(name, is_stuck, now) if is_it else []
             case ReplicaOutputs():
                 return self._outputs(event, now)
             case AttemptFailed():
@@ -225,7 +225,7 @@ class RouterState:
     def _ready(self, event: ReplicaReady, now: float) -> list[Effect]:
         replica = self._replicas[event.replica]
         replica.incarnation, replica.info = event.incarnation, event.info
-        replica.restarts = event.info.restarts
+        replica.restarts, replica.is_stuck = event.info.restarts, False
         self._loads.fleet_changed()
         self._placement.ready(replica)
         self._watch.health.heard(event.replica, now)

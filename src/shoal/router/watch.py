@@ -99,9 +99,10 @@ class Watch:
             self.stragglers.note(attempt.replica, times, now)
         attempt.num_said += len(output.token_ids)
 
-    def stuck(self, name: str, now: float) -> list[Effect]:
-        """A replica said itself that it cannot go on for now."""
-        if not self._has_others(name):
+    def stuck(self, name: str, is_stuck: bool, now: float) -> list[Effect]:
+        """A replica said itself that it cannot go on for now, or that it can again."""
+        self._replicas[name].is_stuck = is_stuck
+        if not is_stuck or not self._has_others(name):
             return []
         return self._rescue_from(name, self._attempts_at(name), now)
 
@@ -130,6 +131,8 @@ class Watch:
                     since_s = self._outrun.pop(name, now)
                     if self.health.has_not_spoken_since(name, since_s):
                         self._doubt(name, now)
+                case "trial" if self._replicas[name].is_stuck:
+                    self._alarms.set(now + _AGAIN_S, kind, name)
                 case "trial":
                     again_s = self.health.may_be_tried(name, now)
                     if again_s is not None:

@@ -18,6 +18,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -27,7 +28,7 @@ from shoal.core.request import GenerateRequest, Output, SamplingParams
 from shoal.core.speed import Speed
 from shoal.core.stats import EngineInfo
 from shoal.policy.routing import POLICIES
-from shoal.router.events import ReplicaOutputs, ReplicaReady, Send, Submit
+from shoal.router.events import Effect, ReplicaOutputs, ReplicaReady, Send, Submit
 from shoal.router.placement import Placement
 from shoal.router.records import RouterConfig
 from shoal.router.state import RouterState
@@ -105,25 +106,32 @@ def measured(size: int, policy: str) -> dict[str, float]:
         began_s = time.perf_counter()
         effects = state.handle(Submit(request), now)
         requests_s.append(time.perf_counter() - began_s)
-        running += [each for each in effects if isinstance(each, Send)]
+        running += _begun(state, effects, now)
         if len(running) > OF_EACH * size:
-            _end(state, running.pop(rng.randrange(len(running))), now)
-    settled = len(requests_s) // 4
+            running += _ended(state, running.pop(rng.randrange(len(running))), now)
+    settled = len(state.decisions_s) // 4
     return {
         "decision_us": 1e6 * percentile(sorted(state.decisions_s[settled:]), 50),
         "decision_p99_us": 1e6 * percentile(sorted(state.decisions_s[settled:]), 99),
-        "request_us": 1e6 * percentile(sorted(requests_s[settled:]), 50),
+        "request_us": 1e6 * percentile(sorted(requests_s[len(requests_s) // 4 :]), 50),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
 
-def _end(state: RouterState, sent: Send, now: float) -> None:
-    """A first token, then the others."""
-    name = sent.request.request_id
-    first = Output(request_id=name, token_ids=(1,), num_cached_tokens=0)
-    rest = Output(request_id=name, token_ids=(2, 3, 4), finish="length")
-    for output in (first, rest):
-        state.handle(ReplicaOutputs(sent.replica, 0, [output]), now)
+def _begun(state: RouterState, effects: Sequence[Effect], now: float) -> list[Send]:
+    """What was sent; each gets its first token at once."""
+    sent = [each for each in effects if isinstance(each, Send)]
+    for each in sent:
+        name = each.request.request_id
+        first = Output(request_id=name, token_ids=(1,), num_cached_tokens=0)
+        sent += _begun(state, state.handle(ReplicaOutputs(each.replica, 0, [first]), now), now)
+    return sent
+
+
+def _ended(state: RouterState, sent: Send, now: float) -> list[Send]:
+    """Its other tokens; what is sent then."""
+    rest = Output(request_id=sent.request.request_id, token_ids=(2, 3, 4), finish="length")
+    return _begun(state, state.handle(ReplicaOutputs(sent.replica, 0, [rest]), now), now)
 
 
 def _some_speed(rng: Random) -> Speed:

@@ -82,6 +82,7 @@ class Placement:
         self._now = 0.0
         self._heard: _Heard | None = None
         self._asked: tuple[GenerateRequest, int, Ask] | None = None
+        self._has_changed = False
 
     def at(self, now: float) -> None:
         """The time of what is told next."""
@@ -91,7 +92,7 @@ class Placement:
 
     def choose(self, entry: Entry, but_not: Collection[str] = ()) -> Replica | None:
         """Where a request goes; None: there is nobody to send it to."""
-        fit = self._loads.fitting(entry.has_begun, but_not)
+        fit = self._fit(entry.has_begun, but_not)
         if not len(fit):
             return None
         fleet = self._fleet
@@ -106,19 +107,19 @@ class Placement:
 
     def has_room(self) -> bool:
         """Whether a replica could begin a new request soon, were it sent there now."""
-        return len(self._with_room(self._loads.fitting(False))) > 0
+        return len(self._with_room(self._fit(False))) > 0
 
     def _with_room(self, fit: Numbers) -> Numbers:
         """Those that could."""
         if not len(fit):
             return fit
-        table, counts = self._fleet.table[:, fit], self._loads.counts[fit]
-        waits_s = np.maximum(table[Row.FREE] - self._now, self._waits_s[fit])
+        table, counts = self._fleet.table, self._loads.counts[fit]
+        waits_s = np.maximum(table[Row.FREE, fit] - self._now, self._waits_s[fit])
         within = waits_s <= _SOON * self._fleet.target_ttft_s
         within |= self._queued[fit] < self._filling[fit]
-        within &= (counts < self._places[fit]) & (table[Row.ROOM] > 0)
+        within &= (counts < self._places[fit]) & (table[Row.ROOM, fit] > 0)
         if self._slo is not None and self._slo.tpot_s is not None:
-            within &= table[Row.GAP] <= self._slo.tpot_s
+            within &= table[Row.GAP, fit] <= self._slo.tpot_s
         with_room: Numbers = fit[within | (counts == 0)]
         return with_room
 
@@ -134,7 +135,7 @@ class Placement:
 
     def requests_per_s(self) -> float:
         """That replicas take together, about."""
-        fit = self._loads.fitting(False)
+        fit = self._fit(False)
         return max(float(self._fleet.table[Row.WEIGHT, fit].sum()), 1e-3)
 
     def output_of(self, request: GenerateRequest) -> float:
@@ -143,7 +144,7 @@ class Placement:
 
     def soonest_s(self, request: GenerateRequest | None) -> float | None:
         """The shortest predicted TTFT of one that came now, or of any; None: nobody is there."""
-        fit = self._loads.fitting(False)
+        fit = self._fit(False)
         if not len(fit):
             return None
         ask = Ask(1, 1.0)
@@ -258,6 +259,7 @@ class Placement:
     def prospects(self, now: float) -> dict[str, Prospect]:
         """Of each replica that is alive."""
         self._now = now
+        self._fit(has_begun=False)
         total = sum(each.rate for each in self._standings) or 1.0
         ask = Ask(round(self._typical.prompt), self._typical.output)
         return {
@@ -305,7 +307,14 @@ class Placement:
 
     def _fleet_changed(self) -> None:
         self._fleet.table[Row.SENT] = 0
-        self._aim(is_certain=True)
+        self._has_changed = True
+
+    def _fit(self, has_begun: bool, but_not: Collection[str] = ()) -> Numbers:
+        """Replicas that a request may be sent to, as the table has them."""
+        if self._has_changed:  # once, however many came
+            self._has_changed = False
+            self._aim(is_certain=True)
+        return self._loads.fitting(has_begun, but_not)
 
     def _aim(self, *, is_certain: bool = False) -> None:
         """At latencies that were asked for, or that the slowest can keep; and by what speeds."""

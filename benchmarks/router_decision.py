@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
@@ -22,6 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
+
+from lab_session import conditions
 
 from shoal.core.latency import percentile
 from shoal.core.request import GenerateRequest, Output, SamplingParams
@@ -59,9 +59,7 @@ def main() -> None:
         policy: {str(size): _in_own_process(size, policy) for size in SIZES} for policy in POLICIES
     }
     report = {
-        "command": "python benchmarks/router_decision.py",
-        "commit": _commit(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, one used",
+        **conditions(sys.argv),
         "policies": found,
     }
     table = _table(report)
@@ -178,16 +176,6 @@ def _table(report: dict[str, Any]) -> str:
         ]
         lines.append(f"| {policy} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def _commit() -> str:
-    done = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def main() -> None:
             found = LIVE[args.what](session, args)
             table = _live_table(found)
     report = {**conditions(sys.argv), **found}
-    if args.output is not None:
+    if args.output is not None and ("runs" in found or "traces" in found):
         args.output.with_suffix(".html").write_text(_page(args.what, found))
     intro = f"`{report['command']}` at {report['commit']}, {report['machine']}\n\n"
     keep(report, intro + table, args.output)

@@ -43,7 +43,8 @@ _COUNTERS: tuple[tuple[str, str, Reading], ...] = (
     ("num_preemptions", "Sequences preempted for want of KV", lambda s: s.preemptions),
     ("route_moves", "Sequences that went on on another route", lambda s: s.route_moves),
     ("copied_tokens", "Tokens whose KV went along with them", lambda s: s.copied_tokens),
-    ("engine_steps", "Steps run", lambda s: s.steps),
+    ("engine_steps", "Steps run", lambda s: s.computed.steps),
+    ("computed_prompt_tokens", "Prompt tokens in Steps", lambda s: s.computed.prompt_tokens),
     ("engine_busy_seconds", "Seconds the workers computed", lambda s: s.busy_s),
 )
 
@@ -242,6 +243,11 @@ class _ProspectCollector(Collector):
         for replica, view in views.items():
             metric.add_metric((replica,), float(view.lag is not None))
         yield metric
+        text = "Requests that were sent to a replica, second attempts too"
+        counter = CounterMetricFamily("shoal_router_sent", text, labels=("replica",))
+        for replica, view in views.items():
+            counter.add_metric((replica,), view.num_sent)
+        yield counter
 
 
 class _HedgeCollector(Collector):

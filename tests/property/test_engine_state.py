@@ -123,6 +123,19 @@ def test_prefix_of_an_earlier_request_is_not_computed_again() -> None:
     assert bench.state.stats().cached_tokens == 96
 
 
+def test_what_steps_have_computed_is_counted() -> None:
+    bench = Bench(make_config(max_num_batched_tokens=24, max_steps_in_flight=1))
+    bench.submit(make_request("a", [3] * 50, max_tokens=4))
+    bench.run_out()
+    computed = bench.state.stats().computed
+    assert computed.prompt_tokens == 50
+    assert computed.prompt_pairs == pytest.approx(50 * 50 / 2)
+    assert computed.steps == 3 + 3, "three chunks, then a token each"
+    bench.submit(make_request("b", [3] * 48 + [4] * 10, max_tokens=1))
+    bench.run_out()
+    assert bench.state.stats().computed.prompt_tokens == 50 + 10, "what was cached is not computed"
+
+
 def test_another_salt_shares_nothing() -> None:
     bench = Bench(make_config(max_num_batched_tokens=128))
     bench.submit(make_request("a", [3] * 100, max_tokens=1, salt="tenant a"))

@@ -11,6 +11,7 @@ from test_router_state import INFO, VOCAB, Fleet
 
 from shoal.core.latency import Slo
 from shoal.core.request import ErrorInfo, GenerateRequest, SamplingParams
+from shoal.policy.admission import Promise, Promises
 from shoal.router.events import Cancel, Submit, Tick
 
 PLACES = INFO.max_num_seqs + 1
@@ -180,3 +181,31 @@ def test_everybody_gets_the_right_tokens_and_one_end(seed: int, collapse: bool) 
         want, got = expected_output(prompt, 8, VOCAB), fleet.delivered[request_id]
         assert got == want[: len(got)]
         assert len(got) == len(want) or fleet.finished[request_id].finish in ("cancelled", "error")
+
+
+def test_whose_speed_nobody_knows_gets_two_prompts_until_it_has_answered() -> None:
+    fleet = Fleet("r", slo=Slo(ttft_s=1000.0))
+    fleet.up("r")
+    for i in range(PLACES):
+        ask(fleet, f"q{i}")
+    assert len(fleet.running) == 2
+    fleet.now += 0.05
+    fleet.produce(("r", "q0"))
+    fleet.tell(Tick())
+    assert len(fleet.running) == PLACES
+    fleet.run_out()
+    assert len(fleet.finished) == PLACES
+
+
+def test_a_promise_is_the_more_careful_the_later_the_last_ones_were_kept() -> None:
+    promises = Promises()
+    at_first = promises.margin
+    for number in range(40):
+        promises.came(Promise(made_s=number, ttft_s=2.0), now=number + 1.0)
+    assert promises.margin == at_first > 1, "early ones prove nothing"
+    for number in range(40, 60):
+        promises.came(Promise(made_s=number, ttft_s=2.0), now=number + 5.0)
+    assert promises.margin == 2.5
+    for number in range(60, 160):
+        promises.came(Promise(made_s=number, ttft_s=2.0), now=number + 2.0)
+    assert promises.margin == at_first

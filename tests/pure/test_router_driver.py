@@ -12,14 +12,14 @@ from shoal.core.clock import MonotonicClock
 from shoal.core.errors import ConfigError
 from shoal.core.options import EngineOptions
 from shoal.core.request import ErrorInfo, GenerateRequest, Output, SamplingParams, TokenLogprobs
-from shoal.core.stats import EngineStats
+from shoal.core.stats import Computed, EngineStats
 from shoal.router.driver import Router
 from shoal.router.engine_client import EngineClient
 from shoal.router.inbox import Inbox
 from shoal.router.state import RouterConfig, RouterState
 from shoal.router.watchdog import Watchdog, WatchdogLimits
 
-BUSY = EngineStats(num_running=1, steps=5)
+BUSY = EngineStats(num_running=1, computed=Computed(steps=5))
 LOGPROB = TokenLogprobs(1, -0.5, 1)
 
 
@@ -132,10 +132,10 @@ def test_an_engine_is_ended_for_silence_and_for_steps_that_hang() -> None:
 def test_an_engine_that_works_or_rests_is_left_alone() -> None:
     watchdog = Watchdog(WatchdogLimits(silence_s=10.0, step_s=20.0), 0.0)
     for second in range(0, 200, 5):
-        watchdog.heard(EngineStats(num_running=1, steps=second), float(second))
+        watchdog.heard(EngineStats(num_running=1, computed=Computed(steps=second)), float(second))
         assert watchdog.complaint(second + 4.0) is None
     for second in range(200, 400, 5):
-        watchdog.heard(EngineStats(num_running=0, steps=200), float(second))
+        watchdog.heard(EngineStats(num_running=0, computed=Computed(steps=200)), float(second))
         assert watchdog.complaint(second + 4.0) is None
 
 

@@ -10,6 +10,7 @@ import pytest
 from shoal.core.errors import ConfigError
 from shoal.core.request import GenerateRequest, SamplingParams
 from shoal.core.speed import Speed
+from shoal.core.stats import Computed
 from shoal.policy.routing import POLICIES, policy_named
 from shoal.policy.routing.fleet import Ask, Fleet, Row
 from shoal.policy.routing.learning import Correction
@@ -179,6 +180,29 @@ def test_prompts_and_decoding_are_told_apart() -> None:
     assert correction.prompts == pytest.approx(5.0, rel=0.05)
 
 
+@pytest.mark.parametrize("most_share", [0.9, 0.3])
+def test_prompts_and_decoding_do_not_trade_places_under_load(most_share: float) -> None:
+    """Every stretch has some of both, and takes now more and now less."""
+    correction, rng = Correction(is_known=False), Random(1)
+    for _ in range(3000):
+        share = rng.uniform(0.2, most_share)
+        prompts_s, rest_s = 0.2 * share, 0.2 * (1 - share)
+        seconds = 3 * prompts_s + 6 * rest_s
+        correction.note(prompts_s, rest_s, seconds * rng.lognormvariate(0, 0.3))
+        assert 0.2 < correction.prompts / correction.decoding < 2.5
+    seconds = 0.25 * correction.prompts + 0.75 * correction.decoding
+    assert seconds == pytest.approx(0.25 * 3 + 0.75 * 6, rel=0.4)
+
+
+def test_a_slow_down_of_all_is_not_taken_for_one_of_prompts() -> None:
+    correction, rng = Correction(is_known=True), Random(1)
+    for number in range(300):
+        prompts_s = rng.uniform(0.0, 0.05)
+        correction.note(prompts_s, 0.02, (prompts_s + 0.02) * (5 if number >= 150 else 1))
+    assert correction.prompts == pytest.approx(5.0, rel=0.1)
+    assert correction.decoding == pytest.approx(5.0, rel=0.1)
+
+
 def test_chunks_of_a_prompt_are_not_taken_for_slow_decoding() -> None:
     """A request decodes while a long prompt is computed beside it, in Steps of 2048 tokens."""
     one = standing()
@@ -195,6 +219,40 @@ def test_chunks_of_a_prompt_are_not_taken_for_slow_decoding() -> None:
         one.learn(now, 1, 150.0)
     assert one.correction.decoding == pytest.approx(1.0, abs=0.1)
     assert one.correction.prompts == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize("speed", [0.25, 1.0, 4.0])
+def test_a_replica_that_tells_what_it_computes_is_learned_from(speed: float) -> None:
+    """Chunks of long prompts beside streams, however few first tokens come."""
+    one, now, computed = standing(), 0.0, Computed()
+    long, decoding = stay(100_000), stay(100)
+    for each in (decoding, long):
+        one.put(each, now)
+    one.computed = computed
+    one.begin(decoding, 0, now)
+    one.learn(now, 0, 0.0)
+    for number in range(1, 60):
+        chunk = 100 + 50 * (number % 5)
+        for _ in range(1 + number % 3):
+            pairs = chunk * (computed.prompt_tokens + chunk / 2)
+            computed = Computed(
+                computed.steps + 1,
+                computed.prompt_tokens + chunk,
+                computed.prompt_pairs + pairs,
+            )
+            now += (GPU.step(chunk, 1, 150) + GPU.pair_s * pairs) / speed
+            one.said += 1
+        one.computed = computed
+        one.learn(now, 1, 150.0)  # another one's last token
+    assert 0.5 < one.correction.prompts / one.correction.decoding < 2
+    prompts_s, rest_s = 200 * GPU.token_s, GPU.step(0, 1, 150)
+    next_s = one.correction.prompts * prompts_s + one.correction.decoding * rest_s
+    assert next_s == pytest.approx((prompts_s + rest_s) / speed, rel=0.1)
+    fresh = standing()
+    fresh.correction = one.correction
+    fresh.put(stay(100_000 - computed.prompt_tokens), now)
+    waits_s = one.column(now, *TARGETS)[Row.FREE] - now
+    assert waits_s == pytest.approx(fresh.column(now, *TARGETS)[Row.FREE] - now, rel=0.01)
 
 
 def test_what_was_cut_short_teaches_nothing() -> None:

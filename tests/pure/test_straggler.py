@@ -85,6 +85,15 @@ def test_patience_follows_what_is_usual_and_not_the_few_that_are_very_late() -> 
     assert 0.3 <= lateness.patience_s(0.2) <= 0.85 < cautious_s
 
 
+def test_short_prompts_that_are_late_by_times_make_nobody_wait_long_for_long_ones() -> None:
+    lateness = Lateness()
+    for number in range(300):
+        late = number % 10 == 0
+        lateness.note(0.09 if late else 0.02, 0.02, 0.0)
+    assert lateness.patience_s(0.4) <= 0.4 + 1.2 * 0.07 + 0.1 + 1e-9
+    assert lateness.patience_s(0.02) <= 0.12 + 1e-9
+
+
 def test_a_budget_is_a_share_of_what_was_done() -> None:
     budget, spent = Budget(0.05, 100.0, 1000.0), 0
     for _ in range(1000):

@@ -8,7 +8,7 @@ stop strings ride along in `SamplingParams` for `text/`, the engine never looks 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self
 
 from shoal.core.errors import (
@@ -81,15 +81,24 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        for name, kinds in _KINDS.items():
-            value = getattr(self, name)
+        # What was not given is as it should be; most of it never is, and this is made per request.
+        given = {
+            name: value
+            for name, default in _DEFAULTS
+            if (value := getattr(self, name)) is not default
+        }
+        for name, value in given.items():
+            kinds = _KINDS.get(name)
+            if kinds is None:
+                continue
             # A bool is an int to Python, but nobody means n=True.
             if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
                 raise _wrong_type(name, value, kinds)
-        for name, item_kinds in _ITEM_KINDS.items():
-            object.__setattr__(self, name, _as_tuple(name, getattr(self, name), item_kinds))
+        for name, value in given.items():
+            if name in _ITEM_KINDS:
+                object.__setattr__(self, name, _as_tuple(name, value, _ITEM_KINDS[name]))
         for name, low, high in _RANGES:
-            value = getattr(self, name)
+            value = given.get(name)
             # `not (low <= value <= high)` also refuses NaN.
             if value is not None and not (low <= value <= high):
                 raise InvalidRequestError(
@@ -115,6 +124,7 @@ class SamplingParams:
             )
 
 
+_DEFAULTS = tuple((each.name, each.default) for each in fields(SamplingParams))
 _INT = (int,)
 _FLOAT = (int, float)
 _BOOL = (bool,)

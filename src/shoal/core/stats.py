@@ -51,6 +51,20 @@ class InstanceStats:
     num_running: int
 
 
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """What the Steps of an engine that came back have computed, since it began.
+
+    Attributes:
+        prompt_tokens: in chunks; those computed again after a preemption count again.
+        prompt_pairs: of each such token and those before it.
+    """
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    prompt_pairs: float = 0.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """Gauges now, and counters since the engine began.
@@ -70,7 +84,7 @@ class EngineStats:
     cached_tokens: int = 0
     output_tokens: int = 0
     preemptions: int = 0
-    steps: int = 0
+    computed: Computed = Computed()
     busy_s: float = 0.0
     recovering: bool = False
     route_moves: int = 0
@@ -122,6 +136,7 @@ class ReplicaView:
         num_requests: that it has; of one that is drained, 0 when it may be stopped.
         prospect: None of one that is not alive.
         lag: of one that has been slow for so long that another plan would carry more.
+        num_sent: requests that were sent there so far, second attempts too.
     """
 
     is_alive: bool
@@ -129,6 +144,7 @@ class ReplicaView:
     num_requests: int
     prospect: Prospect | None = None
     lag: Lag | None = None
+    num_sent: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

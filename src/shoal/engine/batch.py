@@ -17,7 +17,7 @@ class Batch:
     Attributes:
         budget: tokens that it may still hold.
         prompt_room: of prompts; None: not asked yet.
-        num_prompt_tokens: that it holds.
+        num_prompt_tokens, num_prompt_pairs: that it holds; pairs with those before, of a sequence.
     """
 
     route: int
@@ -28,3 +28,4 @@ class Batch:
     rows: Rows = field(default_factory=list)
     prompt_room: int | None = None
     num_prompt_tokens: int = 0
+    num_prompt_pairs: float = 0.0

@@ -50,6 +50,7 @@ class Chunks:
         assert batch.prompt_room is not None, "it was asked for above"
         batch.prompt_room -= found
         batch.num_prompt_tokens += found
+        batch.num_prompt_pairs += found * (sequence.num_scheduled + found / 2)
         return found
 
     def handed_out(self, batch: Batch, num_running: int) -> None:

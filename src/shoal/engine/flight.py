@@ -70,7 +70,7 @@ class Flight:
         batches = self.batches
         for batch in batches:
             batch.step_id += num_steps
-            batch.num_prompt_tokens = 0
+            batch.num_prompt_tokens, batch.num_prompt_pairs = 0, 0.0
         self._batches = {batch.step_id: batch for batch in batches}
         self.next_step_id += num_steps
         return batches

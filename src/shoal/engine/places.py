@@ -54,6 +54,7 @@ class Places:
         self.slow: tuple[tuple[int, float], ...] = ()
         self._layers = [[len(hop.layers) for hop in route] for route in config.routes]
         self._instances = [[hop.instance for hop in route] for route in config.routes]
+        self._routes = list(range(len(config.routes)))
         self.down: set[int] = set()
         self.drained: set[int] = set()
 
@@ -72,7 +73,9 @@ class Places:
 
     @property
     def usable(self) -> list[int]:
-        return [route for route in range(len(self._instances)) if self.is_usable(route)]
+        if not self.down:
+            return self._routes
+        return [route for route in self._routes if self.is_usable(route)]
 
     def instances(self, route: int) -> list[int]:
         """Of each hop."""

@@ -18,17 +18,19 @@ class Pools:
     """A `BlockPool` for each instance."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self._routes = config.routes
         self._layers = tuple(_layer_keys(route) for route in config.routes)
         parts = config.rank_blocks or ((),) * len(config.instance_blocks)
         self.of_instance = tuple(
             BlockPool(num_blocks, own)
             for num_blocks, own in zip(config.instance_blocks, parts, strict=True)
         )
+        self._along = [
+            tuple(self.of_instance[hop.instance] for hop in route) for route in config.routes
+        ]
 
     def along(self, route: int) -> tuple[BlockPool, ...]:
         """The pool of each hop."""
-        return tuple(self.of_instance[hop.instance] for hop in self._routes[route])
+        return self._along[route]
 
     def find(self, route: int, names: Sequence[BlockName]) -> tuple[list[int], ...]:
         """For each hop, the blocks of the longest known beginning of `names`."""

@@ -19,7 +19,7 @@ from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 
-from shoal.core.step import StepRow
+from shoal.core.step import BLOCK_SIZE, StepRow
 from shoal.engine.batch import Batch, Rows
 from shoal.engine.blocks import blocks_for
 from shoal.engine.chunks import Chunks
@@ -122,9 +122,10 @@ class Scheduler:
         if not self._config.prefix_caching or sequence.status is not Status.RUNNING:
             return
         num_tokens = sequence.num_scheduled if self._is_in_order else sequence.num_returned
+        num_full = min(num_tokens, len(sequence.token_ids)) // BLOCK_SIZE
         for index, hop in enumerate(sequence.hops):
-            named = sequence.take_publishable(hop, num_tokens)
-            if named:
+            if hop.num_published < num_full:
+                named = sequence.take_publishable(hop, num_full)
                 self.pools.publish(sequence.route, index, named)
 
     def preempt(self, sequence: TokenSequence) -> None:
@@ -188,9 +189,10 @@ class Scheduler:
         turns = self._last_turns
         counts = {sequence.num_hops_in_run for sequence in ready}
         for num_hops in sorted(counts, key=lambda count: (turns[route, count], count)):
-            same = [sequence for sequence in ready if sequence.num_hops_in_run == num_hops]
-            prompts = [sequence for sequence in same if sequence.num_in_run > 1]
-            decoding = [sequence for sequence in same if sequence.num_in_run == 1]
+            prompts, decoding = list[TokenSequence](), list[TokenSequence]()
+            for sequence in ready:
+                if len(counts) == 1 or sequence.num_hops_in_run == num_hops:
+                    (prompts if sequence.num_in_run > 1 else decoding).append(sequence)
             if len(self._config.routes[route]) > 1:
                 decoding.sort(key=lambda sequence: (sequence.last_turn, sequence.rank))
                 decoding = decoding[: self._micro_batch(mine, route)]

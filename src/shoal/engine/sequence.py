@@ -128,7 +128,9 @@ class Sequence:
     @property
     def num_in_run(self) -> int:
         """Tokens that its next rows may hold."""
-        return (self.run.stop if self.runs else self.total_len) - self.num_scheduled
+        if self.runs:
+            return self.run.stop - self.num_scheduled
+        return len(self.token_ids) + self.num_pending - self.num_scheduled
 
     def can_schedule(self, max_pending: int) -> bool:
         """Whether a row of it could go into the next Step, blocks permitting.
@@ -136,7 +138,8 @@ class Sequence:
         Args:
             max_pending: sampled tokens in flight that the row may follow.
         """
-        if self.num_to_compute == 0 or self.total_len >= self.max_len or self.is_paused:
+        total_len = len(self.token_ids) + self.num_pending
+        if total_len == self.num_scheduled or total_len >= self.max_len or self.is_paused:
             return False
         # A mask needs every token before it; everything else may run ahead.
         return self.num_pending <= (max_pending if self.matcher is None else 0)
@@ -169,14 +172,14 @@ class Sequence:
         start, num_hops = self.num_scheduled, self.num_hops_in_run
         end = start + num_tokens
         known = tuple(self.token_ids[start:end])
-        samples = end == self.total_len
+        samples = end == len(self.token_ids) + self.num_pending
         num_blocks = -(-end // BLOCK_SIZE)
         return StepRow(
             sequence_id=self.sequence_id,
             start=start,
             token_ids=known,
             token_ref=self.last_ref if len(known) < num_tokens else None,
-            block_ids=tuple(tuple(hop.block_ids[:num_blocks]) for hop in self.hops),
+            block_ids=tuple([tuple(hop.block_ids[:num_blocks]) for hop in self.hops]),
             samples=samples,
             mask=self.mask if samples else None,
             start_state=None if self.num_hops_told >= num_hops else self._start_state(),
@@ -246,16 +249,10 @@ class Sequence:
         already = len(self.prompt_logprobs) - row.start
         self.prompt_logprobs.extend(found[max(already, 0) :])
 
-    def take_publishable(self, hop: HopBlocks, num_tokens: int) -> list[tuple[int, BlockName]]:
-        """(block, name) of a hop's blocks that became full and known since the last call.
-
-        Args:
-            num_tokens: those whose KV whoever finds a block may read.
-        """
-        first, num_full = hop.num_published, min(num_tokens, len(self.token_ids)) // BLOCK_SIZE
-        if num_full <= first:
-            return []
-        hop.num_published = num_full
+    def take_publishable(self, hop: HopBlocks, num_full: int) -> list[tuple[int, BlockName]]:
+        """(block, name) of a hop's blocks before the one of that number, since the last call; all
+        their tokens are known."""
+        first, hop.num_published = hop.num_published, num_full
         names = self.names(num_full)[first:]
         return list(zip(hop.block_ids[first:num_full], names, strict=True))
 

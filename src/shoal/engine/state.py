@@ -50,12 +50,17 @@ from shoal.engine.recovery import recover
 from shoal.engine.route_moves import RouteMoves
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.sequence import GrammarMatcher, Sequence, Status
+from shoal.engine.tally import Tally
 from shoal.engine.transfers import Transfers
 from shoal.policy.batching import Seats
 
 
 class EngineState:
-    """All that one replica knows of its requests."""
+    """All that one replica knows of its requests.
+
+    Attributes:
+        tally: of Steps that came back.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
@@ -69,8 +74,8 @@ class EngineState:
         self._seats = Seats(config.batching, config.max_num_seqs)
         self._num_submitted = 0
         self._pace = CompletionPace()
-        self._counters = {"prompt": 0, "cached": 0, "output": 0, "steps": 0}
-        self._busy_s = 0.0
+        self._counters = {"prompt": 0, "cached": 0, "output": 0}
+        self.tally = Tally()
 
     # --- seen from outside ---
 
@@ -103,8 +108,8 @@ class EngineState:
             cached_tokens=self._counters["cached"],
             output_tokens=self._counters["output"],
             preemptions=self._scheduler.num_preemptions,
-            steps=self._counters["steps"],
-            busy_s=self._busy_s,
+            computed=self.tally.computed,
+            busy_s=self.tally.busy_s,
             recovering=bool(self._scheduler.places.down),
             route_moves=self._moves.num_moved,
             copied_tokens=self._moves.num_copied_tokens,
@@ -216,8 +221,7 @@ class EngineState:
             return []
         batch = self._flight.take(result)
         self._scheduler.chunks.took(batch, result.compute_s)
-        self._counters["steps"] += 1
-        self._busy_s += result.compute_s
+        self.tally.note([batch], [result.compute_s])
         effects: list[Effect] = []
         for (sequence, row), row_result in zip(batch.rows, result.rows, strict=True):
             self._scheduler.note_returned(sequence, row)
@@ -229,11 +233,9 @@ class EngineState:
         num_steps = len(run.compute_s)
         scheduler = self._scheduler
         scheduler.chunks.decoded(self._flight.batches, len(scheduler.running), run.compute_s)
+        self.tally.note(self._flight.batches, run.compute_s)
         steps = take_run(scheduler, self._flight, num_steps, run.token_ids)
-        self._counters["steps"] += num_steps
         self._counters["output"] += num_steps * len(run.token_ids)
-        for each in run.compute_s:
-            self._busy_s += each
         outputs = (
             Output(request_id=each.request.request_id, token_ids=(token_id,) * num_steps)
             for each, token_id in zip(self._scheduler.running, run.token_ids, strict=True)
@@ -266,6 +268,8 @@ class EngineState:
 
     def _expire(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
+        if not self._timed:
+            return effects
         for sequence in list(self._timed.values()):
             if sequence.deadline is not None and now >= sequence.deadline:
                 error: RequestError = RequestTimeoutError(

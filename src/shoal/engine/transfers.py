@@ -105,6 +105,8 @@ class Transfers:
     # --- ends ---
 
     def expire(self, now: float) -> list[Effect]:
+        if not self:
+            return []
         effects = self.loans.expire(now)
         for pull_id, pull in list(self._pulls.items()):
             if now >= pull.deadline:

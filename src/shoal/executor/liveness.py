@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from shoal.wire.worker_messages import Beat
 
-_SILENT_S = 1.5
+_SILENT_S = 3.0  # who stalls for two seconds goes on as if nothing were
 _UNHEARD_S = 1.5
 _HEARD_AGAIN_S = 0.75
 _FRESH_S = 0.7  # two beats and some

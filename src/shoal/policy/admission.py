@@ -6,6 +6,7 @@
                whoever comes alone gets most of them, and newcomers always find some
                (dynamic thresholds, Choudhury and Hahne 1998)
     how long   those ahead, over how many lately left the queue in a second
+    how sure   as much later as first tokens lately came than those who waited were told
 
 Knows nothing of replicas or of what a request is.
 """
@@ -14,6 +15,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass
+
+from shoal.policy.window import Window
 
 TIMES_FREE = 4
 OUTPUT_WEIGHT = 2.0
@@ -23,6 +27,10 @@ _DEPARTURES_KEPT = 32
 _FEWEST_DEPARTURES = 4
 _PRIOR_DEPARTURES = 2
 _SHORTEST_S = 1e-3
+
+_PROMISES_KEPT, _FEWEST_PROMISES = 64, 16
+_SURE = 0.95
+_LEAST_MARGIN, _MOST_MARGIN = 1 / 0.7, 4.0
 
 
 class Shares:
@@ -81,3 +89,29 @@ class Departures:
         first = _PRIOR_DEPARTURES / expected if expected else 0.0
         seen = len(self._times)
         return (seen + _PRIOR_DEPARTURES) / max(first + now - self._since, _SHORTEST_S)
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """Of a first token so many seconds after `made_s`."""
+
+    made_s: float
+    ttft_s: float
+
+
+class Promises:
+    """How those were kept that were made to who waits."""
+
+    def __init__(self) -> None:
+        self._ratios = Window(_PROMISES_KEPT)
+
+    def came(self, promise: Promise, now: float) -> None:
+        """The first token did."""
+        self._ratios.add((now - promise.made_s) / max(promise.ttft_s, _SHORTEST_S), now)
+
+    @property
+    def margin(self) -> float:
+        """Times as long as it is expected to take, which nearly none takes longer than."""
+        if len(self._ratios) < _FEWEST_PROMISES:
+            return _LEAST_MARGIN
+        return min(max(self._ratios.quantile(_SURE), _LEAST_MARGIN), _MOST_MARGIN)

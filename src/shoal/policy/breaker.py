@@ -15,6 +15,8 @@ import math
 _FIRST_OPEN_S, _LONGEST_OPEN_S = 1.0, 30.0
 _FAILURES = 3
 _ENOUGH = 32
+RECOVERED = 2
+"""Requests that one may have at once which says itself that it works again."""
 _CALM_S = 30.0
 
 
@@ -68,6 +70,20 @@ class Breaker:
         self._num_failures = 0
         if self.is_open:
             self.allowance = 1
+
+    def recovered(self) -> None:
+        """It said itself that it works again."""
+        if self.is_open:
+            self._num_failures, self.allowance = 0, RECOVERED
+
+    @property
+    def has_answered(self) -> bool:
+        """It is not trusted yet, but it was tried, or said that it works."""
+        return self.allowance is not None and self.allowance >= RECOVERED
+
+    def close(self) -> None:
+        """It is trusted."""
+        self.allowance = None
 
     def answered(self) -> None:
         """A request got its first token."""

@@ -1,6 +1,6 @@
 """When a request is worth a second attempt elsewhere, and what all of those may cost.
 
-    first token   later than nearly all are, as a multiple of what was predicted: those of late
+    first token   later than nearly all are against what was predicted, by times or by seconds
     a stream      silent for several times as long as its tokens take, and as a Step may take
     budget        a share of the tokens that are computed anyway, with little saved up
 
@@ -31,12 +31,13 @@ class Lateness:
     """How first tokens came, against what was predicted."""
 
     def __init__(self) -> None:
-        self._ratios = Window(_NUM_KEPT)
+        self._ratios, self._delays = Window(_NUM_KEPT), Window(_NUM_KEPT)
 
     def note(self, seconds: float, predicted_s: float, now: float) -> None:
         """Of one that came; or did not within `seconds`, as another one was faster."""
         if predicted_s > 0:
             self._ratios.add(seconds / predicted_s, now)
+            self._delays.add(seconds - predicted_s, now)
 
     def patience_s(self, predicted_s: float | None) -> float:
         """After which a first token is later than nearly all are; None: nothing was predicted."""
@@ -46,7 +47,10 @@ class Lateness:
             return max(predicted_s * _FIRST_RATIO, predicted_s + _FIRST_LATE_S)
         usual = self._ratios.quantile(0.5)
         ratio = min(self._ratios.quantile(_QUANTILE) * _SLACK, usual * _MOST_MEDIANS)
-        return max(predicted_s * ratio, predicted_s * usual + _LEAST_LATE_S)
+        # Short prompts are late by times, which says little of long ones, and the other way round.
+        delay_s = max(self._delays.quantile(_QUANTILE), 0.0) * _SLACK + _LEAST_LATE_S
+        late_s = min(predicted_s * ratio, predicted_s + delay_s)
+        return max(late_s, predicted_s * usual + _LEAST_LATE_S)
 
 
 def stalled_after_s(gap_s: float, step_s: float) -> float:

@@ -108,6 +108,7 @@ class Router:
         self._idle = asyncio.Event()
         self._idle.set()
         self._tasks: list[asyncio.Task[None]] = []
+        self._num_sent = dict.fromkeys(self._clients, 0)
         self._last_token_s: float | None = None
         self._wake: asyncio.TimerHandle | None = None
         self._wakes_s = math.inf
@@ -227,6 +228,7 @@ class Router:
                 outstanding[name],
                 prospects.get(name),
                 lags.get(name),
+                self._num_sent[name],
             )
             for name in self._clients
         }
@@ -255,6 +257,7 @@ class Router:
                 case Deliver(outputs):
                     self._deliver(outputs, now)
                 case Send(replica, request):
+                    self._num_sent[replica] += 1
                     self._clients[replica].send(request)
                 case CancelAt(replica, request_id):
                     self._clients[replica].cancel(request_id)

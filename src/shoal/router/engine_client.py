@@ -163,7 +163,7 @@ class EngineClient:
                 log.error("%s: %s", self.name, reason)
                 return
             log.error("%s: %s; starting it again", self.name, reason)
-            await asyncio.sleep(_RESTART_PAUSE_S)
+            await asyncio.sleep(0.0 if was_ready else _RESTART_PAUSE_S)
             self._incarnation += 1
             try:
                 self._process, self._socket = self._start()
@@ -197,7 +197,8 @@ class EngineClient:
                         was_stuck, self.stats = self.stats.is_stuck, stats
                         watchdog.heard(stats, time_s())
                         if outputs:
-                            router.tell(ReplicaOutputs(self.name, self._incarnation, outputs))
+                            said = (self.name, self._incarnation, outputs, stats.computed)
+                            router.tell(ReplicaOutputs(*said))
                         if stats.is_stuck != was_stuck:
                             stuck = ReplicaStuck(self.name, self._incarnation, stats.is_stuck)
                             router.tell(stuck)

@@ -81,6 +81,7 @@ class Entrance:
         if request.request_id in self._entries or request.request_id in self.collapsing:
             return [refusals.failed(request.request_id, refusals.id_in_use(request.request_id))]
         closed = self._closed()
+        self._placement.waited(self.room.longest_s(now))
         if closed is None and self.collapsing.join(request, now):
             return []
         refusal = closed or self.room.refusal(request.salt, request.priority, request, now)
@@ -103,6 +104,7 @@ class Entrance:
     def serve(self, now: float) -> list[Effect]:
         """Those that wait, as long as somebody has room for them."""
         effects: list[Effect] = []
+        self._placement.waited(self.room.longest_s(now))
         while self.room and self._placement.has_room():
             entry = self.room.take_first(now)
             effects += self._place(entry, now)

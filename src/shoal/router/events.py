@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from shoal.core.kv import KVOffer
 from shoal.core.request import ErrorInfo, GenerateRequest, Output
-from shoal.core.stats import EngineInfo, Lag
+from shoal.core.stats import Computed, EngineInfo, Lag
 from shoal.engine.blocks import BlockName
 
 
@@ -55,11 +55,16 @@ class ReplicaStuck:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaOutputs:
-    """What a replica produced: its Step's outputs come together."""
+    """What a replica produced: its Step's outputs come together.
+
+    Attributes:
+        computed: all that it has, by then; None: it does not tell.
+    """
 
     replica: str
     incarnation: int
     outputs: Sequence[Output]
+    computed: Computed | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,11 @@ slept itself doubts nobody: it has not listened. Knows nothing of what becomes o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
 
-from shoal.policy.breaker import Breaker
+from shoal.core.request import Output
+from shoal.policy.breaker import RECOVERED, Breaker
 from shoal.policy.hedging import LEAST_SILENCE_S, Lateness, silent_after_s
 from shoal.router.loads import Loads
 from shoal.router.records import Attempt, Replica
@@ -44,7 +46,8 @@ class Health:
         """A replica that a request should go to, to see whether it answers."""
         for name in self._limited:
             replica = self._replicas[name]
-            if replica.allowance == 1 and replica.alive and not replica.outstanding:
+            is_new = replica.allowance in (1, RECOVERED)
+            if is_new and replica.alive and not replica.outstanding:
                 return name
         return None
 
@@ -64,10 +67,16 @@ class Health:
     def heard(self, replica: str, now: float) -> None:
         self._heard_s[replica] = now
 
+    def said(self, replica: str, outputs: Sequence[Output], now: float) -> None:
+        """That a request is cancelled takes no worker."""
+        if any(each.finish != "cancelled" for each in outputs):
+            self.heard(replica, now)
+
     def look(self, replica: str) -> None:
         """Whether one in doubt has spoken since."""
         breaker = self._breakers[replica]
-        if breaker.is_open and self._heard_s[replica] > breaker.tripped_s:
+        has_spoken = self._heard_s[replica] > breaker.tripped_s
+        if breaker.is_open and has_spoken and not self._replicas[replica].is_stuck:
             breaker.spoke()
             self._allow(replica)
 
@@ -89,6 +98,18 @@ class Health:
         self._allow(replica)
         return self._breakers[replica].ends_s
 
+    def recovered(self, replica: str) -> None:
+        """It said itself that it can go on."""
+        self._breakers[replica].recovered()
+        self._allow(replica)
+
+    def believe_who_answered(self) -> None:
+        """Another one is gone: those that came back since are needed, all of them."""
+        for name in list(self._limited):
+            if self._breakers[name].has_answered:
+                self._breakers[name].close()
+                self._allow(name)
+
     def may_be_tried(self, replica: str, now: float) -> float | None:
         """It is, unless it is too early; then, when."""
         breaker = self._breakers[replica]
@@ -107,16 +128,15 @@ class Health:
         """
         heard_s = max(self._heard_s[replica], self.awake_s)
         expected: list[float] = []
-        gap_s, has_begun = 0.0, False
+        gaps_s: list[float] = []
         for each in attempts:
             if each.first_s is None:
                 due_s = each.sent_s + self._lateness.patience_s(each.predicted_s)
                 expected.append(max(due_s, heard_s) + LEAST_SILENCE_S)
             else:
-                has_begun = True
-                gap_s = max(gap_s, mean_gap_s(each))
-        if has_begun:
-            return heard_s + silent_after_s(gap_s, step_s)
+                gaps_s.append(mean_gap_s(each))
+        if gaps_s:
+            return heard_s + silent_after_s(median(gaps_s), step_s)
         return min(expected, default=None)
 
     def _allow(self, replica: str) -> None:

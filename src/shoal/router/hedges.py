@@ -19,7 +19,8 @@ from shoal.router.loads import Loads
 from shoal.router.placement import Placement
 from shoal.router.records import Attempt, Entry, Replica, can_go_on
 
-_MOST_RIVALS = 8
+_MOST_RIVALS, _TOKENS_PER_RIVAL = 8, 16
+"""Of a request: a long stream may have more."""
 
 
 class Hedges:
@@ -95,7 +96,7 @@ class Hedges:
         """Its replica is in doubt."""
         if not self._may_have_rival(entry):
             return []
-        place = self._place(entry, doubted.replica)
+        place = self._refuge(entry, doubted.replica)
         if place is None:
             return []
         self.stats.rescued += 1
@@ -109,7 +110,8 @@ class Hedges:
 
     def _may_have_rival(self, entry: Entry) -> bool:
         lead = entry.lead
-        if not self._is_on or lead is None or entry.num_rivals >= _MOST_RIVALS:
+        most = _MOST_RIVALS + len(entry.output_ids) // _TOKENS_PER_RIVAL
+        if not self._is_on or lead is None or entry.num_rivals >= most:
             return False
         return self.can_go_on(entry)
 
@@ -128,9 +130,20 @@ class Hedges:
 
     def _place(self, entry: Entry, replica: str) -> Replica | None:
         """Another one with a seat that is free."""
-        taken = {replica, *(each.replica for each in entry.attempts)}
+        taken = {replica, *entry.failed_at, *(each.replica for each in entry.attempts)}
         place = self._placement.choose(entry, taken)
         if place is None or place.info is None or place.is_drained or place.allowance is not None:
+            return None
+        return place if self._loads.of(place.name) < place.info.max_num_seqs else None
+
+    def _refuge(self, entry: Entry, replica: str) -> Replica | None:
+        """The same, but one that was tried since it was in doubt is good enough."""
+        taken = {replica, *(each.replica for each in entry.attempts)}
+        place = self._placement.choose(entry, taken)
+        if place is not None and not place.is_sound:
+            taken |= {each.name for each in self._replicas.values() if not each.is_sound}
+            place = self._placement.choose(entry, taken)
+        if place is None or place.info is None or place.is_drained:
             return None
         return place if self._loads.of(place.name) < place.info.max_num_seqs else None
 

@@ -24,16 +24,20 @@ class Loads:
         self._replicas = tuple(replicas.values())
         self._numbers = {each.name: number for number, each in enumerate(self._replicas)}
         self.counts: Floats = np.zeros(len(self._replicas))
+        self.num_changes = 0  # of counts
         # How fast each is beside the fastest, about; those that are nearly as fast count as equal.
         self.weights: Floats = np.ones(len(self._replicas))
         # Numbers of those that a request may be sent to, by whether it has begun; as asked for.
         self._fit: dict[bool, Numbers] = {}
         # Of those that may not have as many as they take.
         self._limited: set[int] = set()
+        # Those that requests leave: what is drained, or only starts them; in order.
+        self.left: list[Replica] = self._find_left()
 
     def add(self, replica: str, change: int) -> None:
         """It is about to have so many more."""
         self.counts[self._numbers[replica]] += change
+        self.num_changes += 1
 
     def of(self, replica: str) -> int:
         return int(self.counts[self._numbers[replica]])
@@ -61,6 +65,7 @@ class Loads:
 
     def drain(self, replica: str, is_drained: bool) -> None:
         self._replicas[self._numbers[replica]].is_drained = is_drained
+        self.left = self._find_left()
         self.fleet_changed()
 
     def allow(self, replica: str, most: int | None) -> None:
@@ -83,11 +88,10 @@ class Loads:
             self._fit[has_begun] = self._work_out(has_begun)
         fit = self._fit[has_begun]
         if but_not:
-            fit = np.array([n for n in fit if self._replicas[n].name not in but_not], dtype=int)
-        if self._limited:
-            free = [number for number in fit if not self._is_at_limit(number)]
-            fit = np.array(free, dtype=int) if free else fit
-        return fit
+            fit = self._without([self._numbers[name] for name in but_not], fit)
+        full = [number for number in self._limited if self._is_at_limit(number)]
+        free = self._without(full, fit) if full else fit
+        return free if len(free) else fit
 
     def taking(self, replica: str | None, has_begun: bool) -> Replica | None:
         """The replica of that name, if a request may be sent there."""
@@ -110,8 +114,17 @@ class Loads:
             assert self.of(replica.name) == len(replica.outstanding) + num_coming(replica.name)
         return {(each.name, request) for each in self._replicas for request in each.outstanding}
 
+    def _without(self, some: list[int], fit: Numbers) -> Numbers:
+        is_other = np.ones(len(self._replicas), dtype=bool)
+        is_other[some] = False
+        others: Numbers = fit[is_other[fit]]
+        return others
+
+    def _find_left(self) -> list[Replica]:
+        return [each for each in self._replicas if each.is_drained or each.role == "prefill"]
+
     def _is_at_limit(self, number: int) -> bool:
-        most = self._replicas[number].allowance if number in self._limited else None
+        most = self._replicas[number].allowance
         return most is not None and self.counts[number] >= most
 
     def _work_out(self, has_begun: bool) -> Numbers:

@@ -127,8 +127,7 @@ class Moves:
         """Requests that are to leave their replicas, and do not yet."""
         return [
             request_id
-            for replica in self._replicas.values()
-            if replica.is_drained or replica.role == "prefill"
+            for replica in self._loads.left
             for request_id in replica.outstanding
             if (replica.is_drained or self._is_done_at(replica, request_id))
             and request_id not in self
@@ -138,7 +137,7 @@ class Moves:
         """Requests that will leave their replicas once they have begun, as many as may."""
         return [
             request_id
-            for replica in self._replicas.values()
+            for replica in self._loads.left
             if replica.role == "prefill"
             for request_id in replica.outstanding
             if self.is_due_ahead(request_id)
@@ -159,15 +158,20 @@ class Moves:
         is_balancing = any(move.why == "balance" for move in self._moves.values())
         if not gap or not self._config.moves_kv or is_balancing:
             return None
-        fit = self._loads.fit(has_begun=True)
+        fit = [each for each in self._loads.fit(has_begun=True) if each.is_sound]
         if len(fit) < 2:
             return None
         fullest = max(fit, key=lambda replica: self._loads.crowd(replica.name))
         crowd = self._loads.crowd(fullest.name)
         if crowd - min(self._loads.crowd(each.name) for each in fit) < gap:
             return None
-        begun = (each for each in reversed(fullest.outstanding) if self._entries[each].has_begun)
-        return next((request_id for request_id in begun if request_id not in self), None)
+        there = (each for each in reversed(fullest.outstanding) if each not in self)
+        return next((each for each in there if self._is_settled(self._entries[each])), None)
+
+    @staticmethod
+    def _is_settled(entry: Entry) -> bool:
+        """It has one place, which has computed all of it."""
+        return entry.rival is None and entry.lead is not None and entry.lead.first_s is not None
 
     def better_place(self, request_id: str, *, ahead: bool = False) -> str | None:
         """Where a request goes that leaves its replica; None: it stays for now.
@@ -193,7 +197,8 @@ class Moves:
         return None if best is None else best.name
 
     def _may_take(self, replica: Replica, source: Replica) -> bool:
-        return replica is not source and not replica.is_drained and self._has_room(replica)
+        may_take = replica is not source and replica.is_sound and not replica.is_drained
+        return may_take and self._has_room(replica)
 
     def _num_leaving(self, source: Replica, ahead: bool) -> int:
         kinds = ("ahead",) if ahead else ("needed", "balance")

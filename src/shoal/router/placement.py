@@ -16,23 +16,19 @@ from random import Random
 import numpy as np
 
 from shoal.core.request import GenerateRequest, Output
-from shoal.core.stats import Prospect
+from shoal.core.stats import Computed, Prospect
 from shoal.core.step import BLOCK_SIZE
+from shoal.policy.admission import Promises
 from shoal.policy.routing import policy_named
-from shoal.policy.routing.fleet import Ask, Fleet, Floats, Numbers, Row
+from shoal.policy.routing.fleet import Ask, Fleet, Numbers, Row
 from shoal.policy.routing.learning import Correction
-from shoal.policy.routing.predicted import prediction
+from shoal.policy.routing.predicted import predicted, prediction
 from shoal.policy.routing.standing import UNKNOWN, Standing, Stay
 from shoal.policy.routing.typical import Typical
 from shoal.router.loads import Loads
 from shoal.router.prefix_index import PrefixIndex
 from shoal.router.records import Attempt, Entry, Replica, RouterConfig
-
-_SOON = 0.3
-"""Of the TTFT that is to be kept: so long may prompts wait at a replica while others wait here."""
-_SEATS_PER_CREDIT = 16
-WITHIN_SLO = 0.7
-"""Of the TTFT that is to be kept: predictions are off at times."""
+from shoal.router.vacancies import Vacancies
 
 _LOOK_EVERY = 64
 _MOVED = 0.05
@@ -55,6 +51,9 @@ class Placement:
         replicas, loads: the router's.
         rng: for policies that leave something to chance.
 
+    Attributes:
+        promises: of first tokens, made to those who wait.
+
     Raises:
         ConfigError: there is no policy of that name.
     """
@@ -69,14 +68,9 @@ class Placement:
         self._standings = [self._fresh(number) for number in range(len(self._replicas))]
         self._stays: dict[str, tuple[int, Stay]] = {}
         self._fleet = Fleet(len(self._replicas))
-        # What waits at each, by how fast prompts lately went there.
-        self._waits_s = np.zeros(len(self._replicas))
-        self._seen_token_s = np.zeros(len(self._replicas))
-        # Tokens of prompts that wait at each, and below which a pipeline is not full.
-        self._queued = np.zeros(len(self._replicas))
-        self._filling = np.zeros(len(self._replicas))
-        # Requests that each may have: as many as run there, and a few that come next.
-        self._places = np.ones(len(self._replicas))
+        predicts = self._policy is predicted
+        self._vacancies = Vacancies(config.slo, self._fleet, loads, predicts=predicts)
+        self.promises = Promises()
         self._index = PrefixIndex(len(self._replicas))
         self._typical = Typical()
         self._now = 0.0
@@ -95,43 +89,31 @@ class Placement:
         fit = self._fit(entry.has_begun, but_not)
         if not len(fit):
             return None
+        if entry.has_begun:
+            return self._soonest(fit, self._ask(entry))
         fleet = self._fleet
         if fleet.num_decided % max(_LOOK_EVERY, fleet.num_replicas) == 0:
             self._aim()
-        if not entry.has_begun:
-            fit = self._in_time(self._with_room(fit), self._ask(entry), fit)
+        with_room = self._vacancies.among(fit, self._now)
+        fit = with_room if len(with_room) else fit
         fleet.table[Row.NUM] = self._loads.counts
         number = self._policy(fleet, fit, self._ask(entry), self._now, self._rng)
         fleet.num_decided += 1
         return self._replicas[number]
 
+    def _soonest(self, fit: Numbers, ask: Ask) -> Replica:
+        """Whoever was interrupted goes where the next token comes first, whatever the policy."""
+        cached, rows = None if ask.cached is None else ask.cached[fit], self._fleet.table[:, fit]
+        ttft_s = prediction(list(rows), ask, cached, self._now, np.maximum).ttft_s
+        return self._replicas[int(fit[ttft_s.argmin()])]
+
+    def waited(self, seconds: float) -> None:
+        """So long has the request that waits for a replica longest."""
+        self._vacancies.waited(seconds)
+
     def has_room(self) -> bool:
         """Whether a replica could begin a new request soon, were it sent there now."""
-        return len(self._with_room(self._fit(False))) > 0
-
-    def _with_room(self, fit: Numbers) -> Numbers:
-        """Those that could."""
-        if not len(fit):
-            return fit
-        table, counts = self._fleet.table, self._loads.counts[fit]
-        waits_s = np.maximum(table[Row.FREE, fit] - self._now, self._waits_s[fit])
-        within = waits_s <= _SOON * self._fleet.target_ttft_s
-        within |= self._queued[fit] < self._filling[fit]
-        within &= (counts < self._places[fit]) & (table[Row.ROOM, fit] > 0)
-        if self._slo is not None and self._slo.tpot_s is not None:
-            within &= table[Row.GAP, fit] <= self._slo.tpot_s
-        with_room: Numbers = fit[within | (counts == 0)]
-        return with_room
-
-    def _in_time(self, with_room: Numbers, ask: Ask, fit: Numbers) -> Numbers:
-        """Those that also keep the SLO, as far as it was seen; else those; else all that fit."""
-        if not len(with_room):
-            return fit
-        if self._slo is None or self._slo.ttft_s is None:
-            return with_room
-        seen_s = self._seen_ttft_s(ask)[with_room]
-        in_time: Numbers = with_room[seen_s <= WITHIN_SLO * self._slo.ttft_s]
-        return in_time if len(in_time) else with_room
+        return len(self._vacancies.among(self._fit(False), self._now)) > 0
 
     def requests_per_s(self) -> float:
         """That replicas take together, about."""
@@ -150,14 +132,7 @@ class Placement:
         ask = Ask(1, 1.0)
         if request is not None:
             ask = self._ask(Entry(request, None, list(request.output_ids)))
-        cached, rows = None if ask.cached is None else ask.cached[fit], self._fleet.table[:, fit]
-        ttft_s = prediction(list(rows), ask, cached, self._now, np.maximum).ttft_s
-        return float(np.maximum(ttft_s, self._seen_ttft_s(ask)[fit]).min())
-
-    def _seen_ttft_s(self, ask: Ask) -> Floats:
-        """At each replica, by how fast prompts lately went there; 0: none did."""
-        new = ask.num_tokens if ask.cached is None else np.maximum(ask.num_tokens - ask.cached, 1)
-        return self._waits_s + new * self._seen_token_s
+        return self._vacancies.soonest_s(fit, ask, self._now)
 
     def predicted_s(self, entry: Entry, replica: str) -> float:
         """TTFT of a request, were it sent to that replica now."""
@@ -181,8 +156,7 @@ class Placement:
         standing = self._standings[number] = self._fresh(number)
         standing.seats, standing.chunk = info.max_num_seqs, info.max_num_batched_tokens
         standing.is_even, standing.tpot_target_s = info.is_even, info.tpot_target_s
-        self._places[number] = info.max_num_seqs + max(info.max_num_seqs // _SEATS_PER_CREDIT, 1)
-        self._filling[number] = info.filling_tokens
+        self._vacancies.ready(number, info)
         standing.room = info.num_kv_blocks * BLOCK_SIZE
         self._index.make_room(number, standing.room)
         self._fleet_changed()
@@ -194,6 +168,16 @@ class Placement:
         self._stays = {name: each for name, each in self._stays.items() if each[0] != number}
         self._standings[number] = self._fresh(number)
         self._fleet_changed()
+
+    def restarted(self, replica: str) -> None:
+        """Its workers were: what it had computed is gone."""
+        self._index.forget(self._numbers[replica])
+
+    def interrupted(self, replica: str) -> None:
+        """It says nothing: how fast it is will be seen when it does again."""
+        number = self._numbers[replica]
+        self._standings[number].interrupt(self._now)
+        self._renew(number)
 
     # --- what happens to attempts ---
 
@@ -214,7 +198,7 @@ class Placement:
         if not entry.request.tells_progress:
             self._standings[number].assume_begun(stay, self._now)
         self._fleet.table[Row.SENT, number] += 1
-        self._index.note(number, _tokens(entry), entry.request.salt)
+        self._index.note(number, _tokens(entry), entry.request.salt, entry.granules)
         self._renew(number)
 
     def left(self, attempt: Attempt) -> None:
@@ -223,10 +207,11 @@ class Placement:
         self._standings[number].end(stay, self._now, is_cut=not stay.is_over)
         self._renew(number)
 
-    def listen(self, replica: str) -> None:
-        """It is about to say something (`said`, then `learn`)."""
+    def listen(self, replica: str, computed: Computed | None) -> None:
+        """It is about to say something (`said`, then `learn`); by now it has computed so much."""
         number = self._numbers[replica]
         standing = self._standings[number]
+        standing.computed = computed
         context = standing.decoding / standing.begun if standing.begun else 0.0
         self._heard = _Heard(number, standing.begun, context)
 
@@ -238,6 +223,9 @@ class Placement:
             standing.said += len(output.token_ids)
         if output.token_ids and not stay.has_begun:
             standing.said -= 1
+            if entry.promise is not None:
+                self.promises.came(entry.promise, self._now)
+                entry.promise = None
             standing.begin(stay, output.num_cached_tokens, self._now)
             heard.is_telling = True
         if output.finish is not None:
@@ -245,7 +233,7 @@ class Placement:
             heard.is_telling |= stay.is_over and entry.request.tells_progress
             if stay.is_over:
                 self._typical.note_output(entry.request, len(entry.output_ids))
-                self._index.note(number, _tokens(entry), entry.request.salt)
+                self._index.note(number, _tokens(entry), entry.request.salt, entry.granules)
 
     def learn(self) -> None:
         """It has said all for now."""
@@ -293,7 +281,7 @@ class Placement:
         asked, asked_tokens, ask = self._asked or (None, 0, None)
         if ask is not None and asked is request and asked_tokens == num_tokens:
             return ask
-        cached = self._index.cached(_tokens(entry), request.salt)
+        cached = self._index.cached(_tokens(entry), request.salt, entry.granules)
         expected = self._typical.output_of(request)
         left = max(expected - len(entry.output_ids), expected / 4, 1.0)
         ask = Ask(num_tokens, left, cached)
@@ -337,12 +325,10 @@ class Placement:
 
     def _renew(self, number: int) -> None:
         fleet, standing = self._fleet, self._standings[number]
-        self._seen_token_s[number] = standing.seen_token_s
-        self._waits_s[number] = standing.seen_token_s * standing.queued
-        self._queued[number] = standing.queued
         fleet.table[: Row.NUM, number] = standing.column(
             self._now, fleet.target_ttft_s, fleet.target_tpot_s
         )
+        self._vacancies.renew(number, standing)
 
 
 def _tokens(entry: Entry) -> tuple[int, ...]:

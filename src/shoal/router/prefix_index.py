@@ -20,6 +20,9 @@ import numpy as np
 
 from shoal.policy.routing.fleet import Floats
 
+Granules = list[tuple[int, int]]
+"""Name and end of each, from the first on."""
+
 _SHORT, _LONG, _FIRST_LONG = 64, 256, 512
 _MOST_GRANULES = 1 << 18
 """Of all replicas together; about 60 MB."""
@@ -51,13 +54,19 @@ class PrefixIndex:
         """It remembers so many tokens."""
         self._kept[replica].room = min(max(num_tokens // _SHORT, 1), self._most)
 
-    def cached(self, tokens: Sequence[int], salt: str) -> Floats | None:
-        """Of each replica, how many tokens of a prompt's beginning it has; None: nobody has any."""
+    def cached(
+        self, tokens: Sequence[int], salt: str, known: Granules | None = None
+    ) -> Floats | None:
+        """Of each replica, how many tokens of a prompt's beginning it has; None: nobody has any.
+
+        Args:
+            known: granules of these tokens that were named before; those named now are added.
+        """
         if not self._holders:
             return None
         found: Floats | None = None
         holders, num_levels, length = -1, 0, 0
-        for name, end in _granules(tokens, salt):
+        for name, end in _granules(tokens, salt, known):
             still = holders & self._holders.get(name, 0)
             if still != holders:
                 if length:
@@ -69,10 +78,12 @@ class PrefixIndex:
             length = end
         return self._noted(found, holders, length) if length else found
 
-    def note(self, replica: int, tokens: Sequence[int], salt: str) -> None:
-        """A replica will have computed these."""
+    def note(
+        self, replica: int, tokens: Sequence[int], salt: str, known: Granules | None = None
+    ) -> None:
+        """A replica will have computed these; `known` as in `cached`."""
         kept, bit = self._kept[replica], 1 << replica
-        for name, _ in _granules(tokens, salt):
+        for name, _ in _granules(tokens, salt, known):
             holders = self._holders.get(name, 0)
             if holders & bit:
                 kept.again.add(name)
@@ -113,12 +124,17 @@ class PrefixIndex:
         return found
 
 
-def _granules(tokens: Sequence[int], salt: str) -> Iterator[tuple[int, int]]:
+def _granules(
+    tokens: Sequence[int], salt: str, known: Granules | None
+) -> Iterator[tuple[int, int]]:
     """Name and end of each, as asked for: most prompts are like no other from the first on."""
+    known = [] if known is None else known
+    yield from known
     # Python's own: of integers as good as any, and a few times faster than named blocks. That of
     # a text differs from process to process, so nobody can make tenants' prompts seem alike.
-    name, start = hash(salt), 0
+    name, start = known[-1] if known else (hash(salt), 0)
     while (end := start + (_SHORT if start < _FIRST_LONG else _LONG)) <= len(tokens):
         name = hash((name, tuple(tokens[start:end])))
+        known.append((name, end))
         yield name, end
         start = end

@@ -12,8 +12,12 @@ from shoal.core.request import GenerateRequest
 from shoal.core.speed import Speed
 from shoal.core.stats import EngineInfo
 from shoal.engine.blocks import BlockName
+from shoal.policy.admission import Promise
+from shoal.router.prefix_index import Granules
 
 Why = Literal["needed", "balance", "ahead", "prefix"]
+
+_PROGRESS_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +87,11 @@ class Replica:
     def alive(self) -> bool:
         return self.info is not None
 
+    @property
+    def is_sound(self) -> bool:
+        """It runs, and nothing says that it does not go on."""
+        return self.info is not None and self.allowance != 0 and not self.is_stuck
+
     def is_meant_for(self, has_begun: bool) -> bool:
         return self.role in ("any", "decode" if has_begun else "prefill")
 
@@ -119,12 +128,16 @@ class Entry:
         lead: the attempt whose tokens are delivered; None: it waits for a replica.
         rival: another one, from the same last token; who says the next token leads, and the
             other one ends. There is none without a lead.
-        num_lost: replicas that were lost under it, or failed at it.
+        num_lost: replicas that were lost under it, or failed at it, since it last got on.
+        num_lost_at: its tokens when one was lost last.
+        failed_at: replicas that failed at it, of the same.
         num_rivals: that were made for it.
         waits_since_s: for a replica (`router/waiting_room.py`); None: it has one.
         charged: weighted tokens, to its tenant.
+        promise: of its first token, if it had to wait; None: it came, or nothing was promised.
         names: of its full blocks, as far as they were asked for, at replicas whose KV is
             `named_for`.
+        granules: of its tokens, as far as they were asked for (`router/prefix_index.py`).
     """
 
     request: GenerateRequest
@@ -134,11 +147,15 @@ class Entry:
     rival: Attempt | None = None
     waits_since_s: float | None = None
     charged: float = 0.0
+    promise: Promise | None = None
     num_lost: int = 0
+    num_lost_at: int = 0
+    failed_at: tuple[str, ...] = ()
     num_attempts: int = 0
     num_rivals: int = 0
     named_for: str | None = None
     names: list[BlockName] = field(default_factory=list)
+    granules: Granules = field(default_factory=list)
 
     @property
     def replica(self) -> str | None:
@@ -160,6 +177,22 @@ class Entry:
     def num_tokens(self) -> int:
         """That are known of it."""
         return len(self.request.prompt_ids) + len(self.output_ids)
+
+    def note_lost(self) -> None:
+        """A replica was lost under it, or failed at it. Who got on meanwhile is not what ends
+        replicas."""
+        if self._has_got_on:
+            self.num_lost = 0
+        self.num_lost += 1
+        self.num_lost_at = len(self.output_ids)
+
+    def note_failed(self, replica: str) -> None:
+        """It failed at this request."""
+        self.failed_at = (replica,) if self._has_got_on else (*self.failed_at, replica)
+
+    @property
+    def _has_got_on(self) -> bool:
+        return len(self.output_ids) - self.num_lost_at >= _PROGRESS_TOKENS
 
     @property
     def has_begun(self) -> bool:

@@ -112,11 +112,19 @@ class Relocations:
         if move.why == "ahead" and move.is_here:
             return []  # until it has begun
         effects = self._moves.end(move.request_id)
-        if move.why == "ahead":
-            return effects
+        entry = self._entries[move.request_id]
         if move.why == "prefix":
-            return [*effects, *self._send(self._entries[move.request_id], now)]
+            return [*effects, *self._send(entry, now)]
+        if move.why == "ahead" or not self._is_worth_it(move, entry):
+            return effects
         return [*effects, *self._send_over(move.request_id, move.target, now)]
+
+    @staticmethod
+    def _is_worth_it(move: Move, entry: Entry) -> bool:
+        """It is still where it was to leave; for balance alone nothing is computed again."""
+        if entry.replica != move.source:
+            return False
+        return move.why == "needed" or (move.is_here and entry.rival is None)
 
     def _send_over(self, request_id: str, target: str, now: float) -> list[Effect]:
         """From now on what the old replica says of it counts no more."""

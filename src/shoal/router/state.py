@@ -261,7 +261,7 @@ class RouterState:
         self._attempts.lost(entry, lost)
         if entry.lead is not None:
             return self._moves.end(request_id)
-        entry.num_lost += 1
+        entry.note_lost()
         bound_for = self._moves.target_of(request_id)
         effects = self._moves.end(request_id)
         if entry.num_lost >= self._config.max_lost:
@@ -276,8 +276,8 @@ class RouterState:
         if event.incarnation != replica.incarnation:
             return []
         outputs, effects = [], list[Effect]()
-        self._placement.listen(event.replica)
-        self._watch.health.heard(event.replica, now)
+        self._placement.listen(event.replica, event.computed)
+        self._watch.health.said(event.replica, event.outputs, now)
         for output in event.outputs:
             entry, attempt = self._attempts.of(output.request_id)
             if entry is None or attempt is None or attempt.replica != event.replica:
@@ -332,18 +332,17 @@ class RouterState:
         """A request that a replica failed at goes on at another one; None: it is over."""
         if error.status in refusals.OF_REPLICAS:
             self._watch.health.failed(attempt.replica, now)
+        entry.note_failed(attempt.replica)
         if entry.rival is not None:
             return [*self._attempts.end(entry, attempt)]
         if not may_go_on:
             return None
-        place = self._placement.choose(entry, (attempt.replica,))
+        place = self._placement.choose(entry, entry.failed_at)
         if place is None or not self._watch.hedges.may_retry(entry, self._config.max_lost):
             return None
-        entry.num_lost += 1
+        entry.note_lost()
         effects = [*self._attempts.end(entry, attempt), *self._moves.end(entry.request.request_id)]
         return [*effects, *self._place(entry, now, place.name)]
-
-    # --- time ---
 
     def _abandon(self) -> list[Effect]:
         error = refusals.shutting_down("shutting_down")
@@ -360,7 +359,8 @@ class RouterState:
         if wanted is None and not entry.has_begun:
             wanted = self._watch.health.wants_trial()
         has_kv = self._loads.taking(wanted, entry.has_begun)
-        replica = has_kv or self._placement.choose(entry)
+        replica = has_kv or self._placement.choose(entry, entry.failed_at)
+        replica = replica or self._placement.choose(entry)
         if replica is None:
             self._entrance.room.put_back(entry, now)
             return []

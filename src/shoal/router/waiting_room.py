@@ -12,9 +12,9 @@ from collections.abc import Iterator
 
 from shoal.core.errors import RequestError
 from shoal.core.request import GenerateRequest
-from shoal.policy.admission import OUTPUT_WEIGHT, TIMES_FREE, Departures, Shares
+from shoal.policy.admission import OUTPUT_WEIGHT, TIMES_FREE, Departures, Promise, Shares
 from shoal.router import refusals
-from shoal.router.placement import WITHIN_SLO, Placement
+from shoal.router.placement import Placement
 from shoal.router.records import Entry, RouterConfig
 
 _SHORTEST_RETRY_S = 1.0
@@ -33,6 +33,7 @@ class WaitingRoom:
         self._num_of: dict[str, int] = {}
         self._shares = Shares()
         self._departures = Departures()
+        self._promised: Promise | None = None  # to who comes in next, if it waits
 
     def __len__(self) -> int:
         return self._num_waiting + len(self._returned)
@@ -58,6 +59,7 @@ class WaitingRoom:
         Args:
             request: None: it is not known yet what is asked.
         """
+        self._promised = None
         if self.is_passed_by:
             return None
         tenant = tenant_of(salt)
@@ -67,8 +69,9 @@ class WaitingRoom:
         if self._ttft_s is None or soonest_s is None:
             return None
         ttft_s = self._num_ahead(tenant, priority) / self._per_s(now) + soonest_s
-        late_s = ttft_s - self._ttft_s * WITHIN_SLO
+        late_s = ttft_s - self._ttft_s / self._placement.promises.margin
         if late_s <= 0:
+            self._promised = Promise(now, ttft_s)
             return None
         return refusals.too_late(ttft_s, self._ttft_s, max(late_s, _SHORTEST_RETRY_S))
 
@@ -87,6 +90,11 @@ class WaitingRoom:
     def _per_s(self, now: float) -> float:
         return self._departures.per_s(now, self._placement.requests_per_s())
 
+    def longest_s(self, now: float) -> float:
+        """That one of those whose turn comes next has waited."""
+        heads = [each[0] for of_tenants in self._queues.values() for each in of_tenants.values()]
+        return max((now - (each.waits_since_s or now) for each in heads), default=0.0)
+
     # --- in and out ---
 
     def put(self, entry: Entry, now: float) -> None:
@@ -96,7 +104,7 @@ class WaitingRoom:
             self._shares.came(tenant, self._num_of)
         if not self._num_waiting:
             self._departures.begin(now)
-        entry.waits_since_s = now
+        entry.waits_since_s, entry.promise = now, self._promised
         of_tenants = self._queues.setdefault(entry.request.priority, {})
         of_tenants.setdefault(tenant, deque()).append(entry)
         self._num_of[tenant] = self._num_of.get(tenant, 0) + 1

@@ -102,7 +102,12 @@ class Watch:
     def stuck(self, name: str, is_stuck: bool, now: float) -> list[Effect]:
         """A replica said itself that it cannot go on for now, or that it can again."""
         self._replicas[name].is_stuck = is_stuck
-        if not is_stuck or not self._has_others(name):
+        if not is_stuck:
+            self.health.recovered(name)
+            self._placement.restarted(name)
+            return []
+        if not self._has_others(name):
+            self._listen_to(name, now + _AGAIN_S)
             return []
         return self._rescue_from(name, self._attempts_at(name), now)
 
@@ -169,15 +174,19 @@ class Watch:
         self._listened_to.discard(name)
         self.health.look(name)
         there = self._attempts_at(name)
-        step_s = self._placement.step_s(name)
-        silent_s = self.health.silent_at(name, [each for _, each in there], step_s)
-        if silent_s is None:
+        streams = [(entry, each) for entry, each in there if entry.request.tells_progress]
+        if self._replicas[name].is_sound:
+            step_s = self._placement.step_s(name)
+            silent_s = self.health.silent_at(name, [each for _, each in streams], step_s)
+            if silent_s is None:
+                return []
+            if now < silent_s:
+                self._listen_to(name, max(silent_s, now + _SOONEST_S))
+                return self._look_at_streams(streams, step_s, now)
+        if not there:
             return []
-        if now < silent_s:
-            self._listen_to(name, max(silent_s, now + _SOONEST_S))
-            return self._look_at_streams(there, step_s, now)
         if not self._has_others(name):
-            self._listen_to(name, now + LEAST_SILENCE_S)
+            self._listen_to(name, now + _AGAIN_S)
             return []
         return self._rescue_from(name, there, now)
 
@@ -189,12 +198,17 @@ class Watch:
         effects: list[Effect] = []
         for entry, attempt in there:
             if all(self.health.is_in_doubt(each.replica) for each in entry.attempts):
-                effects += self.hedges.rescue(entry, attempt, now)
+                rescue = self.hedges.rescue(entry, attempt, now)
+                if rescue:
+                    rescue += self._moves.end(entry.request.request_id)
+                effects += rescue
         return effects
 
     def _doubt(self, name: str, now: float) -> None:
         if not self.health.is_in_doubt(name):
             self.stats.doubted += 1
+            self.health.believe_who_answered()
+            self._placement.interrupted(name)
             self._alarms.set(self.health.doubt(name, now), "trial", name)
 
     def _look_at_streams(
@@ -209,20 +223,19 @@ class Watch:
         return effects
 
     def _attempts_at(self, name: str) -> list[tuple[Entry, Attempt]]:
-        """Those that were sent, and would say how they get on."""
+        """Those that were sent."""
         found = []
         for request_id in self._replicas[name].outstanding:
             entry = self._entries[request_id]
             move = self._moves.of(request_id)
-            waits_for_kv = move is not None and move.why == "prefix"
-            if entry.request.tells_progress and not waits_for_kv:
+            if move is None or move.why != "prefix":  # which waits for KV
                 found += [(entry, each) for each in entry.attempts if each.replica == name]
         return found
 
     def _has_others(self, name: str) -> bool:
         """Who could go on with what is there."""
         return any(
-            each.alive and not each.is_drained and not self.health.is_in_doubt(each.name)
+            each.is_sound and not each.is_drained
             for each in self._replicas.values()
             if each.name != name
         )

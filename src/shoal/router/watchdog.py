@@ -51,8 +51,8 @@ class Watchdog:
         self._heard_s = now
         # Workers being started again, or waiting for a link, are their executor's to follow.
         is_excused = stats.num_running == 0 or stats.recovering
-        if stats.steps != self._num_steps or is_excused:
-            self._num_steps, self._progress_s = stats.steps, now
+        if stats.computed.steps != self._num_steps or is_excused:
+            self._num_steps, self._progress_s = stats.computed.steps, now
 
     def complaint(self, now: float) -> str | None:
         """Why the process should be ended now, if it should."""

@@ -141,6 +141,7 @@ def _shown(context: EdgeContext) -> Response:
             "alive": each.is_alive,
             "drained": each.is_drained,
             "requests": each.num_requests,
+            "sent": each.num_sent,
             **_prospect(each),
             **_lag(each, stats[name]),
             **_instances(stats[name]),

@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Numbers = NDArray[np.int64]
 
+FEW = 8
+"""Replicas that are looked at one by one: an array of a few costs more than its numbers."""
+
 
 class Row(IntEnum):
     """Of the table: what is known of each replica. Seconds, unless it says otherwise.

@@ -19,13 +19,15 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from shoal.policy.routing.fleet import Ask, Fleet, Floats, Numbers, Row
+from shoal.policy.routing.fleet import FEW, Ask, Fleet, Floats, Numbers, Row
 from shoal.policy.routing.standing import KNEE, STEEPNESS
 
 Value = TypeVar("Value", Floats, float)
 
 _PROBE_ONE_OF = 50
 _PROBE_TOKENS = 2048
+_MOST_IN_VAIN = 4
+"""Times as many replicas as a request may go to: so far, looking at all takes less than picking."""
 
 
 class Prediction(NamedTuple, Generic[Value]):
@@ -42,20 +44,39 @@ class Prediction(NamedTuple, Generic[Value]):
 
 def predicted(fleet: Fleet, fit: Numbers, ask: Ask, now: float, rng: Random) -> int:
     del rng
-    rows, cached = fleet.rows, ask.cached
-    if len(fit) < fleet.num_replicas:
-        rows = list(fleet.table[:, fit])
-        cached = None if cached is None else cached[fit]
     if fleet.num_decided - fleet.num_at_probe >= _PROBE_ONE_OF and ask.num_tokens <= _PROBE_TOKENS:
-        due = int(rows[Row.PROBE].argmin())
-        if rows[Row.PROBE][due] <= now:
+        probes_s = fleet.rows[Row.PROBE][fit]
+        due = int(probes_s.argmin())
+        if probes_s[due] <= now:
             fleet.num_at_probe = fleet.num_decided
             return int(fit[due])
-    ttft_s, tpot_s, own_s = prediction(rows, ask, cached, now, np.maximum)
-    total = _cost(ttft_s / fleet.target_ttft_s) + _cost(tpot_s / fleet.target_tpot_s)
-    total += rows[Row.HARM] + rows[Row.HARM_PER_TOKEN] * ask.num_tokens
-    total += (rows[Row.HARM_PER_SECOND] + rows[Row.HARM_PER_SQUARE] * own_s) * own_s
-    return int(fit[total.argmin()])
+    if len(fit) <= FEW:
+        held = [None] * len(fit) if ask.cached is None else ask.cached[fit].tolist()
+        columns = zip(fleet.table[:, fit].T.tolist(), held, strict=True)
+        totals = [_total(fleet, column, ask, each, now, max) for column, each in columns]
+        return int(fit[totals.index(min(totals))])
+    if _MOST_IN_VAIN * len(fit) >= fleet.num_replicas:
+        return int(fit[_total(fleet, fleet.rows, ask, ask.cached, now, np.maximum)[fit].argmin()])
+    cached = None if ask.cached is None else ask.cached[fit]
+    rows = list(fleet.table[:, fit])
+    return int(fit[_total(fleet, rows, ask, cached, now, np.maximum).argmin()])
+
+
+def _total(
+    fleet: Fleet,
+    rows: Sequence[Value],
+    ask: Ask,
+    cached: Value | None,
+    now: float,
+    larger: Callable[[Value, Any], Value],
+) -> Value:
+    """What a request costs itself and others, as shares of targets; as `prediction`."""
+    ttft_s, tpot_s, own_s = prediction(rows, ask, cached, now, larger)
+    total = _cost(ttft_s / fleet.target_ttft_s, larger) + _cost(
+        tpot_s / fleet.target_tpot_s, larger
+    )
+    total = total + (rows[Row.HARM] + rows[Row.HARM_PER_TOKEN] * ask.num_tokens)
+    return total + (rows[Row.HARM_PER_SECOND] + rows[Row.HARM_PER_SQUARE] * own_s) * own_s
 
 
 def prediction(
@@ -85,6 +106,6 @@ def prediction(
     return Prediction(ttft_s * slower, tpot_s, own_s)
 
 
-def _cost(shares: Floats) -> Floats:
-    beyond = np.maximum(shares - KNEE, 0.0)
+def _cost(shares: Value, larger: Callable[[Value, Any], Value]) -> Value:
+    beyond = larger(shares - KNEE, 0.0)
     return shares + STEEPNESS * beyond * beyond

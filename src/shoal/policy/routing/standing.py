@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from itertools import islice
 
 from shoal.core.speed import Speed
+from shoal.core.stats import Computed
 from shoal.policy.batching import prompts_share
 from shoal.policy.routing.learning import Correction
 
@@ -27,8 +27,6 @@ _FEWEST_BEGINS, _BEGINS_KEPT = 4, 9
 _MOST_SHARE = 0.75
 _PATIENCE, _PATIENCE_S = 1.3, 0.05
 _PROBE_EVERY_S = 4.0
-_PROMPTS_AT_ONCE = 8
-"""That Steps between two tokens to learn from have a part in; others wait."""
 KNEE, STEEPNESS = 0.7, 4.0
 """Of what a share of a target costs: more than the share, beyond the knee."""
 _NEVER = float("inf")
@@ -40,7 +38,7 @@ class Stay:
 
     Attributes:
         tokens, pairs: of its prompt that are to be computed, as far as known, and pairs of them and
-            those before; `done`: of the tokens, about.
+            those before.
         prompt: tokens that are known; `output`: that it is expected to give.
         is_over: its replica said that it is.
     """
@@ -51,7 +49,6 @@ class Stay:
     output: float
     has_begun: bool = False
     is_over: bool = False
-    done: float = 0.0
 
     @property
     def context(self) -> float:
@@ -71,7 +68,11 @@ class Standing:
         begun: stays with one; `decoding`: tokens of their contexts.
         context, output: of all.
         learned_s: when a stretch of work was last learned from; None: it has been cut short.
-        said: tokens since then, of those that decode; `came`, `came_pairs`: of prompts.
+        said: tokens since then, of those that decode; `came`, `came_pairs`: of prompts that got
+            their first one.
+        computed, learned: all that it has computed, as it told last, and when it was last learned
+            from; None: it does not tell.
+        ahead: tokens of prompts that wait, which it has computed already.
         begins: when prompts were done lately, while others waited, and their tokens;
             `before_token_s`: `seen_token_s`, of others before them.
         prompt_share: of its time that prompts take, lately; `rate`: requests a second.
@@ -96,6 +97,9 @@ class Standing:
     said: int = 0
     came: float = 0.0
     came_pairs: float = 0.0
+    computed: Computed | None = None
+    learned: Computed | None = None
+    ahead: float = 0.0
     begins: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_BEGINS_KEPT))
     before_token_s: float = 0.0
     sent_s: float = -_NEVER
@@ -116,19 +120,19 @@ class Standing:
         return self.begun + len(self.waiting)
 
     @property
-    def usual(self) -> float:
-        """How many times as long as predicted it takes while nothing is wrong."""
-        return self.correction.usual or self.correction.factor
+    def is_unproven(self) -> bool:
+        """Nobody knew how fast it is, and nothing was seen."""
+        return self.correction.usual is None
 
     def alone_s(self, num_tokens: float) -> float:
         """TTFT of a prompt of so many tokens that comes to nobody else, as it usually is."""
         speed, steps = self.speed, num_tokens // self.chunk + 1
-        pairs_s = speed.pair_s * num_tokens * num_tokens / 2
-        return self.usual * (speed.step_s * steps + speed.token_s * num_tokens + pairs_s)
+        prompt_s = speed.token_s * num_tokens + speed.pair_s * num_tokens * num_tokens / 2
+        return self.correction.usually(prompt_s, speed.step_s * steps)
 
     def alone_gap_s(self, num_tokens: float) -> float:
         """TPOT of the same."""
-        return self.usual * self.speed.step(0, 1, num_tokens)
+        return self.correction.usually(0.0, self.speed.step(0, 1, num_tokens))
 
     # --- what happens ---
 
@@ -156,9 +160,9 @@ class Standing:
             pairs = computed * (stay.prompt - computed / 2)
         else:
             computed, pairs = stay.tokens, stay.pairs
-        left = max(computed - stay.done, 0.0)
-        self.came += left
-        self.came_pairs += pairs * left / computed
+        self.came += computed
+        self.came_pairs += pairs
+        self.ahead -= computed
         self.assume_begun(stay, now)
 
     def assume_begun(self, stay: Stay, now: float) -> None:
@@ -183,6 +187,13 @@ class Standing:
         if not self.num:
             self.queued = self.queued_pairs = self.decoding = self.context = self.output = 0.0
 
+    def interrupt(self, now: float) -> None:
+        """It does nothing, and is not to be thought slow for it."""
+        self.learned_s, self.said = None, 0
+        self.before_token_s = self.seen_token_s
+        self.begins.clear()
+        self.begins.append((now, 0.0))
+
     def learn(self, now: float, num_begun: int, context: float) -> None:
         """A request got its first or its last token: what the work until now took.
 
@@ -193,25 +204,22 @@ class Standing:
             self._start_over(now)
             return
         elapsed_s, speed = now - self.learned_s, self.speed
-        steps = self.said / num_begun if num_begun else 0.0
-        self._note_chunks(steps)
-        steps = max(steps, self.came / self.chunk, 1.0)
+        if self.computed is not None and self.learned is not None:
+            steps = float(self.computed.steps - self.learned.steps)
+            tokens = float(self.computed.prompt_tokens - self.learned.prompt_tokens)
+            pairs = self.computed.prompt_pairs - self.learned.prompt_pairs
+        elif self.waiting and not self.came:
+            return  # some of the time went into prompts that wait still, nobody knows how much
+        else:
+            tokens, pairs = self.came, self.came_pairs
+            steps = max(self.said / num_begun if num_begun else 0.0, tokens / self.chunk, 1.0)
         rest_s = speed.step_s * steps + (speed.row_s + speed.context_s * context) * self.said
-        prompts_s = speed.token_s * self.came + speed.pair_s * self.came_pairs
+        prompts_s = speed.token_s * tokens + speed.pair_s * pairs
         self.correction.note(prompts_s, rest_s, elapsed_s)
+        self.ahead = max(self.ahead + tokens, 0.0) if self.waiting else 0.0
+        if tokens:
+            self.since_s = now
         self._start_over(now)
-
-    def _note_chunks(self, steps: float) -> None:
-        """Of prompts that wait still: Steps that went by have computed some."""
-        left = max(steps * self._chunk() - self.said - self.came, 0.0)
-        for stay in islice(self.waiting.values(), _PROMPTS_AT_ONCE):
-            if left <= 0:
-                return
-            share = min(max(stay.tokens - 1 - stay.done, 0.0), left)
-            stay.done += share
-            left -= share
-            self.came += share
-            self.came_pairs += stay.pairs * share / max(stay.tokens, 1.0)
 
     def _chunk(self) -> float:
         """Tokens of prompts that a Step holds beside those that decode."""
@@ -223,6 +231,7 @@ class Standing:
 
     def _start_over(self, now: float) -> None:
         self.learned_s, self.said, self.came, self.came_pairs = now, 0, 0.0, 0.0
+        self.learned = self.computed
 
     def _unqueue(self, stay: Stay, now: float) -> None:
         del self.waiting[id(stay)]
@@ -264,6 +273,10 @@ class Standing:
         head = next(iter(self.waiting.values()), None)
         head_s = 0.0 if head is None else per_token * head.tokens + pair_s * head.pairs
         waits_s = per_token * self.queued + pair_s * self.queued_pairs
+        if head is not None and self.ahead:
+            waits_s *= max(1 - self.ahead / self.queued, 0.0)
+            at_once = len(self.waiting) if self.is_even and self.begun else 1
+            head_s *= max(1 - self.ahead / (at_once * head.tokens), 0.0)
         waits_s -= min(max(now - self.since_s, 0.0), head_s)
         is_full = self.begun >= self.seats or self.context > self.room
         # Prompts take turns with what decodes: that is slower by their share of the time.

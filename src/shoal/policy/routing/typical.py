@@ -54,7 +54,7 @@ class Typical:
         """Of a replica's time that one of many such requests takes, as it usually is."""
         speed = standing.speed
         each_s = speed.step_s / _CROWD + speed.row_s + speed.context_s * self.prompt
-        return standing.usual * (speed.token_s * self.prompt + self.output * each_s)
+        return standing.correction.usually(speed.token_s * self.prompt, self.output * each_s)
 
 
 def _class_of(limit: int | None) -> int:

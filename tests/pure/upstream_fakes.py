@@ -70,6 +70,8 @@ class FakeUpstream:
         num_tokens, delay_s: of its own streams.
         asked: clients' requests.
         num_gone: of which the client hung up.
+        works: otherwise checks are answered with 500.
+        listens, generates: clear while what asks for its models, or to generate, waits.
     """
 
     model: str = "theirs"
@@ -81,8 +83,14 @@ class FakeUpstream:
     num_gone: int = 0
     port: int = 0
     works: bool = True
+    listens: asyncio.Event = field(default_factory=asyncio.Event)
+    generates: asyncio.Event = field(default_factory=asyncio.Event)
     readers: list[asyncio.StreamReader] = field(default_factory=list)
     writers: list[asyncio.StreamWriter] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.listens.set()
+        self.generates.set()
 
     @property
     def url(self) -> str:
@@ -101,9 +109,11 @@ class FakeUpstream:
             while True:
                 asked = await _read(reader)
                 if asked.method == "GET":
+                    await self.listens.wait()
                     writer.write(whole(200, {"data": [{"id": self.model}]}))
                 elif asked.body.get("max_tokens") == 1 and "stream" not in asked.body:
                     self.num_checks += 1
+                    await self.generates.wait()
                     writer.write(whole(200 if self.works else 500, {"choices": []}))
                 else:
                     self.asked.append(asked)
@@ -166,6 +176,7 @@ async def fronting(
     limits: UpstreamLimits | None = None,
     times: CheckTimes = TIMES,
     num_ready: int | None = None,
+    hedging: bool = False,
     **config: Any,
 ) -> AsyncIterator[Front]:
     """The app over uvicorn in this loop; there when so many upstreams are in service."""
@@ -175,7 +186,7 @@ async def fronting(
     settings = RouterConfig(
         replicas=tuple(each.name for each in clients),
         homeless_timeout_s=5.0,
-        hedging=False,
+        hedging=hedging,
         collapse=False,
     )
     async with Router(RouterState(settings, random.Random(0)), list(clients), clock) as router:

@@ -24,6 +24,7 @@ from shoal.core.request import ErrorInfo, SamplingParams
 from shoal.router.upstream.bodies import COMMITTED, read_fields, value_of
 from shoal.router.upstream.records import Call, ProxiedOutput, ProxiedRequest, stand_in_ids
 from shoal.server.config import EdgeContext
+from shoal.server.cork import corked
 from shoal.server.errors import error_response
 from shoal.server.proxy_output import checked
 from shoal.server.proxy_stream import ProxiedStream
@@ -161,7 +162,8 @@ class _Answer(Response):
         async def work() -> None:
             output = await self._output()
             response = Response(output.data, output.status, media_type="application/json")
-            await response(scope, receive, send)
+            with corked(scope):
+                await response(scope, receive, send)
 
         await unless_hung_up(receive, work())
 

@@ -23,6 +23,7 @@ from shoal.core.request import ErrorInfo, Output
 from shoal.observe import CompletionTimer
 from shoal.router.upstream.records import Backlog, ProxiedOutput, ProxiedRequest
 from shoal.server.config import EdgeContext
+from shoal.server.cork import corked
 from shoal.server.errors import error_payload
 from shoal.server.express import can_write, socket_of
 from shoal.server.proxy_output import checked
@@ -67,17 +68,22 @@ class ProxiedStream(Response):
                 response = Response(first.data, first.status, media_type="application/json")
                 await response(scope, receive, send)
                 return
-            await send({"type": "http.response.start", "status": 200, "headers": EVENT_HEADERS})
             send_body = scope.get("state", {}).get(SEND_BODY, send)
             with StallWatch(self._context.config.stall_timeout_s) as watch:
                 try:
-                    await self._send_all(first, outputs, send_body, way, watch)
+                    self._reason = first.finish or self._reason
+                    watch.begin()
+                    with corked(scope):
+                        await send(_head())
+                        await send_body(_body(first.data, more_body=first.finish is None))
+                    watch.end()
+                    await self._send_rest(first, outputs, send_body, way, watch)
                 except asyncio.CancelledError:
                     if not watch.stalled:
                         raise
                     _log.warning("request %s dropped: the client stalled", self._label)
 
-    async def _send_all(
+    async def _send_rest(
         self,
         first: ProxiedOutput,
         outputs: AsyncGenerator[Output, None],
@@ -88,11 +94,6 @@ class ProxiedStream(Response):
         backlog = self._request.call.backlog
         output = first
         while True:
-            if output.finish is not None:
-                self._reason = output.finish
-            watch.begin()
-            await send(_body(output.data, more_body=output.finish is None))
-            watch.end()
             backlog.took(len(output.data))
             if output.finish is not None:
                 return
@@ -107,6 +108,10 @@ class ProxiedStream(Response):
                 await send(_body(payload, more_body=False))
                 return
             way.count(output, self._context.clock.now())
+            self._reason = output.finish or self._reason
+            watch.begin()
+            await send(_body(output.data, more_body=output.finish is None))
+            watch.end()
 
 
 class ShortWay:
@@ -141,6 +146,10 @@ class ShortWay:
         cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
         self._backlog.took(len(data))
         return True
+
+
+def _head() -> Message:
+    return {"type": "http.response.start", "status": 200, "headers": EVENT_HEADERS}
 
 
 def _body(data: bytes, *, more_body: bool) -> Message:

@@ -30,11 +30,15 @@ class CheckError(Exception):
 
     Args:
         is_gone: nobody listens there.
+        is_late: it did not answer in time.
+        is_busy: it answers, but generated nothing in time.
     """
 
-    def __init__(self, message: str, *, is_gone: bool = False) -> None:
+    def __init__(
+        self, message: str, *, is_gone: bool = False, is_late: bool = False, is_busy: bool = False
+    ) -> None:
         super().__init__(message)
-        self.is_gone = is_gone
+        self.is_gone, self.is_late, self.is_busy = is_gone, is_late, is_busy
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +124,8 @@ async def generates(
         except CheckError as error:
             if error.is_gone:
                 raise
+            if error.is_late:
+                raise CheckError(str(error), is_busy=True) from error
             reason = reason or str(error)
         else:
             return path
@@ -151,7 +157,8 @@ async def _ask(
                 raise
             # Of a whole answer the connection is the pool's, and may be somebody's by now.
     except TimeoutError as error:
-        raise CheckError(f"{path} was not answered within {timeout_s:g} s") from error
+        late = f"{path} was not answered within {timeout_s:g} s"
+        raise CheckError(late, is_late=True) from error
     except (OSError, UnicodeError) as error:
         raise CheckError(f"cannot connect: {error}", is_gone=True) from error
     if not 200 <= status < 300:

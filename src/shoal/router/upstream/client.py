@@ -20,7 +20,13 @@ from shoal.core.request import ErrorInfo, GenerateRequest
 from shoal.core.stats import EngineInfo, EngineStats
 from shoal.core.step_times import InstanceStep
 from shoal.router.driver import Router
-from shoal.router.events import AttemptFailed, ReplicaLost, ReplicaOutputs, ReplicaReady
+from shoal.router.events import (
+    AttemptFailed,
+    ReplicaLost,
+    ReplicaOutputs,
+    ReplicaReady,
+    ReplicaStuck,
+)
 from shoal.router.upstream.address import Address
 from shoal.router.upstream.attempts import Attempt, UpstreamLimits
 from shoal.router.upstream.bodies import body_for
@@ -39,11 +45,14 @@ class CheckTimes:
     """
     Attributes:
         every_s: a check is made when nothing else showed for so long that an upstream works.
+        silence_s: one that has something to answer, and says nothing for so long, is asked whether
+            it still listens.
         timeout_s: for each question of it.
         first_retry_s, max_retry_s: pauses while it does not work, each twice the last.
     """
 
     every_s: float = 30.0
+    silence_s: float = 5.0
     timeout_s: float = 20.0
     first_retry_s: float = 0.5
     max_retry_s: float = 10.0
@@ -67,6 +76,8 @@ class UpstreamClient:
         self._limits, self._times = limits or UpstreamLimits(), times or CheckTimes()
         self._pool = Pool(address)
         self._router: Router | None = None
+        # Asking for it with every token costs a system call each time.
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._incarnation = 0
         self._models: dict[str, str] = {}
         self._continues = False
@@ -75,6 +86,7 @@ class UpstreamClient:
         self._connecting: set[asyncio.Task[None]] = set()
         self._doubt = asyncio.Event()
         self._spoke_s = 0.0
+        self._is_stuck = False
         self._num_prompt_tokens = self._num_output_tokens = 0
 
     @property
@@ -134,14 +146,15 @@ class UpstreamClient:
 
     async def run(self, router: Router) -> None:
         """Check it, now and then, and say whether requests may be sent there."""
-        self._router = router
+        self._router, self._loop = router, asyncio.get_running_loop()
         while True:
             await self._until_it_works(router)
-            reason = await self._until_it_fails()
+            reason = await self._until_it_fails(router)
             log.warning("%s is out of service: %s", self.name, reason)
             self._drop_all()
             router.tell(ReplicaLost(self.name, self._incarnation, reason))
             self._incarnation += 1
+            self._is_stuck = False
 
     async def close(self) -> None:
         self._drop_all()
@@ -153,7 +166,8 @@ class UpstreamClient:
 
     def said(self, output: ProxiedOutput) -> None:
         assert self._router is not None
-        self._spoke_s = asyncio.get_running_loop().time()
+        assert self._loop is not None
+        self._spoke_s = self._loop.time()
         self._num_output_tokens += len(output.token_ids)
         self._router.tell(ReplicaOutputs(self.name, self._incarnation, [output]))
 
@@ -220,28 +234,45 @@ class UpstreamClient:
             router.tell(ReplicaReady(self.name, self._incarnation, info))
             return
 
-    async def _until_it_fails(self) -> str:
+    async def _until_it_fails(self, router: Router) -> str:
         """The reason."""
         loop, times, num_failed = asyncio.get_running_loop(), self._times, 0
         while True:
-            wait_s = times.first_retry_s if num_failed else times.every_s
+            wait_s = times.first_retry_s if num_failed else min(times.silence_s, times.every_s)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
                     await self._doubt.wait()
             is_doubted, began_s = self._doubt.is_set() or num_failed > 0, loop.time()
             self._doubt.clear()
-            if not is_doubted and began_s - self._spoke_s < times.every_s:
-                continue
+            silent_s = began_s - self._spoke_s
             try:
-                await self._check()
-                num_failed = 0
+                if is_doubted or silent_s >= times.every_s:
+                    await self._check()
+                    num_failed = 0
+                    self._tell_stuck(router, False)
+                elif self._attempts and silent_s >= times.silence_s:
+                    await look(self._address, self._pool, times.silence_s)
             except CheckError as error:
                 # Of one that is only busy, or leaves in order, streams still come.
                 num_failed = 0 if self._spoke_s >= began_s else num_failed + 1
-                if num_failed >= _MAX_FAILED or (error.is_gone and not self._attempts):
+                if error.is_gone and not self._attempts:
                     return str(error)
+                if num_failed >= _MAX_FAILED and not (error.is_busy and self._works_unseen):
+                    return str(error)
+                self._tell_stuck(router, num_failed > 0)
             if is_doubted:  # at most so often
                 await asyncio.sleep(times.first_retry_s)
+
+    @property
+    def _works_unseen(self) -> bool:
+        """It has requests whose answers come as a whole, perhaps after all others' turns."""
+        return any(not each.request.tells_progress for each in self._attempts.values())
+
+    def _tell_stuck(self, router: Router, is_stuck: bool) -> None:
+        """What is there may be asked of others too; it still counts if it comes."""
+        if is_stuck != self._is_stuck:
+            self._is_stuck = is_stuck
+            router.tell(ReplicaStuck(self.name, self._incarnation, is_stuck))
 
     async def _check(self) -> EngineInfo:
         """What it takes, if it works.

@@ -203,17 +203,20 @@ class Narration:
 
 
 def renamings(theirs: str, ours: str) -> list[tuple[bytes, bytes]]:
-    """How a model's name stands in JSON, and how it shall; nothing if it is the same."""
-    names = [msgspec.json.encode(each) for each in (theirs, ours)]
+    """How a model's name begins in JSON, and how it shall stand; nothing if it is the same."""
     if theirs == ours:
         return []
-    return [(sign + names[0], sign + names[1]) for sign in (b'"model":', b'"model": ')]
+    begins, stands = msgspec.json.encode(theirs)[:-1], msgspec.json.encode(ours)
+    return [(sign + begins, sign + stands) for sign in (b'"model":', b'"model": ')]
 
 
 def renamed(data: bytes, names: list[tuple[bytes, bytes]]) -> bytes:
+    """With the first name replaced, which may have grown: asked for X, some say X@main."""
     for old, new in names:
-        if old in data:
-            return data.replace(old, new, 1)
+        start = data.find(old)
+        if start >= 0:
+            end = data.find(b'"', start + len(old))
+            return data[:start] + new + data[end + 1 :] if end >= 0 else data
     return data
 
 

@@ -4,6 +4,8 @@
     - {at: 75, replica: replica-0, stall: 2}                # it does nothing for 2 s, then goes on
     - {at: 90, replica: replica-0, instance: 1, lose: yes}  # an instance, counted over all stages
     - {at: 120, replica: replica-0, instance: 1, join: yes}
+    - {at: 150, replica: replica-0, drain: yes}             # its requests move to others
+    - {at: 180, replica: replica-0, resume: yes}
 
 Knows nothing of what follows from them.
 """
@@ -16,7 +18,7 @@ from shoal.plan_file.fields import Field, read_fields
 from shoal.sim import Fault
 from shoal.sim.faults import FaultKind
 
-_KINDS: tuple[FaultKind, ...] = ("slow", "stall", "lose", "join")
+_KINDS: tuple[FaultKind, ...] = ("slow", "stall", "lose", "join", "drain", "resume")
 _MAX_EVENTS, _MAX_S, _MAX_INSTANCES = 10_000, 1e9, 4096
 
 
@@ -39,10 +41,10 @@ def _fault(place: Field) -> Fault:
     if len(said) != 1:
         raise place.error(
             f"an event has one of {', '.join(_KINDS)}, this has {len(said)}; write slow: 0.5, "
-            "stall: 2, lose: yes or join: yes"
+            "stall: 2, or lose, join, drain or resume: yes"
         )
     (kind,) = said
-    if kind in ("lose", "join"):
+    if kind not in ("slow", "stall"):
         entries[kind].choice(("yes", "true"))
     return Fault(
         at_s=entries["at"].number(0.0, _MAX_S),

@@ -37,7 +37,8 @@ from shoal.planner.placement import placed_replica
 from shoal.planner.profiles import Problem
 from shoal.policy.routing import policy_named
 from shoal.sim import ReplicaSetup, Simulation, html_page, summarise
-from shoal.sim.from_plan import Limits, precision_of, replica_setups
+from shoal.sim.faults import drains
+from shoal.sim.from_plan import Limits, planned_links, precision_of, replica_setups
 
 
 def simulate(
@@ -117,23 +118,28 @@ def simulate(
     known = read_cluster(cluster)
     name, spec, chosen = _read_plan(plan, model, known, limits)
     setups = replica_setups(chosen, spec, known, limits)
+    faults = read_faults(events) if events else ()
+    may_move = any(each.role != "any" for each in setups) or drains(faults)
+    links = planned_links(chosen, spec, known, limits) if may_move else None
 
     def simulated(policy: str) -> dict[str, Any]:
         simulation = Simulation(
             load,
             setups,
             Random(seed),
-            faults=read_faults(events) if events else (),
+            faults=faults,
             runs=not stepwise,
             request_s=known.request_s,
             policy=policy,
             slo=Slo(ttft_s=bounds.get("ttft"), tpot_s=bounds.get("tpot")) if bounds else None,
             hedging=hedging,
             collapse=collapse,
+            kv_links=links,
         )
         records = simulation.run(math.inf if until is None else until)
         summary = summarise(records, setups, simulation.stats(), bounds)
         summary["hedges"] = asdict(simulation.hedges)
+        summary["kv_moved"] = asdict(simulation.kv_moved)
         return _report(summary, load, setups, f"{name} by {plan}")
 
     policies = [each.strip() for each in router_policy.split(",")]
@@ -179,8 +185,6 @@ def _report(
     notes = [f"{name}: times may be off by {error}" for name, error in errors.items()]
     if len(notes) > 1 and len(set(errors.values())) == 1:
         notes = [f"all {len(notes)} replicas: times may be off by {setups[0].cost.error:.0%}"]
-    if any(setup.role != "any" for setup in setups):
-        notes.append("requests move from prefill to decode replicas without their KV here")
     if left := summary["requests"]["never_ended"]:
         notes.append(f"{left} requests had not ended when the simulation did")
     return {"title": title, "workload": load.name, **summary, "notes": notes}
@@ -209,6 +213,12 @@ def _rendered(report: Mapping[str, Any]) -> RenderableType:
         lines.append(
             f"second attempts: {hedges['hedged'] + hedges['rescued']}, {hedges['won']} won; "
             f"{extra / max(hedges['computed_tokens'], 1):.1%} more tokens were computed"
+        )
+    if (moved := report["kv_moved"])["pulls"]:
+        mean_s = moved["seconds"] / moved["pulls"]
+        lines.append(
+            f"KV between replicas: {moved['pulls']:,} times, {moved['blocks']:,} blocks, "
+            f"{1000 * mean_s:,.1f} ms each"
         )
     lines += [f"note: {note}" for note in report["notes"]]
     return Group(table, *(Text(line) for line in lines))

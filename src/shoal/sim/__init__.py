@@ -5,7 +5,8 @@
     pipeline.py   instances: Steps queue, run, go on to the next
     replica.py    an engine and its pipeline; runs of decode Steps taken at once
     prompts.py    a workload's requests as token ids
-    faults.py     slow-downs, deaths, joins
+    faults.py     slow-downs, deaths, joins, drains
+    handovers.py  requests that move, with their KV: kv_traffic.py over kv_links.py
     driver.py     arrivals, faults and a router before the replicas
     records.py    what became of every request
     report.py     percentiles, goodput, utilisation: a dict

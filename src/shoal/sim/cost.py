@@ -53,7 +53,18 @@ class StepCost(Protocol):
 
 
 def load_of(step: Step, windows: Windows) -> StepLoad:
-    return StepLoad.of(((row.start, row.num_tokens, row.samples) for row in step.rows), windows)
+    if windows != (None,):
+        return StepLoad.of(((row.start, row.num_tokens, row.samples) for row in step.rows), windows)
+    tokens = sampled = ended = read = pairs = 0
+    for row in step.rows:
+        start, count = row.start, row.num_tokens
+        tokens += count
+        read += start + count
+        pairs += count * start + count * (count + 1) // 2
+        if row.samples:
+            sampled += 1
+            ended += count > 1
+    return StepLoad(tokens, sampled, windows, (read,), (pairs,), ended)
 
 
 class ModelledCost:

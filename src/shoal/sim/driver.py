@@ -3,9 +3,9 @@
     arrivals ─► RouterState ─► EngineState and pipeline of a replica
                     └──► records   ◄── outputs ──┘
 
-At one time come results first, then faults, then arrivals, then what only looks. Two runs of the
-same are the same. Not simulated: HTTP, tokenizers, KV on its way between replicas (a request that
-moves is computed again). Knows nothing of files or of what a device is.
+At one time come results first, then KV from elsewhere, faults, arrivals, and what only looks. Two
+runs of the same are the same. Not simulated: HTTP, tokenizers. Knows nothing of files or of what a
+device is.
 """
 
 from __future__ import annotations
@@ -19,38 +19,47 @@ from random import Random
 
 from shoal.core.latency import Slo
 from shoal.core.request import Output
-from shoal.core.speed import Speed
-from shoal.core.stats import EngineInfo, EngineStats, HedgeStats
+from shoal.core.stats import Computed, EngineStats, HedgeStats
 from shoal.core.workload import Workload
-from shoal.engine.config import EngineConfig
 from shoal.engine.events import Cancel as CancelRequest
+from shoal.engine.events import Event as EngineEvent
+from shoal.engine.events import KVEffect
 from shoal.engine.events import Submit as SubmitRequest
 from shoal.router.events import (
     CancelAt,
     Deliver,
+    DrainReplica,
+    EndLeaseAt,
     Event,
+    LendAt,
+    LendPrefixAt,
+    PullAt,
     ReplanNeeded,
     ReplicaLost,
     ReplicaOutputs,
     ReplicaReady,
+    ResumeReplica,
     Send,
     Submit,
     Tick,
 )
 from shoal.router.records import RouterConfig
 from shoal.router.state import RouterState
-from shoal.sim.faults import Fault, check_faults, joins_later
+from shoal.sim.faults import Fault, check_faults, drains, joins_later
+from shoal.sim.handovers import Handovers
+from shoal.sim.kv_links import KVLinks
+from shoal.sim.kv_traffic import KVTotals
 from shoal.sim.prompts import Prompts
 from shoal.sim.records import Records, Replan, ReplicaSample, RequestRecord, Sample
 from shoal.sim.replica import SimulatedReplica
-from shoal.sim.setup import ReplicaSetup
-from shoal.sim.speeds import speed_of
+from shoal.sim.setup import ReplicaSetup, info_of
+from shoal.sim.speeds import speeds_of
 
 _TICK_S = 0.25
 """As the live router's."""
 _MOST_IDLE_TICKS = 1000
 """With nothing to come: those that still wait then, wait for ever."""
-_RESULT, _FAULT, _ARRIVAL, _WAKE, _TICK, _SAMPLE = range(6)
+_RESULT, _KV, _FAULT, _ARRIVAL, _WAKE, _TICK, _SAMPLE = range(7)
 
 
 class Simulation:
@@ -64,6 +73,8 @@ class Simulation:
         policy, slo, hedging, collapse: the router's; requests of a trace only seem to be the same
             where it says that they begin alike, and who joins one gets what runs have told so far.
         knows_speeds: the router knows what Steps cost; otherwise it learns that.
+        kv_links: over which KV gets from one replica to another, if any request leaves its replica
+            (roles, drains); None: requests move without it.
 
     Raises:
         ConfigError: faults of replicas or instances that there are not; prompts without a length.
@@ -85,6 +96,7 @@ class Simulation:
         knows_speeds: bool = True,
         hedging: bool = True,
         collapse: bool = False,
+        kv_links: KVLinks | None = None,
     ) -> None:
         check_faults(faults, replicas)
         self._setups = {each.name: each for each in replicas}
@@ -94,12 +106,15 @@ class Simulation:
         self._prompts = Prompts(workload)
         self._runs = runs
         self._request_s = request_s
+        self._may_move = any(each.role != "any" for each in replicas) or drains(faults)
+        self._handovers = self._linked(kv_links) if self._may_move and kv_links else None
         config = RouterConfig(
             replicas=tuple(self._setups),
             max_waiting=max_waiting or sum(each.config.max_waiting for each in replicas),
             roles={each.name: each.role for each in replicas},
+            moves_kv=self._handovers is not None,
             policy=policy,
-            speeds=_speeds(replicas) if knows_speeds else {},
+            speeds=speeds_of(replicas) if knows_speeds else {},
             slo=slo,
             hedging=hedging,
             collapse=collapse,
@@ -148,6 +163,11 @@ class Simulation:
     def hedges(self) -> HedgeStats:
         return self._router.hedges
 
+    @property
+    def kv_moved(self) -> KVTotals:
+        """Between replicas."""
+        return KVTotals() if self._handovers is None else self._handovers.totals
+
     def check_integrity(self) -> None:
         """For tests."""
         self._router.check_integrity()
@@ -163,11 +183,16 @@ class Simulation:
         """One thing of the agenda, and what follows from it at once."""
         if kind == _RESULT:
             self._wake(self._names[number], now)
+        elif kind == _KV:
+            assert self._handovers is not None, "nothing else comes back for KV"
+            self._handovers.arrive(now)
         elif kind == _FAULT:
             self._strike(self._faults[number], now)
         elif kind == _ARRIVAL:
             self._arrive(number, now)
         elif kind == _WAKE:
+            if now != self._wakes_s:
+                return  # an earlier one came, and has asked for those that follow
             self._wakes_s = math.inf
             self._look(now)
         elif kind == _TICK:
@@ -201,18 +226,14 @@ class Simulation:
 
     def _look(self, now: float) -> None:
         """The router does, once it has been told what those said who seem silent to it."""
-        for name in self._router.doubted(now):
-            if name in self._replicas:
-                self._replicas[name].advance(now)
-                self._settle(name)
+        for name in self._names if self._may_move else self._router.doubted(now):
+            self._catch_up(name)
         self._tell_router(Tick(), now)
 
     def _sample(self, now: float) -> None:
         """How all replicas stand; every other look is forgotten when there are too many."""
-        for name, replica in tuple(self._replicas.items()):
-            if not replica.is_quiet(now):
-                replica.advance(now)
-                self._settle(name)
+        for name in self._replicas:
+            self._catch_up(name)
         samples = self._records.samples
         samples.append(Sample(now, tuple(self._look_at(name) for name in self._names)))
         if len(samples) > self._most_samples:
@@ -220,6 +241,13 @@ class Simulation:
             self._sample_every_s *= 2
 
     # --- replicas ---
+
+    def _catch_up(self, name: str) -> None:
+        """With what is due by now, so that the router knows of it."""
+        replica = self._replicas.get(name)
+        if replica is not None and not replica.is_quiet(self._now):
+            replica.advance(self._now)
+            self._settle(name)
 
     def _settle(self, name: str) -> None:
         """Come back when the replica has something to do."""
@@ -234,18 +262,23 @@ class Simulation:
         incarnation, setup = self._incarnations[name], self._setups[name]
         config = replace(setup.config, vocab_size=self._prompts.vocab_size, eos_token_ids=())
 
-        def report(outputs: list[Output], times: Sequence[float]) -> None:
-            self._news.append((ReplicaOutputs(name, incarnation, outputs), times))
+        def report(outputs: list[Output], times: Sequence[float], computed: Computed) -> None:
+            self._news.append((ReplicaOutputs(name, incarnation, outputs, computed), times))
+
+        def hand_over(effect: KVEffect, when: float) -> None:
+            assert self._handovers is not None, "the router asks for none"
+            self._handovers.heard(name, incarnation, config.model_digest, effect, when)
 
         self._replicas[name] = SimulatedReplica(
             config,
             setup.cost,
             report,
             self._records.note_started,
+            hand_over,
             # A replica for prompts hands each request on as soon as its first token is out.
             runs=self._runs and setup.role != "prefill",
         )
-        self._tell_router(ReplicaReady(name, incarnation, _info(config)), now)
+        self._tell_router(ReplicaReady(name, incarnation, info_of(setup)), now)
 
     def _lose(self, name: str, now: float) -> None:
         replica = self._replicas.get(name)
@@ -253,12 +286,19 @@ class Simulation:
             return
         replica.advance(now)
         self._past[name].append(self._replicas.pop(name))
+        if self._handovers is not None:
+            self._handovers.lost(name, now)
         self._tell_router(ReplicaLost(name, self._incarnations[name], "simulated"), now)
 
     def _strike(self, fault: Fault, now: float) -> None:
         name, instance = fault.replica, fault.instance
         if instance is None and fault.kind in ("join", "lose"):
             self._join(name, now) if fault.kind == "join" else self._lose(name, now)
+            return
+        if fault.kind in ("drain", "resume"):
+            self._catch_up(name)
+            event = DrainReplica(name) if fault.kind == "drain" else ResumeReplica(name)
+            self._tell_router(event, now)
             return
         replica = self._replicas.get(name)
         if replica is None:
@@ -306,6 +346,8 @@ class Simulation:
                         self._deliver(outputs, times)
                     case Send(name, request):
                         self._tell_replica(name, SubmitRequest(request))
+                    case LendAt() | LendPrefixAt() | PullAt() | EndLeaseAt() if self._handovers:
+                        self._handovers.ask(effect)
                     case CancelAt(name, request_id):
                         self._tell_replica(name, CancelRequest(request_id))
                     case ReplanNeeded(name, lag):
@@ -313,7 +355,16 @@ class Simulation:
                     case _:
                         raise AssertionError(f"nobody asked for {type(effect).__name__}")
 
-    def _tell_replica(self, name: str, event: SubmitRequest | CancelRequest) -> None:
+    def _linked(self, links: KVLinks) -> Handovers:
+        return Handovers(
+            links,
+            tell_replica=self._tell_replica,
+            catch_up=self._catch_up,
+            tell_router=lambda event: self._tell_router(event, self._now),
+            come_back=lambda when: self._push(max(when, self._now), _KV, 0),
+        )
+
+    def _tell_replica(self, name: str, event: EngineEvent) -> None:
         # One that was lost since takes nothing; the router hears of that next.
         if name in self._replicas:
             self._replicas[name].tell(event, self._now)
@@ -327,31 +378,6 @@ class Simulation:
             self._num_open -= output.finish is not None
 
 
-def _info(config: EngineConfig) -> EngineInfo:
-    return EngineInfo(
-        max_model_len=config.max_model_len,
-        num_kv_blocks=config.num_kv_blocks,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        filling_tokens=config.filling_tokens,
-        is_even=config.batching == "even",
-        tpot_target_s=config.tpot_target_s,
-        max_waiting=config.max_waiting,
-        device="simulated",
-        dtype="",
-    )
-
-
-def _speeds(replicas: Sequence[ReplicaSetup]) -> dict[str, Speed]:
-    """Those of one cost and configuration are worked out once."""
-    known: dict[tuple[int, int], Speed] = {}
-    for each in replicas:
-        alike = id(each.cost), id(each.config)
-        if alike not in known:
-            known[alike] = speed_of(each)
-    return {each.name: known[id(each.cost), id(each.config)] for each in replicas}
-
-
 def _summed(replicas: Sequence[SimulatedReplica]) -> EngineStats:
     found = [each.stats() for each in replicas]
     return EngineStats(
@@ -359,6 +385,6 @@ def _summed(replicas: Sequence[SimulatedReplica]) -> EngineStats:
         cached_tokens=sum(each.cached_tokens for each in found),
         output_tokens=sum(each.output_tokens for each in found),
         preemptions=sum(each.preemptions for each in found),
-        steps=sum(each.steps for each in found),
+        computed=Computed(steps=sum(each.computed.steps for each in found)),
         busy_s=sum(each.busy_s for each in found),
     )

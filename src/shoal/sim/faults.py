@@ -1,4 +1,4 @@
-"""What happens to replicas while they serve: slow-downs, stalls, deaths, joins.
+"""What happens to replicas while they serve: slow-downs, stalls, deaths, joins, drains.
 
 Knows nothing of files.
 """
@@ -12,7 +12,9 @@ from typing import Literal
 from shoal.core.errors import ConfigError
 from shoal.sim.setup import ReplicaSetup
 
-FaultKind = Literal["slow", "stall", "lose", "join"]
+FaultKind = Literal["slow", "stall", "lose", "join", "drain", "resume"]
+
+_OF_ALL: tuple[FaultKind, ...] = ("stall", "drain", "resume")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,8 +25,8 @@ class Fault:
         instance: None: the whole replica.
         kind: "slow": it runs at `speed` of itself from its next Step on; "stall": all of it does
             nothing for `seconds`, and then goes on; "lose": it is gone, with its KV; "join": it is
-            there again, empty. A replica of which the first that happens is that it joins is not
-            there before.
+            there again, empty; "drain": its requests move to others, until "resume". A replica
+            of which the first that happens is that it joins is not there before.
     """
 
     at_s: float
@@ -42,10 +44,10 @@ def check_faults(faults: Sequence[Fault], replicas: Sequence[ReplicaSetup]) -> N
     """
     known = {each.name: len(each.config.instance_blocks) for each in replicas}
     for fault in faults:
-        if fault.kind == "stall" and fault.instance is not None:
+        if fault.kind in _OF_ALL and fault.instance is not None:
             raise ConfigError(
-                f"an event stalls instance {fault.instance} of replica {fault.replica}; only all "
-                "of a replica can stall: leave the instance out"
+                f"an event {fault.kind}s instance {fault.instance} of replica {fault.replica}; "
+                "only all of a replica can: leave the instance out"
             )
         if fault.replica not in known:
             raise ConfigError(
@@ -66,4 +68,9 @@ def joins_later(replica: str, faults: Sequence[Fault]) -> bool:
         faults: in order of time.
     """
     own = (each.kind for each in faults if each.replica == replica and each.instance is None)
-    return next((kind == "join" for kind in own if kind not in ("slow", "stall")), False)
+    return next((kind == "join" for kind in own if kind in ("join", "lose")), False)
+
+
+def drains(faults: Sequence[Fault]) -> bool:
+    """Whether requests leave a replica that is there."""
+    return any(each.kind == "drain" for each in faults)

@@ -21,12 +21,13 @@ from shoal.core.plan import Plan, ReplicaPlan
 from shoal.core.split import Shard
 from shoal.core.step import BLOCK_SIZE
 from shoal.engine.config import EngineConfig
-from shoal.planner.profiles import numbers_for
+from shoal.planner.formats import numbers_for
 from shoal.policy.batching import step_tokens
 from shoal.policy.cost_model.memory import activation_bytes, kv_blocks, weight_bytes
 from shoal.policy.cost_model.numbers import Numbers
 from shoal.policy.cost_model.times import ReplicaCost
 from shoal.sim.cost import ModelledCost
+from shoal.sim.kv_links import PlannedLinks
 from shoal.sim.setup import ReplicaSetup
 
 
@@ -90,17 +91,8 @@ def _setup(
     limits: Limits,
     shared: Counter[str],
 ) -> ReplicaSetup:
-    devices = [
-        cluster.at(rank.host, rank.device) for each in replica.instances for rank in each.ranks
-    ]
-    numbers = numbers_for(devices, limits.precision, limits.kv_precision)
-    if numbers is None:
-        kinds = ", ".join(sorted({each.kind for each in devices}))
-        raise ConfigError(
-            f"{name}: not all of {kinds} have kernels for {limits.precision} weights; choose "
-            "another --precision, or name one for each instance in the plan"
-        )
-    cost = ReplicaCost(spec, replica, cluster, numbers, engine=limits.engine)
+    cost = _cost(name, replica, spec, cluster, limits)
+    devices = [device for each in cost.devices for device in each]
     is_cuda = all(each.device != "cpu" for each in devices)
     num_tokens = limits.max_num_batched_tokens or step_tokens(
         is_cuda=is_cuda, num_stages=len(replica.stages), max_num_seqs=limits.max_num_seqs
@@ -119,10 +111,46 @@ def _setup(
         batching=limits.batching,
         tpot_target_s=limits.tpot_target_s,
         prefix_caching=limits.prefix_caching,
+        # KV is exchanged by those that keep it alike.
+        model_digest=" ".join(sorted({f"{each.weights}/{each.kv}" for each in cost.numbers})),
     )
+    token_bytes = sum(sum(each.kv_token_bytes()) for each in cost.hops())
     return ReplicaSetup(
-        name=name, config=config, cost=ModelledCost(cost, cluster), role=replica.role
+        name=name,
+        config=config,
+        cost=ModelledCost(cost, cluster),
+        role=replica.role,
+        kv_block_bytes=token_bytes * BLOCK_SIZE,
     )
+
+
+def planned_links(plan: Plan, spec: ModelSpec, cluster: Cluster, limits: Limits) -> PlannedLinks:
+    """Over which KV gets from one replica to another.
+
+    Raises:
+        ConfigError: as `replica_setups`.
+    """
+    costs = {
+        f"replica-{index}": _cost(f"replica-{index}", replica, spec, cluster, limits)
+        for index, replica in enumerate(plan.replicas)
+    }
+    return PlannedLinks(costs, cluster)
+
+
+def _cost(
+    name: str, replica: ReplicaPlan, spec: ModelSpec, cluster: Cluster, limits: Limits
+) -> ReplicaCost:
+    devices = [
+        cluster.at(rank.host, rank.device) for each in replica.instances for rank in each.ranks
+    ]
+    numbers = numbers_for(devices, limits.precision, limits.kv_precision)
+    if numbers is None:
+        kinds = ", ".join(sorted({each.kind for each in devices}))
+        raise ConfigError(
+            f"{name}: not all of {kinds} have kernels for {limits.precision} weights; choose "
+            "another --precision, or name one for each instance in the plan"
+        )
+    return ReplicaCost(spec, replica, cluster, numbers, engine=limits.engine)
 
 
 def _instance_blocks(

@@ -17,19 +17,31 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from shoal.core.request import Output
-from shoal.core.stats import EngineStats
-from shoal.core.step import InstancesReady, RowResult, Step, StepFailure, StepResult, StepRow
+from shoal.core.stats import Computed, EngineStats
+from shoal.core.step import InstancesReady, RowResult, Step, StepFailure, StepResult
 from shoal.engine.config import EngineConfig
 from shoal.engine.decode_run import DecodeRun
-from shoal.engine.events import Effect, Emit, Event, RunStep, StepsDecoded, Submit, Tick
+from shoal.engine.events import (
+    CompileGrammar,
+    Effect,
+    Emit,
+    Event,
+    KVEffect,
+    RunStep,
+    StepsDecoded,
+    Submit,
+    Tick,
+)
 from shoal.engine.state import EngineState
 from shoal.sim.cost import StepCost
 from shoal.sim.pipeline import Pipeline, Work
 
-Report = Callable[[list[Output], Sequence[float]], None]
+Report = Callable[[list[Output], Sequence[float], Computed], None]
 """Told of outputs, and when each of their tokens came."""
 Started = Callable[[int, float], None]
 """Told of a request's number when it goes into its first Step."""
+HandOver = Callable[[KVEffect, float], None]
+"""Told, and when."""
 
 _SHORTEST_RUN = 4
 _LONGEST_RUN = 128
@@ -49,6 +61,7 @@ class SimulatedReplica:
     """
     Args:
         runs: take runs of decode Steps at once.
+        hand_over: told of KV that is lent or to be got.
     """
 
     def __init__(
@@ -57,11 +70,13 @@ class SimulatedReplica:
         cost: StepCost,
         report: Report,
         started: Started,
+        hand_over: HandOver,
         *,
         runs: bool,
     ) -> None:
         self._config = config
         self._report, self._started, self._runs = report, started, runs
+        self._hand_over = hand_over
         self._state = EngineState(config)
         self._pipeline = Pipeline(config.routes, len(config.instance_blocks), cost)
         self._incarnation = 0
@@ -200,7 +215,7 @@ class SimulatedReplica:
         Args:
             times: when the tokens came; Steps are handed out at the last one.
         """
-        outputs: list[Output] = []
+        outputs, of_kv = list[Output](), list[KVEffect]()
         for effect in effects:
             match effect:
                 case RunStep(step):
@@ -208,16 +223,20 @@ class SimulatedReplica:
                     self._pipeline.submit(step, times[-1])
                 case Emit(output):
                     outputs.append(output)
+                case CompileGrammar():
+                    raise AssertionError("no request has a grammar")
                 case _:
-                    raise AssertionError(f"nobody asked for {type(effect).__name__}")
+                    of_kv.append(effect)
         self._tell_outputs(outputs, times)
+        for each in of_kv:
+            self._hand_over(each, times[-1])
 
     def _tell_outputs(self, outputs: list[Output], times: Sequence[float]) -> None:
         for output in outputs:
             if output.finish is not None:
                 self._numbers.pop(output.request_id, None)
         if outputs:
-            self._report(outputs, times)
+            self._report(outputs, times, self._state.tally.computed)
 
     def _note_rows(self, step: Step, now: float) -> None:
         for sequence_id in step.released:
@@ -230,17 +249,14 @@ class SimulatedReplica:
                 self._started(number, now)
 
     def _result_of(self, work: Work) -> StepResult:
-        step = work.step
-        rows = tuple(self._row_result(row) for row in step.rows)
+        step, results = work.step, self._results
+        rows = [results[row.sequence_id] if row.samples else _NOTHING for row in step.rows]
         return StepResult(
             step_id=step.step_id,
-            rows=rows,
+            rows=tuple(rows),
             incarnation=step.incarnation,
             compute_s=work.compute_s,
         )
-
-    def _row_result(self, row: StepRow) -> RowResult:
-        return self._results[row.sequence_id] if row.samples else _NOTHING
 
     # --- runs of decode Steps ---
 

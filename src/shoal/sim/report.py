@@ -112,7 +112,7 @@ def _replica(index: int, setup: ReplicaSetup, stats: EngineStats, records: Recor
     return {
         "name": setup.name,
         "role": setup.role,
-        "steps": stats.steps,
+        "steps": stats.computed.steps,
         "output_tokens": stats.output_tokens,
         "preemptions": stats.preemptions,
         "cached_tokens": stats.cached_tokens,

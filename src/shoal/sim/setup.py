@@ -5,15 +5,40 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shoal.core.plan import Role
+from shoal.core.stats import EngineInfo
 from shoal.engine.config import EngineConfig
 from shoal.sim.cost import StepCost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaSetup:
-    """`config` is a live engine's; its token ids are the simulation's own."""
+    """`config` is a live engine's; its token ids are the simulation's own.
+
+    Attributes:
+        kv_block_bytes: over all layers; 0: KV stays where it is.
+    """
 
     name: str
     config: EngineConfig
     cost: StepCost
     role: Role = "any"
+    kv_block_bytes: int = 0
+
+
+def info_of(setup: ReplicaSetup) -> EngineInfo:
+    """What it tells a router."""
+    config = setup.config
+    return EngineInfo(
+        max_model_len=config.max_model_len,
+        num_kv_blocks=config.num_kv_blocks,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        filling_tokens=config.filling_tokens,
+        is_even=config.batching == "even",
+        tpot_target_s=config.tpot_target_s,
+        max_waiting=config.max_waiting,
+        device="simulated",
+        dtype="",
+        kv_digest=config.model_digest,
+        kv_block_bytes=setup.kv_block_bytes if config.prefix_caching else 0,
+    )

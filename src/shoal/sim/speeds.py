@@ -63,3 +63,13 @@ def _longest_s(setup: ReplicaSetup, rows: RowSizes) -> float:
         for index, hop in enumerate(route):
             busy_s[hop.instance] += setup.cost.compute_s(load, number, index)
     return max(busy_s) / len(setup.config.routes)
+
+
+def speeds_of(replicas: Sequence[ReplicaSetup]) -> dict[str, Speed]:
+    """Those of one cost and configuration are worked out once."""
+    known: dict[tuple[int, int], Speed] = {}
+    for each in replicas:
+        alike = id(each.cost), id(each.config)
+        if alike not in known:
+            known[alike] = speed_of(each)
+    return {each.name: known[id(each.cost), id(each.config)] for each in replicas}

@@ -1,6 +1,6 @@
 """p50 and p99 behind one door: tables for docs/tails.md, with plots.
 
-    python benchmarks/tails.py fleet --traces azure2023_conv.csv,mooncake.jsonl,servegen.csv \\
+    python benchmarks/tails.py fleet --trace azure2023_conv.csv,mooncake.jsonl,servegen.csv \\
         --output benchmarks/results/tails_fleet_DATE
     python benchmarks/tails.py policies --trace azure2023_conv.csv \\
         --output benchmarks/results/tails_policies_DATE
@@ -8,7 +8,8 @@
 
 `fleet` simulates a hundred mixed replicas: every policy on every trace at a share of what the
 fleet carries, then stalls with hedging and without. The others run a lab of three replicas of a
-real model on this machine; each takes minutes, and wants a quiet machine.
+real model on this machine; each takes minutes, and wants a quiet machine. `--trace` names several
+for `fleet` only.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import tails_faults
 import tails_fleet
 import tails_live
 from lab_session import Session, arguments, conditions, keep
@@ -34,21 +36,22 @@ LIVE: dict[str, Callable[[Session, argparse.Namespace], dict[str, Any]]] = {
     each.__name__: each
     for each in (
         tails_live.policies,
-        tails_live.stalls,
-        tails_live.faults,
-        tails_live.slowed,
+        tails_faults.stalls,
+        tails_faults.faults,
+        tails_faults.slowed,
         tails_live.long_prompt,
         tails_live.overload,
     )
 }
-LONGEST = (8192, 1024)
+
+Events = Callable[[Workload], Sequence[Mapping[str, Any]]]
 
 
 def main() -> None:
     parser = arguments((__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=("fleet", *LIVE))
-    parser.add_argument("--traces", default="", help="of `fleet`; with commas between them")
     parser.add_argument("--requests", type=int, default=60)
+    parser.add_argument("--longest", default="8192,1024", help="prompt, output; of `fleet`")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--share", type=float, default=0.7, help="of capacity")
     parser.add_argument("--rate", type=float, default=1.0, help="requests per second")
@@ -76,13 +79,15 @@ def main() -> None:
 
 def _fleet(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     fleet = tails_fleet.fleet(folder)
-    return {"traces": {name: _on_trace(fleet, Path(name), args) for name in args.traces.split(",")}}
+    traces = str(args.trace).split(",")
+    return {"traces": {name: _on_trace(fleet, Path(name), args) for name in traces}}
 
 
 def _on_trace(fleet: tails_fleet.Fleet, path: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Parts of a trace, the same for every policy."""
+    prompt, output = map(int, args.longest.split(","))
     parts = [
-        tails_fleet.trace(path, LONGEST, repeat * args.requests, args.requests)
+        tails_fleet.trace(path, (prompt, output), repeat * args.requests, args.requests)
         for repeat in range(args.repeats)
     ]
     rate = args.share * tails_fleet.capacity(fleet, parts[0])
@@ -90,26 +95,29 @@ def _on_trace(fleet: tails_fleet.Fleet, path: Path, args: argparse.Namespace) ->
     slo = {"ttft": 3 * alone["ttft"], "tpot": 1.5 * alone["tpot"]}
     bound = f"ttft={slo['ttft'] * 1e3:.0f}ms,tpot={slo['tpot'] * 1e3:.1f}ms"
     loads = [_at_rate(part, rate) for part in parts]
-    policies = {
-        name: [
-            _short(tails_fleet.simulated(
-                fleet, load, "--router-policy", name, "--slo", bound, events=fleet.events
-            ))
-            for load in loads
+
+    def runs(events: Events, name: str, *flags: str) -> list[dict[str, Any]]:
+        said = ("--slo", bound, *flags)
+        found = [
+            _short(tails_fleet.simulated(fleet, load, *said, events=events(load))) for load in loads
         ]
+        sys.stderr.write(_row(f"{path.name}: {name}", found) + "\n")
+        return found
+
+    def stalls(load: Workload) -> Sequence[Mapping[str, Any]]:
+        """Another one of a hundred for 2 s every 2 s: what one request in a hundred meets."""
+        return tails_fleet.stalls(fleet, load.duration_s, 2.0, Random(0))
+
+    policies = {
+        name: runs(lambda _: fleet.events, name, "--router-policy", name)
         for name in tails_fleet.POLICIES
-    }  # fmt: skip
-    hedged = {
-        name: [_short(_stalled(fleet, load, bound, *flags)) for load in loads]
-        for name, flags in (("hedging", ()), ("no hedging", ("--no-hedging",)))
     }
-    return {"rate_per_s": rate, "slo_s": slo, "policies": policies, "stalls": hedged}
-
-
-def _stalled(fleet: tails_fleet.Fleet, load: Workload, bound: str, *flags: str) -> dict[str, Any]:
-    """One replica of a hundred stalls every 4 s: one request in a hundred meets that, about."""
-    stalls = tails_fleet.stalls(fleet, load.duration_s, 2.0, Random(0))
-    return tails_fleet.simulated(fleet, load, "--slo", bound, *flags, events=stalls)
+    stalled = {
+        "hedging": runs(stalls, "stalls, hedging"),
+        "no hedging": runs(stalls, "stalls, no hedging", "--no-hedging"),
+        "no stalls": runs(lambda _: (), "no stalls"),
+    }
+    return {"rate_per_s": rate, "slo_s": slo, "policies": policies, "stalls": stalled}
 
 
 def _at_rate(load: Workload, rate: float) -> Workload:
@@ -122,13 +130,8 @@ def _short(report: Mapping[str, Any]) -> dict[str, Any]:
     latency = report["latency_s"]
     shares = ("p50", "p99", "p99.9")
     found = {f"{m} {share}": latency[m][share] for m in ("ttft", "tpot") for share in shares}
-    kept = {name: report[name] for name in ("requests", "hedging", "cdf") if name in report}
+    kept = {name: report[name] for name in ("requests", "hedges", "cdf") if name in report}
     return {**found, "goodput": report["goodput"]["share"], **kept}
-
-
-def _mean(runs: Sequence[Mapping[str, Any]], name: str) -> float:
-    values = [run[name] for run in runs if run.get(name) is not None]
-    return sum(values) / len(values) if values else 0.0
 
 
 def _page(what: str, found: Mapping[str, Any]) -> str:
@@ -156,10 +159,12 @@ _COLUMNS = ("ttft p50", "ttft p99", "ttft p99.9", "tpot p50", "tpot p99")
 
 def _rows(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     lines = [f"| | {' | '.join(_COLUMNS)} | within the SLO |", "|---" * (len(_COLUMNS) + 2) + "|"]
-    for name, each in runs.items():
-        cells = (f"{_mean(each, column) * 1e3:,.1f}" for column in _COLUMNS)
-        lines.append(f"| {name} | {' | '.join(cells)} | {_mean(each, 'goodput'):.1%} |")
-    return lines
+    return [*lines, *(_row(name, each) for name, each in runs.items())]
+
+
+def _row(name: str, runs: Sequence[Mapping[str, Any]]) -> str:
+    cells = (f"{tails_fleet.mean(runs, column) * 1e3:,.1f}" for column in _COLUMNS)
+    return f"| {name} | {' | '.join(cells)} | {tails_fleet.mean(runs, 'goodput'):.1%} |"
 
 
 def _fleet_table(found: Mapping[str, Any]) -> str:
@@ -168,7 +173,9 @@ def _fleet_table(found: Mapping[str, Any]) -> str:
         slo = ", ".join(f"{k.upper()} {v * 1e3:.0f} ms" for k, v in each["slo_s"].items())
         lines += [f"{Path(name).name}: {each['rate_per_s']:.1f} requests/s; {slo}; ms", ""]
         lines += [*_rows(each["policies"]), ""]
+        lines += [*tails_fleet.policies_verdict(each["policies"]), ""]
         lines += ["Replicas stall for 2 s:", "", *_rows(each["stalls"]), ""]
+        lines += [*tails_fleet.stalls_verdict(each["stalls"]), ""]
     return "\n".join(lines) + "\n"
 
 

@@ -32,6 +32,9 @@ SLOW = {"replica-13": 0.6, "replica-45": 0.5, "replica-70": 0.7, "replica-90": 0
 POLICIES = (
     "round-robin", "weighted", "least-outstanding", "power-of-two", "prefix-aware", "predicted",
 )  # fmt: skip
+COMPARED = ("ttft p50", "ttft p99", "tpot p50", "tpot p99")
+Runs = Sequence[Mapping[str, Any]]
+"""Numbers of the same policy, of each part of a trace."""
 _CROWD = 192
 _ALONE = 24
 
@@ -108,6 +111,45 @@ def stalls(fleet: Fleet, duration_s: float, every_s: float, rng: Random) -> list
         {"at": round(number * every_s, 3), "replica": rng.choice(names), "stall": 2.0}
         for number in range(1, count)
     ]
+
+
+# --- what is to be shown ---
+
+
+def policies_verdict(runs: Mapping[str, Runs]) -> list[str]:
+    """`predicted` beside least-outstanding, and beside whoever is best at each number."""
+    ours = runs["predicted"]
+    ratio = mean(ours, "ttft p99") / mean(runs["least-outstanding"], "ttft p99")
+    others = {name: each for name, each in runs.items() if name != "predicted"}
+    lines = [f"- p99 TTFT of predicted: {ratio:.2f} of least-outstanding's (0.7 asked)"]
+    for column in COMPARED:
+        value = mean(ours, column)
+        best = min(others, key=lambda name: mean(others[name], column))
+        lines.append(f"- {column}: {value / mean(others[best], column) - 1:+.1%} of {best}'s")
+    best = max(others, key=lambda name: mean(others[name], "goodput"))
+    behind = mean(others[best], "goodput") / max(mean(ours, "goodput"), 1e-9) - 1
+    return [*lines, f"- goodput of the best other, {best}: {behind:+.1%} of predicted's (3 asked)"]
+
+
+def stalls_verdict(runs: Mapping[str, Runs]) -> list[str]:
+    """What hedging leaves of the longest TTFTs, and what it computes for that."""
+    without = mean(runs["no hedging"], "ttft p99.9")
+    ratio, least = (mean(runs[name], "ttft p99.9") / without for name in ("hedging", "no stalls"))
+    hedges = [run["hedges"] for run in runs["hedging"]]
+    extra = sum(each["extra_tokens"] + each["rescued_tokens"] for each in hedges)
+    extra /= max(sum(each["computed_tokens"] for each in hedges), 1)
+    return [
+        f"- p99.9 TTFT with hedging: {ratio:.2f} of that without (0.3 asked); with no stalls at "
+        f"all it is {least:.2f}; {extra:.1%} more tokens (5 asked)"
+    ]
+
+
+def mean(runs: Runs, name: str) -> float:
+    values = [run[name] for run in runs if run.get(name) is not None]
+    return sum(values) / len(values) if values else 0.0
+
+
+# --- running it ---
 
 
 def _alone(fleet: Fleet, kind: str, load: Workload, count: int, gap_s: float) -> dict[str, Any]:

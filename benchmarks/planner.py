@@ -3,30 +3,31 @@
 python benchmarks/planner.py --output FILE [--clusters N]
 
 large        64 devices of 8 kinds, and 1,000: seconds, and the gap to the bound
-exhaustive   N random clusters of a few devices: the plan against nested loops over all of them
+exhaustive   N random clusters of 2 to 6 devices: how far goodput, price and latency of the plan are
+             off the best that exhaustive search finds, or off what nothing can be better than
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from shoal.cluster.catalogue import known_constants
 from shoal.cluster.cluster_file import read_cluster
-from shoal.core.cluster import Cluster, Device, Host, Link
+from shoal.core.cluster import Cluster
 from shoal.core.latency import Slo
-from shoal.core.model_spec import LayerSpec, ModelSpec, RopeSpec
 from shoal.model.known_shapes import shape_folder
 from shoal.model.spec import read_spec
-from shoal.planner.goal import Goal
+from shoal.planner.goal import Goal, Objective
 from shoal.planner.profiles import Problem
 from shoal.planner.search import find_plan
 
@@ -34,19 +35,21 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "property"))
 
 from planner_brute_force import BruteForce  # noqa: E402  (the tests' own, not the planner's)
+from random_clusters import random_cluster, random_goal, random_spec  # noqa: E402
 
 KINDS = (
     *("H100-SXM nvlink", "H200-SXM nvlink", "A100-80-SXM nvlink", "A100-40-SXM nvlink"),
     *("L40S pcie4", "A30 pcie4", "RTX-4090 pcie4", "RTX-3090 pcie4"),
 )
 MODEL = "llama-3.1-70b"
+OTHERS: tuple[Objective, ...] = ("cost", "latency")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--clusters", type=int, default=20, help="of the exhaustive search")
-    parser.add_argument("--most-devices", type=int, default=3, help="of each of them")
+    parser.add_argument("--most-devices", type=int, default=6, help="of each of them")
     arguments = parser.parse_args()
     found = {
         "command": f"python benchmarks/planner.py --clusters {arguments.clusters} "
@@ -54,7 +57,7 @@ def main() -> None:
         "commit": _commit(),
         "machine": {"cpu": platform.machine(), "cores": os.cpu_count()},
         "large": [large(64), large(1000)],
-        "exhaustive": exhaustive(arguments.clusters, arguments.most_devices, Random(0)),
+        "exhaustive": exhaustive(arguments.clusters, arguments.most_devices),
     }
     arguments.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(json.dumps(found, indent=1) + "\n")
@@ -79,26 +82,53 @@ def large(num_devices: int) -> dict[str, Any]:
     }
 
 
-def exhaustive(num_clusters: int, most_devices: int, rng: Random) -> dict[str, Any]:
-    """The plan's goodput over the best there is, over random clusters where one request fits."""
-    ratios, planner_s, search_s = [], 0.0, 0.0
-    while len(ratios) < num_clusters:
-        problem = _random_problem(rng, most_devices)
-        started_s = time.perf_counter()
-        best = BruteForce(problem).most_goodput()
-        search_s += time.perf_counter() - started_s
-        if not best:
-            continue
-        started_s = time.perf_counter()
-        ratios.append(find_plan(problem).value / best)
-        planner_s += time.perf_counter() - started_s
+def exhaustive(num_clusters: int, most_devices: int) -> dict[str, Any]:
+    """By seed: the plan of each objective against exhaustive search."""
+    rows: list[dict[str, Any]] = []
+    seed = 0
+    while len(rows) < num_clusters:
+        row = _compared(seed, 2 + len(rows) % (most_devices - 1))
+        rows += [row] if row else []
+        seed += 1
     return {
         "clusters": num_clusters,
         "most_devices": most_devices,
-        "worst_ratio": min(ratios),
-        "mean_ratio": sum(ratios) / len(ratios),
-        "planner_s": planner_s,
-        "exhaustive_s": search_s,
+        "worst": {name: max(row["off"][name] or 0.0 for row in rows) for name in rows[0]["off"]},
+        "rows": rows,
+    }
+
+
+def _compared(seed: int, num_devices: int) -> dict[str, Any] | None:
+    """How far off each objective is, as a share; None: no request keeps the SLO."""
+    rng = Random(seed)
+    spec, cluster, goal = random_spec(rng), random_cluster(rng, num_devices), random_goal(rng)
+    problem, share = Problem(spec, cluster, goal), rng.choice([0.2, 0.5, 0.8])
+    started_s = time.process_time()
+    search = BruteForce(problem)
+    best = search.most_goodput()
+    search_s = time.process_time() - started_s
+    if not best:
+        return None
+    started_s = time.process_time()
+    off: dict[str, float | None] = {"goodput": 1 - find_plan(problem).value / best}
+    planner_s = time.process_time() - started_s
+    for objective in OTHERS:
+        wanted = replace(goal, objective=objective, rate_per_s=share * best)
+        other = replace(problem, goal=wanted)
+        started_s = time.process_time()
+        least = search.towards(other).least()
+        search_s += time.process_time() - started_s
+        started_s = time.process_time()
+        # Not where its shares of the rate are too coarse for any replica.
+        off[objective] = find_plan(other).value / least - 1 if least < math.inf else None
+        planner_s += time.process_time() - started_s
+    return {
+        "seed": seed,
+        "devices": num_devices,
+        "slo": str(goal.slo),
+        "off": off,
+        "planner_cpu_s": planner_s,
+        "exhaustive_cpu_s": search_s,
     }
 
 
@@ -113,56 +143,6 @@ def _cluster(num_devices: int) -> Cluster:
         return read_cluster(path)
     finally:
         path.unlink()
-
-
-def _random_problem(rng: Random, most_devices: int) -> Problem:
-    """Layers up to 12, whole heads, columns in sixteenths; devices from slow to fast."""
-    num_layers, num_heads = rng.randint(4, 12), 4
-    spec = ModelSpec(
-        architecture="LlamaForCausalLM",
-        num_layers=num_layers,
-        hidden_size=64 * num_heads,
-        num_heads=num_heads,
-        num_kv_heads=rng.choice([1, 2]),
-        head_dim=64,
-        ffn_size=512 * rng.randint(1, 6),
-        vocab_size=32_000,
-        norm_eps=1e-5,
-        layers=(LayerSpec(rope=RopeSpec()),) * num_layers,
-        max_positions=4096,
-        attention_scale=0.125,
-        tied_embeddings=False,
-    )
-    devices = []
-    for index in range(rng.randint(2, most_devices)):
-        rate = rng.choice([1.0, 0.8, 0.5, 0.25])
-        devices.append(
-            Device(
-                name=f"d{index}",
-                kind=f"kind-{rate:g}",
-                host="ab"[index % 2],
-                device=f"cuda:{index}",
-                memory_bytes=rng.choice([80, 110, 150, 400]) << 20,
-                bandwidth_bytes_per_s=rate * 100e9,
-                flops=(("bfloat16", rate * rng.choice([1e12, 5e12])),),
-                precisions=("bfloat16",),
-                launch_s=1e-6,
-            )
-        )
-    link = Link(latency_s=rng.choice([2e-6, 20e-6]), bytes_per_s=20e9, kind="pcie4")
-    cluster = Cluster(
-        hosts=tuple(Host(name=each, link=link) for each in "ab"),
-        devices=tuple(devices),
-        network=Link(latency_s=rng.choice([20e-6, 300e-6]), bytes_per_s=1e9),
-        constants=known_constants(),
-    )
-    goal = Goal(
-        input_tokens=rng.choice([64.0, 400.0]),
-        output_tokens=rng.choice([32.0, 128.0]),
-        slo=Slo(tpot_s=rng.choice([None, 0.004, 0.02])),
-        max_concurrency=8,
-    )
-    return Problem(spec, cluster, goal)
 
 
 def _commit() -> str:

@@ -1,12 +1,16 @@
-"""Exhaustive search of plans, written apart from the planner: nested loops over everything.
+"""Exhaustive search of plans of up to six devices, written apart from the planner.
 
     replicas    every set of disjoint sets of devices
-    pipelines   every ordered partition of a replica's devices into tensor-parallel groups
+    pipelines   every sequence of stages: tensor-parallel groups, and groups that are alike as the
+                instances of one stage
     layers      every composition, at least one for each stage
-    splits      every composition of heads, and of FFN columns in sixteenths, over a group's ranks
-    batches     every count of micro-batches up to one for each stage, every batch
+    splits      every composition of heads, and of FFN columns in sixteenths, in every precision
+    batches     every count of micro-batches up to one for each instance, every batch
 
-Shares with the planner what a split costs and holds (`Variant`), not how the best is looked for.
+The last three are in brute_force_pipelines.py and brute_force_groups.py.
+
+Devices are told apart by class: two that are alike on the same host stand in for each other.
+Of a rate each replica takes some sixteenths (`least_latency`).
 """
 
 from __future__ import annotations
@@ -14,229 +18,218 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 
-from shoal.core.cluster import Device
-from shoal.core.split import Split, cut, stacked
-from shoal.planner.profiles import Problem, Variant, numbers_for
-from shoal.planner.prompts import moved_s
-from shoal.policy.cost_model.transport import message_s
+import numpy as np
+from brute_force_groups import Array, Group
+from brute_force_pipelines import Pipelines, Role, Stage
 
-SIXTEENTHS = 16
-_MOST_MICRO_BATCHES = 6
+from shoal.core.cluster import Device
+from shoal.planner.profiles import Problem
+from shoal.planner.prompts import moved_s
+
+Counts = tuple[int, ...]
+"""Devices of each class."""
+
+SHARES = 16
+"""Of a rate."""
 
 
 class BruteForce:
     def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        self.layers = problem.spec.num_layers
-        self.devices = {each.name: each for each in problem.cluster.devices}
-        self.variants = cache(self._variants)
-        self.option_tables = cache(self._option_tables)
+        self.problem, self.goal = problem, problem.goal
+        self.classes = _classes(problem)
+        self._groups: dict[str, Group] = {}
+        self.group = cache(self._group)
+        self.worked = Pipelines(problem, self.group)
+        self.pipelines = cache(lambda counts: tuple(self._pipelines(counts)))
+        self.alike = cache(self._alike)
+        self.peak = cache(lambda counts: self._best(counts, self._most))
+        self.latencies = cache(self._latencies)
+        self.carries = cache(self._carries)
+
+    @property
+    def all(self) -> Counts:
+        return tuple(len(each) for each in self.classes)
+
+    def towards(self, problem: Problem) -> BruteForce:
+        """The same devices and model for another goal of the same lengths."""
+        other = BruteForce(problem)
+        other._groups, other.peak, other.carries = self._groups, self.peak, self.carries
+        return other
+
+    def least(self) -> float:
+        """Of latency or price, as the goal says."""
+        return self.least_price() if self.goal.objective == "cost" else self.least_latency()
 
     def most_goodput(self) -> float:
         """Requests per second of the best replicas."""
-        best = self._of_all_sets(self._peak)
-        return self._packed(frozenset(self.devices), best)
+        return self.carries(self.all)
 
-    def most_goodput_with_roles(self) -> float:
-        """The same where some devices only start requests, and others only go on with them."""
-        names = frozenset(self.devices)
-        starting, decoding = self._of_all_sets(self._started), self._of_all_sets(self._decoded)
-        best = 0.0
-        for count in range(1, len(names)):
-            for own in map(frozenset, itertools.combinations(sorted(names), count)):
-                started = self._packed(own, starting)
-                best = max(best, min(started, self._packed(names - own, decoding)))
-        return best
-
-    def _of_all_sets(
-        self, rate_of: Callable[[tuple[tuple[str, ...], ...]], float]
-    ) -> dict[frozenset[str], float]:
-        names = tuple(self.devices)
-        return {
-            frozenset(own): max(map(rate_of, _pipelines(own)), default=0.0)
-            for count in range(1, len(names) + 1)
-            for own in itertools.combinations(names, count)
-        }
-
-    def _started(self, stages: tuple[tuple[str, ...], ...]) -> float:
-        """Prompts per second; each stage is busy for nine tenths of the time at most."""
-        tables = []
-        for index, own in enumerate(stages):
-            table = [math.inf] * (self.layers + 1)
-            for each in self.variants(own):
-                most = each.most_layers(len(stages) + 1, *_ends(index, stages))
-                for n in range(1, most + 1):
-                    table[n] = min(table[n], n * each.prompt_layer_s)
-            tables.append(table)
-        slowest = min(
+    def least_price(self) -> float:
+        """Of devices that carry the goal's rate."""
+        goal = self.goal
+        assert goal.rate_per_s is not None
+        prices = [goal.price(self.problem.cluster.device(each[0])) for each in self.classes]
+        return min(
             (
-                max(table[n] for table, n in zip(tables, layers, strict=True))
-                for layers in compositions(self.layers, len(stages))
+                sum(n * price for n, price in zip(own, prices, strict=True))
+                for own in _up_to(self.all)
+                if self.carries(own) >= goal.rate_per_s
             ),
             default=math.inf,
         )
-        return 0.9 / slowest
-
-    def _decoded(self, stages: tuple[tuple[str, ...], ...]) -> float:
-        names = {name for own in stages for name in own}
-        return self._peak(stages, prompts=False, moved_s=moved_s(self.problem, names))
 
     def least_latency(self) -> float:
-        """Seconds of a request that is alone; prompts are of one chunk."""
-        names = tuple(self.devices)
-        return min(
-            self._alone(stages)
-            for count in range(1, len(names) + 1)
-            for own in itertools.combinations(names, count)
-            for stages in _pipelines(own)
-        )
+        """Mean seconds of a request at the goal's rate; of one that is alone without a rate."""
+        if self.goal.rate_per_s is None:
+            return min(float(self.latencies(own)[-1]) for own in _up_to(self.all))
+        return min(map(self._shared, _collections(self.all)))
 
-    def _packed(self, names: frozenset[str], best: dict[frozenset[str], float]) -> float:
-        if not names:
-            return 0.0
-        first = min(names)
-        rest = names - {first}
-        found = self._packed(rest, best)
-        for count in range(len(rest) + 1):
-            for others in itertools.combinations(sorted(rest), count):
-                own = frozenset((first, *others))
-                found = max(found, best[own] + self._packed(names - own, best))
-        return found
-
-    def _peak(
-        self, stages: tuple[tuple[str, ...], ...], prompts: bool = True, moved_s: float = 0.0
-    ) -> float:
-        goal = self.problem.goal
-        late_s = moved_s / (goal.output_tokens - 1)
+    def most_goodput_with_roles(self) -> float:
+        """The same where some devices only start requests, and others only go on with them."""
+        starting = cache(lambda counts: self._best(counts, self.worked.started))
+        decoding = cache(lambda counts: self._best(counts, self._decoded))
         best = 0.0
-        for micro_batches in range(1, min(len(stages), _MOST_MICRO_BATCHES) + 1):
-            for batch in range(1, goal.max_concurrency // micro_batches + 1):
-                tables = [
-                    self.option_tables(own, micro_batches, batch, _ends(index, stages), prompts)
-                    for index, own in enumerate(stages)
-                ]
-                hops = self._hops(stages, batch)
-                for layers in compositions(self.layers, len(stages)):
-                    times = [table[n][0] for table, n in zip(tables, layers, strict=True)]
-                    ways = [table[n][1] for table, n in zip(tables, layers, strict=True)]
-                    tpot = max(sum(ways) + hops, micro_batches * max(times)) + late_s
-                    if tpot < math.inf and tpot <= (goal.slo.tpot_s or math.inf):
-                        best = max(best, micro_batches * batch / (goal.output_tokens * tpot))
-        return min(best, 1 / moved_s) if moved_s else best
-
-    def _alone(self, stages: tuple[tuple[str, ...], ...]) -> float:
-        goal = self.problem.goal
-        hops = self._hops(stages, 1)
-        prompt = self._hops(stages, goal.input_tokens)
-        best = math.inf
-        tables = []
-        for index, own in enumerate(stages):
-            ends, table = _ends(index, stages), [math.inf]
-            for n in range(1, self.layers + 1):
-                # Tokens after the first, half a step that was under way, the prompt, the head.
-                costs = [
-                    (goal.output_tokens - 0.5)
-                    * (
-                        n * (each.layer_s(1) + each.prompt_layer_s / goal.output_tokens)
-                        + (each.end_s(1) if ends[1] else 0.0)
-                    )
-                    + n * each.prompt_layer_s
-                    + (each.end_s(1) if ends[1] else 0.0)
-                    for each in self.variants(own)
-                    if each.most_layers(1, *ends) >= n
-                ]
-                table.append(min(costs, default=math.inf))
-            tables.append(table)
-        for layers in compositions(self.layers, len(stages)):
-            total = sum(table[n] for table, n in zip(tables, layers, strict=True))
-            best = min(best, total + (goal.output_tokens - 1) * hops + prompt)
+        for own in _up_to(self.all):
+            others = tuple(n - each for n, each in zip(self.all, own, strict=True))
+            if any(others):
+                started, decoded = _packed(own, starting), _packed(others, decoding)
+                best = max(best, min(started, decoded))
         return best
 
-    def _option_tables(
-        self,
-        own: tuple[str, ...],
-        micro_batches: int,
-        batch: int,
-        ends: tuple[bool, bool],
-        with_prompts: bool,
-    ) -> list[tuple[float, float]]:
-        """Seconds of a step by layers, and of its way behind prompts of the others; each with the
-        best split that has room for them."""
-        goal = self.problem.goal
-        prompts = batch / goal.output_tokens if with_prompts else 0.0
-        # A chunk of up to 512 tokens in any of the steps under way is in the way of all.
-        chunk = 1 - math.exp(-512 / goal.input_tokens)
-        met = max(prompts, chunk * (1 - max(1 - prompts, 0) ** micro_batches))
-        table = [(math.inf, math.inf)] * (self.layers + 1)
-        for each in self.variants(own):
-            fixed = each.end_s(batch) if ends[1] else each.step_s
-            decode_s, prompt_s = each.layer_s(batch), each.prompt_layer_s
-            for n in range(1, each.most_layers(micro_batches * batch, *ends) + 1):
-                own_s = n * (decode_s + prompts * prompt_s) + fixed
-                way_s = n * (decode_s + met * prompt_s) + fixed
-                table[n] = min(table[n][0], own_s), min(table[n][1], way_s)
-        return table
+    def _carries(self, counts: Counts) -> float:
+        return _packed(counts, self.peak)
 
-    def _variants(self, own: tuple[str, ...]) -> tuple[Variant, ...]:
-        spec, goal = self.problem.spec, self.problem.goal
-        devices = [self.devices[each] for each in own]
-        numbers = numbers_for(devices, goal.precisions[0], goal.kv_precision)
-        if numbers is None:
-            return ()
-        unit = spec.ffn_size // SIXTEENTHS
-        vocab = cut(spec.vocab_size, [_rate(each) for each in devices], 16)
-        return tuple(
-            Variant(
-                self.problem,
-                devices,
-                Split(heads=stacked(heads), ffn=stacked(n * unit for n in columns), vocab=vocab),
-                numbers,
-            )
-            for heads in _shares(spec.num_heads, len(own))
-            for columns in _shares(SIXTEENTHS, len(own))
-        )
+    def _shared(self, blocks: Sequence[Counts]) -> float:
+        """The least mean of these sets, however they share the rate."""
+        least = np.array([0.0, *(SHARES * [math.inf])])
+        for own in blocks:
+            costs = self.latencies(own)
+            grown = np.full(SHARES + 1, np.inf)
+            for units in range(1, SHARES + 1):
+                added = least[: SHARES + 1 - units] + units / SHARES * costs[units - 1]
+                grown[units:] = np.minimum(grown[units:], added)
+            least = grown
+        return float(least[SHARES])
 
-    def _hops(self, stages: Sequence[tuple[str, ...]], tokens: float) -> float:
-        size = tokens * self.problem.spec.hidden_size * 2
+    def _best(self, counts: Counts, rate_of: Callable[[tuple[Stage, ...]], float]) -> float:
+        return max(map(rate_of, self.pipelines(counts)), default=0.0)
+
+    def _most(self, stages: tuple[Stage, ...]) -> float:
+        return self.worked.peak(stages, Role())
+
+    def _decoded(self, stages: tuple[Stage, ...]) -> float:
+        names = {name for stage in stages for own in stage for name in own}
+        return self.worked.peak(stages, Role(False, moved_s(self.problem, names)))
+
+    def _latencies(self, counts: Counts) -> Array:
+        """At 1, 2, ... sixteenths of the rate."""
+        waits, rate = self.goal.objective == "latency", self.goal.rate_per_s or 0.0
+        rates = [units / SHARES * rate for units in range(1, SHARES + 1)]
+        skipped = len(rates) - 1 if not rate or counts == self.all else 0
+        every = self.pipelines(counts)
+        found = [self.worked.latencies_s(each, rates[skipped:], waits=waits) for each in every]
+        least = np.min(found, axis=0, initial=np.inf) if found else [math.inf]
+        return np.array([*(skipped * [math.inf]), *least])
+
+    def _group(self, names: tuple[str, ...]) -> Group:
+        """The same for devices that take as long."""
+        key = repr(self._likeness(names))
+        if key not in self._groups:
+            devices = [self.problem.cluster.device(each) for each in names]
+            self._groups[key] = Group(self.problem, devices)
+        return self._groups[key]
+
+    def _pipelines(self, left: Counts) -> Iterator[tuple[Stage, ...]]:
+        """Of exactly these devices; groups without kernels in common are in none."""
+        if not any(left):
+            yield ()
+            return
+        for own in self._stages(left):
+            stage = self._named(own, left)
+            if not self.group(stage[0]).ways:
+                continue
+            for others in self._pipelines(_without(left, own)):
+                if len(others) < self.problem.spec.num_layers:
+                    yield (stage, *others)
+
+    def _stages(self, left: Counts) -> Iterator[tuple[Counts, ...]]:
+        """A group, and more that are like it."""
+        for first in _up_to(left):
+            yield from self._instances((first,), left)
+
+    def _instances(self, own: tuple[Counts, ...], left: Counts) -> Iterator[tuple[Counts, ...]]:
+        yield own
+        for other in _up_to(_without(left, own)):
+            if other >= own[-1] and self.alike(other) == self.alike(own[0]):
+                yield from self._instances((*own, other), left)
+
+    def _alike(self, counts: Counts) -> str:
+        pairs = zip(self.classes, counts, strict=True)
+        return repr(self._likeness([name for own, n in pairs for name in own[:n]]))
+
+    def _likeness(self, names: Sequence[str]) -> object:
+        """What groups have in common that take as long: devices, and what joins them."""
         cluster = self.problem.cluster
-        return sum(
-            max(message_s(cluster.link(x, y), size) for x in a for y in b)
-            for a, b in itertools.pairwise(stages)
-        )
+        links = sorted(repr(cluster.link(a, b)) for a, b in itertools.combinations(names, 2))
+        return sorted(_nameless(cluster.device(each)) for each in names), links
+
+    def _named(self, stage: Sequence[Counts], left: Counts) -> Stage:
+        """The last that are left of each class."""
+        start = list(left)
+        groups = []
+        for own in stage:
+            names: list[str] = []
+            for index, count in enumerate(own):
+                names += self.classes[index][start[index] - count : start[index]]
+                start[index] -= count
+            groups.append(tuple(names))
+        return tuple(groups)
 
 
-def _pipelines(names: Sequence[str]) -> Iterator[tuple[tuple[str, ...], ...]]:
-    """Ordered partitions."""
-    if not names:
-        yield ()
-        return
-    for count in range(1, len(names) + 1):
-        for first in itertools.combinations(names, count):
-            left = [each for each in names if each not in first]
-            for rest in _pipelines(left):
-                yield (first, *rest)
+def _packed(counts: Counts, rate_of: Callable[[Counts], float]) -> float:
+    """The most that disjoint sets of these devices carry."""
+    best = max((sum(map(rate_of, blocks)) for blocks in _collections(counts)), default=0.0)
+    return float(best)
 
 
-def compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
-    """All ways to share out a number, none getting nothing."""
-    for edges in itertools.combinations(range(1, total), parts - 1):
-        yield tuple(b - a for a, b in itertools.pairwise((0, *edges, total)))
+@cache
+def _collections(counts: Counts) -> tuple[tuple[Counts, ...], ...]:
+    """All ways to form one or more sets of some of the devices."""
+
+    def grown(left: Counts, least: Counts) -> Iterator[tuple[Counts, ...]]:
+        for own in _up_to(left):
+            if own >= least:
+                yield (own,)
+                for others in grown(_without(left, (own,)), own):
+                    yield (own, *others)
+
+    return tuple(grown(counts, (0,) * len(counts)))
 
 
-def _shares(total: int, parts: int) -> Iterator[tuple[int, ...]]:
-    if parts == 1:
-        yield (total,)
-        return
-    for first in range(total + 1):
-        for rest in _shares(total - first, parts - 1):
-            yield (first, *rest)
+def _without(counts: Counts, taken: Sequence[Counts]) -> Counts:
+    return tuple(n - sum(each) for n, each in zip(counts, zip(*taken, strict=True), strict=True))
 
 
-def _ends(index: int, stages: Sequence[object]) -> tuple[bool, bool]:
-    return index == 0, index == len(stages) - 1
+def _up_to(counts: Counts) -> Iterator[Counts]:
+    """All but nothing."""
+    for own in itertools.product(*(range(n + 1) for n in counts)):
+        if any(own):
+            yield own
 
 
-def _rate(device: Device) -> float:
-    return device.bandwidth_bytes_per_s * device.speed
+def _classes(problem: Problem) -> tuple[tuple[str, ...], ...]:
+    """Names of devices that stand in for each other."""
+    cluster = problem.cluster
+    linked = {end for each in cluster.links for end in (each.a, each.b)}
+    found: dict[object, list[str]] = {}
+    for each in cluster.devices:
+        own = each.name if each.name in linked else ""
+        found.setdefault((own, each.host, _nameless(each)), []).append(each.name)
+    return tuple(tuple(names) for names in found.values())
+
+
+def _nameless(device: Device) -> str:
+    return repr(replace(device, name="d", host="h", device="cuda:0"))

@@ -87,7 +87,9 @@ def test_a_slow_device_takes_less(tmp_path: Path) -> None:
     found = find_plan(Problem(shape("llama-3.1-8b"), cluster, goal))
     (replica,) = to_plan(found.choices, cluster, "m").replicas
     split = replica.stages[0].instances[0].split
-    sizes = [len(each) for each in split.ffn]
+    # Weights of a query head with its part of K and V, in columns of the MLP.
+    head = 2 * (1 + 8 / 32) * 128 / 3
+    sizes = [len(a) * head + len(b) for a, b in zip(split.heads, split.ffn, strict=True)]
     assert 0.08 < sizes[1] / sum(sizes) < 0.35
 
 

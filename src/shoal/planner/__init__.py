@@ -2,14 +2,18 @@
 
     goal.py        what is asked for
     splits.py      heads and FFN columns of a layer over unequal ranks
+    formats.py     how weights are kept, by what devices have kernels for
     profiles.py    a tensor-parallel group: times and memory of its layers, split by split
     fill.py        layers over the stages of a pipeline
     pipeline.py    what a pipeline of groups gives: TPOT, TTFT, requests per second
     prompts.py     a replica that only starts requests
     ceiling.py     what a pipeline can't exceed, for little work
     service.py     the most and the quickest that it can do
+    polish.py      other layers and splits, by small moves
     chains.py      every pipeline of a few devices
+    choice.py      a replica of a plan
     small.py       the best plan of few devices: all of them are looked at
+    latency.py     the same for the least latency at a rate
     inventory.py   many devices, by what they are and which are free
     program.py     a linear program: the most from what there is, and its prices
     large.py       a good plan of many devices, and a bound on any better one

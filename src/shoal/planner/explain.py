@@ -14,9 +14,9 @@ from typing import Any
 
 from shoal.core.cluster import Precision
 from shoal.core.split import stacked
+from shoal.planner.choice import Choice
 from shoal.planner.pipeline import Operation, Segment
 from shoal.planner.search import Outcome
-from shoal.planner.small import Choice
 from shoal.planner.what_if import LeftOut, RunnerUp
 from shoal.policy.cost_model.times import StepTime
 
@@ -186,7 +186,9 @@ def text(found: Mapping[str, Any], *, explained: bool) -> list[str]:
 
 def _summary(found: Mapping[str, Any]) -> list[str]:
     num = len(found["replicas"])
-    load = "then" if found["rate_per_s"] is None else f"at {found['rate_per_s']:.3g} requests/s"
+    rate = found["rate_per_s"]
+    carries = rate is not None and rate <= found["requests_per_s"] * (1 + 1e-9)
+    load = f"at {rate:.3g} requests/s" if carries else "then"
     lines = [
         f"{num} replica{'s' * (num != 1)}, up to {found['requests_per_s']:.3g} requests/s "
         f"({found['tokens_per_s']:,.0f} tokens/s); {load} TTFT {_ms(found['ttft_s'])}, TPOT "

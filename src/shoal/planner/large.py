@@ -18,12 +18,13 @@ from dataclasses import dataclass, replace
 
 from shoal.core.cluster import Device
 from shoal.planner.chains import Bench
+from shoal.planner.choice import Choice
 from shoal.planner.inventory import Form, Inventory
 from shoal.planner.pipeline import Chain, Segment
 from shoal.planner.profiles import Group, Problem
 from shoal.planner.program import pack
 from shoal.planner.service import peak, quickest
-from shoal.planner.small import MOST_DEVICES, Choice, SmallSearch
+from shoal.planner.small import MOST_DEVICES, SmallSearch
 
 _MOST_COLUMNS = 1000
 _FORMS_OF_A_SORT = 3

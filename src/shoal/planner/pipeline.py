@@ -90,6 +90,11 @@ class Operation:
     def num_sequences(self) -> int:
         return self.num_micro_batches * self.batch
 
+    @property
+    def held(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Layers and variants of each stage."""
+        return self.layers, self.variants
+
     def latency_s(self, output_tokens: float) -> float:
         """Of a whole request."""
         return self.ttft_s + (output_tokens - 1) * self.tpot_s

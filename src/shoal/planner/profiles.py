@@ -20,6 +20,7 @@ from shoal.core.model_spec import ModelSpec
 from shoal.core.split import Range, Shard, Split, shards, split_by_weights
 from shoal.core.step import BLOCK_SIZE
 from shoal.planner.fill import StageTimes
+from shoal.planner.formats import numbers_for
 from shoal.planner.goal import Goal
 from shoal.planner.splits import GRANULE, RankRates, Units, balanced
 from shoal.policy.cost_model.constants import constants_for
@@ -30,8 +31,12 @@ from shoal.policy.cost_model.times import InstanceCost, Rates, StepTime
 
 _BATCHES = (1, 2, 4, 6, 8, 16, 64)
 """At which ranks are balanced: from bound by memory to bound by arithmetic."""
+_MIXED_BATCH, _MORE_PROMPTS = 1, (0.0, 0.25, 4.0)
+"""Where prompts count less or more than by their number: for TTFT, and while a queue waits."""
 _LAYER_SHARES = (0.0, 1.0, 0.75, 0.5, 0.35, 0.25)
 """Of the model's layers, for which ranks must have room; 0: room does not count."""
+_COMPARED = (1, 4, 16, 64, 256)
+"""Batches at which a split may be better than another."""
 _STEP_TOKENS = 2048
 _STEP_SAMPLES = 64
 """Of the largest Step, for which activations need room."""
@@ -131,6 +136,15 @@ class Variant:
         tokens = self.problem.kept_tokens(num_sequences)
         return max(min(each.most_layers(tokens, is_first, is_last) for each in self._unlike), 0)
 
+    def qualities(self) -> tuple[float, ...]:
+        """What should be little: times of a layer, and what it takes of the room there is."""
+        most = self.problem.goal.max_concurrency
+        times = [self.layer_s(batch) for batch in _COMPARED if batch <= most]
+        rooms = [
+            -self.most_layers(count, end, end) for count in (1, 16, most) for end in (False, True)
+        ]
+        return (*times, self.prompt_layer_s, *rooms)
+
     def kv_budgets(self, num_layers: int, is_first: bool, is_last: bool) -> tuple[int, ...]:
         """Bytes that weights and activations of so many layers leave, on each rank."""
         return tuple(
@@ -223,51 +237,29 @@ class Group:
         return " + ".join(f"{n}x {kind}" if n > 1 else kind for kind, n in counts.items())
 
 
-def numbers_for(devices: Sequence[Device], precision: Precision, kv: Precision) -> Numbers | None:
-    """How weights of a precision are kept on devices; None: one of them has no kernels for it.
-
-    Where devices lack the one format of 16 bits they take the other, and without both, float32.
-    """
-    common = set(devices[0].precisions).intersection(*(each.precisions for each in devices))
-    floats: Precision | None = next(
-        (each for each in ("bfloat16", "float16", "float32") if each in common), None
-    )
-    if precision == "float16" and "float16" in common:
-        floats = "float16"
-    if precision == "float32" and "float32" in common:
-        floats = "float32"
-    match floats:
-        case "bfloat16" | "float16" | "float32" as activations:
-            packed = all(each.device == "cpu" for each in devices)
-        case _:
-            return None
-    if precision in ("bfloat16", "float16", "float32"):
-        kept: Precision = activations
-    elif precision in common:
-        kept = precision
-    else:
-        return None
-    return Numbers(
-        weights=kept,
-        activations=activations,
-        kv=kv if kv == "int8" or kv == "fp8" else activations,
-        # The compiled kernels round what integer weights are multiplied with.
-        compute="int8" if packed and kept in ("int8", "int4") else None,
-        packed=packed,
-    )
-
-
 def _variants(problem: Problem, devices: Sequence[Device]) -> Iterator[Variant]:
     for precision in problem.goal.precisions:
         numbers = numbers_for(devices, precision, problem.goal.kv_precision)
         if numbers is None:
             continue
-        for split in _splits(problem, devices, numbers):
-            yield Variant(problem, devices, split, numbers)
+        every = [Variant(problem, devices, s, numbers) for s in _splits(problem, devices, numbers)]
+        yield from _undominated(every)
+
+
+def _undominated(variants: Sequence[Variant]) -> Iterator[Variant]:
+    """Those that are the best at something: at a batch, at prompts, or in room."""
+    found = [(each, each.qualities()) for each in variants]
+    for index, (each, own) in enumerate(found):
+        others = ((other, n) for n, (_, other) in enumerate(found) if n != index)
+        if not any(
+            all(a <= b for a, b in zip(other, own, strict=True)) and (other != own or n < index)
+            for other, n in others
+        ):
+            yield each
 
 
 def _splits(problem: Problem, devices: Sequence[Device], numbers: Numbers) -> Iterator[Split]:
-    spec, goal = problem.spec, problem.goal
+    spec = problem.spec
     if len(devices) == 1:
         yield split_by_weights(spec, [1.0])
         return
@@ -277,36 +269,63 @@ def _splits(problem: Problem, devices: Sequence[Device], numbers: Numbers) -> It
         for each in devices
     ]
     alike = len({(rate, each.memory_bytes) for rate, each in zip(rates, devices, strict=True)}) == 1
-    layer_bytes = _layer_bytes(spec, numbers)
     rooms = list(_free_bytes(problem, devices, numbers))
     seen: set[Split] = set()
-    fractions = (0.0,) if alike else _LAYER_SHARES
-    for batch in (each for each in _BATCHES if each <= goal.max_concurrency):
-        head_bytes = 2.0 * spec.head_dim * numbers.kv_bytes
-        for fraction, room in itertools.product(fractions, rooms):
+    for units, fractions in _units(problem, numbers):
+        for fraction, room in itertools.product((0.0,) if alike else fractions, rooms):
             num_layers = fraction * spec.num_layers
-            step_bytes = 3.0 * _STEP_TOKENS * numbers.activation_bytes
-            units = Units(
-                weight_bytes=layer_bytes / _layer_weights(spec),
-                kv_read_bytes=head_bytes * goal.context_tokens * batch,
-                kv_kept_bytes=head_bytes * problem.kept_tokens(batch),
-                column_bytes=step_bytes / num_layers if num_layers else 0.0,
-                num_tokens=batch * (1 + goal.input_tokens / goal.output_tokens),
-            )
             ranks = [
                 RankRates(
                     bytes_per_s=rate.bytes_per_s,
                     flops_per_s=rate.flops_per_s,
+                    attention_flops_per_s=rate.attention_flops_per_s,
                     most_bytes=own / num_layers if num_layers else math.inf,
                 )
                 for rate, own in zip(rates, room, strict=True)
             ]
-            found = balanced(spec, ranks, units)
+            step_bytes = 3.0 * _STEP_TOKENS * numbers.activation_bytes
+            column_bytes = step_bytes / num_layers if num_layers else 0.0
+            found = balanced(spec, ranks, replace(units, column_bytes=column_bytes))
             if found is not None and found not in seen and _all_work(found):
                 seen.add(found)
                 yield found
-        if alike:
-            return
+                if alike and _is_even(found):
+                    return
+
+
+def _units(problem: Problem, numbers: Numbers) -> Iterator[tuple[Units, Sequence[float]]]:
+    """What parts of a layer take, and shares of the layers for which there must be room: in steps
+    from those bound by memory to those bound by arithmetic; with fewer prompts in them and more;
+    and in a prompt."""
+    spec, goal = problem.spec, problem.goal
+    head_bytes = 2.0 * spec.head_dim * numbers.kv_bytes
+    pair_flops = 2.0 * (spec.head_dim + spec.value_dim)
+    weight_bytes = _layer_bytes(spec, numbers) / _layer_weights(spec)
+
+    def step(batch: int, prompts: float, *, decodes: bool = True) -> Units:
+        return Units(
+            weight_bytes=weight_bytes,
+            kv_read_bytes=decodes * head_bytes * goal.context_tokens * batch,
+            kv_kept_bytes=head_bytes * problem.kept_tokens(batch),
+            column_bytes=0.0,
+            num_tokens=decodes * batch,
+            prompt_tokens=prompts * goal.input_tokens,
+            head_flops=prompts * pair_flops * goal.input_tokens * goal.input_tokens / 2,
+            num_reads=float(decodes),
+        )
+
+    for batch in (each for each in _BATCHES if each <= goal.max_concurrency):
+        prompts = batch / goal.output_tokens
+        yield step(batch, prompts), _LAYER_SHARES
+        if batch == _MIXED_BATCH:
+            for more in _MORE_PROMPTS:
+                yield step(batch, more * prompts), _LAYER_SHARES[:1]
+    yield step(1, 1.0, decodes=False), _LAYER_SHARES[:2]
+
+
+def _is_even(split: Split) -> bool:
+    """Whether each rank has as many heads and columns as any other."""
+    return len({len(each) for each in split.heads}) == len({len(each) for each in split.ffn}) == 1
 
 
 def _free_bytes(

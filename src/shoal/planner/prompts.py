@@ -14,8 +14,9 @@ from collections.abc import Collection
 
 from shoal.core.split import Range, shards, split_by_weights
 from shoal.planner.fill import Option, StageTimes, fill
+from shoal.planner.formats import numbers_for
 from shoal.planner.pipeline import Chain, Fixed, Operation
-from shoal.planner.profiles import Problem, numbers_for
+from shoal.planner.profiles import Problem
 from shoal.policy.cost_model.memory import kv_token_bytes
 from shoal.policy.cost_model.numbers import Numbers
 from shoal.policy.cost_model.transport import message_s
@@ -33,7 +34,7 @@ def starting(chain: Chain, rate_per_s: float | None, fixed: Fixed = None) -> Ope
     Returns:
         None: it can't start one in that time, or not at that rate.
     """
-    found = fixed or _layers(chain)
+    found = fixed or prompt_layers(chain)
     if found is None:
         return None
     layers, variants = found
@@ -89,8 +90,8 @@ def _is_within(
     return ttft_s is not None and ttft_s <= limit_s
 
 
-def _layers(chain: Chain) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Layers and variants of each stage."""
+def prompt_layers(chain: Chain) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Layers and variants of each stage with which prompts go through fastest."""
     stages = prompt_stages(chain)
     many = 2 * sum(each.num_instances for each in stages)  # so many that only the slowest counts
     layers = fill(stages, chain.spec.num_layers, many, 0.0)

@@ -16,13 +16,15 @@ from shoal.core.errors import ConfigError
 from shoal.core.latency import Slo
 from shoal.core.split import Range, shards, split_by_weights
 from shoal.planner.chains import Bench
+from shoal.planner.choice import Choice, carried, share_of
+from shoal.planner.formats import numbers_for
 from shoal.planner.goal import Goal
 from shoal.planner.large import LargeSearch
 from shoal.planner.pipeline import Operation
-from shoal.planner.profiles import Problem, numbers_for
+from shoal.planner.profiles import Problem
 from shoal.planner.service import keeps, peak, quickest
-from shoal.planner.small import MOST_DEVICES, Choice, SmallSearch, carried
-from shoal.policy.cost_model.memory import weight_bytes
+from shoal.planner.small import MOST_DEVICES, SmallSearch
+from shoal.policy.cost_model.memory import kv_token_bytes, weight_bytes
 from shoal.policy.cost_model.numbers import Numbers
 
 _FEWER_BITS: tuple[Precision, ...] = ("fp8", "int8", "int4")
@@ -88,8 +90,9 @@ class Outcome:
         for choice, operation in zip(self.choices, self.at_rate, strict=True):
             if choice.chain.role != others:
                 value = operation.ttft_s if what == "ttft" else operation.tpot_s
-                total += choice.rate_per_s * value
-                weights += choice.rate_per_s
+                share = share_of(choice, self.choices)
+                total += share * value
+                weights += share
         return total / weights
 
     @property
@@ -152,7 +155,7 @@ def _outcome(
         operation, role = each.operation, each.chain.role
         if rate is not None or goal.objective == "latency" or role != "any":
             flow = total if rate is None and role != "any" else rate or 0.0
-            own = flow * each.rate_per_s / sum(c.rate_per_s for c in full if c.chain.role == role)
+            own = flow * share_of(each, full)
             fixed = (operation.layers, operation.variants)
             operation = quickest(each.chain, own, fixed) or operation
         at_rate.append(operation)
@@ -176,7 +179,7 @@ def _at_its_most(choice: Choice) -> Choice:
     """The same layers, working as hard as the SLO lets them."""
     operation = choice.operation
     most = peak(choice.chain, (operation.layers, operation.variants))
-    return choice if most is None else Choice(choice.chain, most)
+    return choice if most is None else replace(choice, operation=most)
 
 
 def _nearest(problem: Problem) -> Outcome:
@@ -253,8 +256,9 @@ def _shortage(problem: Problem) -> str:
     needed = weight_bytes(spec, shard, numbers)
     have = sum(each.memory_bytes for each in usable)
     tokens = goal.longest_tokens
+    kept = tokens * kv_token_bytes(spec, shard, numbers)
     return (
-        f"memory binds: weights in {goal.precisions[-1]} take {needed / 1e9:,.1f} GB, and KV of "
-        f"{tokens:,} tokens and activations come on top; {len(usable)} usable devices have "
-        f"{have / 1e9:,.1f} GB"
+        f"memory binds: weights in {goal.precisions[-1]} take {needed / 1e9:,.1f} GB, KV of a "
+        f"request of {tokens:,} tokens {kept / 1e9:,.1f} GB, and activations come on top; "
+        f"{len(usable)} usable devices have {have / 1e9:,.1f} GB"
     )

@@ -12,7 +12,8 @@ from dataclasses import replace
 from shoal.planner.ceiling import last, least_batch
 from shoal.planner.goal import Goal
 from shoal.planner.pipeline import Chain, Fixed, Operation
-from shoal.planner.prompts import starting
+from shoal.planner.polish import Held, polished
+from shoal.planner.prompts import prompt_layers, starting
 
 _SLACK = 1e-9
 
@@ -25,7 +26,11 @@ def peak(chain: Chain, fixed: Fixed = None) -> Operation | None:
     found = (each for each in every if each is not None)
     if not chain.thorough:
         return next(found, None)  # more in flight carry more, if they keep the SLO at all
-    return max(found, key=lambda each: each.rate_per_s, default=None)
+    best = max(found, key=lambda each: each.rate_per_s, default=None)
+    if best is None and fixed is None and chain.goal.slo.ttft_s is not None:
+        held = prompt_layers(chain)  # those of the shortest period may be late with any prompt
+        return peak(chain, held) if held is not None else None
+    return best
 
 
 def quickest(chain: Chain, rate_per_s: float, fixed: Fixed = None) -> Operation | None:
@@ -50,6 +55,24 @@ def quickest(chain: Chain, rate_per_s: float, fixed: Fixed = None) -> Operation 
         ):
             best = served
     return best
+
+
+def peak_polished(chain: Chain, found: Operation) -> Operation:
+    """As `peak` found it, with layers and splits for the SLO of TTFT, too."""
+    if chain.goal.slo.ttft_s is None or chain.role != "any":
+        return found
+    return polished(chain, found, lambda held: peak(chain, held), lambda each: -each.rate_per_s)
+
+
+def quickest_polished(chain: Chain, rate_per_s: float, found: Operation) -> Operation:
+    """As `quickest` found it, with layers and splits for prompts and the wait, too."""
+    count, waits = found.num_micro_batches, rate_per_s > 0 and chain.goal.objective == "latency"
+
+    def work(held: Held) -> Operation | None:
+        served = _smallest(chain, count, rate_per_s, held)
+        return _waiting(chain, served, rate_per_s) if served is not None and waits else served
+
+    return polished(chain, found, work, lambda each: each.latency_s(chain.goal.output_tokens))
 
 
 def keeps(goal: Goal, operation: Operation) -> bool:

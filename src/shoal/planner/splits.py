@@ -1,6 +1,7 @@
 """Heads and FFN columns of a layer over ranks that differ, by speed and by memory.
 
-    time of a rank    max(bytes / rate, flops / rate)  of its heads, KV heads and columns
+    time of a rank    max(bytes / rate, flops / rate)  of its heads, KV heads and columns, to decode
+                      + flops / rate of prompts that come with it, and of attention
                       + KV that its KV heads read / rate
 
 Heads are few and cut in several ways; for each of them columns fill up what a limit on the time
@@ -30,12 +31,13 @@ class RankRates:
     """What bounds a rank's part of a layer.
 
     Attributes:
-        bytes_per_s, flops_per_s: that its kernels reach.
+        bytes_per_s, flops_per_s, attention_flops_per_s: that its kernels reach.
         most_bytes: of weights and KV in a layer; infinite: memory does not bind.
     """
 
     bytes_per_s: float
     flops_per_s: float
+    attention_flops_per_s: float
     most_bytes: float = math.inf
 
 
@@ -45,9 +47,12 @@ class Units:
 
     Attributes:
         weight_bytes: of one weight.
+        num_reads: of all weights; 0: only prompts count.
         kv_read_bytes, kv_kept_bytes: of one KV head, in a step, and in memory.
         column_bytes: of what a step takes for a column, by layer.
-        num_tokens: of a step, prompts included.
+        num_tokens: that a step decodes.
+        prompt_tokens: that come with it.
+        head_flops: of attention, for a query head.
     """
 
     weight_bytes: float
@@ -55,6 +60,9 @@ class Units:
     kv_kept_bytes: float
     column_bytes: float
     num_tokens: float
+    prompt_tokens: float
+    head_flops: float
+    num_reads: float = 1.0
 
 
 def balanced(spec: ModelSpec, ranks: Sequence[RankRates], units: Units) -> Split | None:
@@ -144,13 +152,16 @@ class _Part:
         return cls(
             most_bytes=rank.most_bytes - kv_heads * units.kv_kept_bytes,
             fixed_weights=2 * head_weights * (len(heads) + kv_heads),
-            fixed_s=kv_heads * units.kv_read_bytes / rank.bytes_per_s,
+            fixed_s=kv_heads * units.kv_read_bytes / rank.bytes_per_s
+            + len(heads) * units.head_flops / rank.attention_flops_per_s,
             column_weights=3 * spec.hidden_size,
             column_bytes=3 * spec.hidden_size * units.weight_bytes + units.column_bytes,
             weight_bytes=units.weight_bytes,
             weight_s=max(
-                units.weight_bytes / rank.bytes_per_s, 2 * units.num_tokens / rank.flops_per_s
-            ),
+                units.num_reads * units.weight_bytes / rank.bytes_per_s,
+                2 * units.num_tokens / rank.flops_per_s,
+            )
+            + 2 * units.prompt_tokens / rank.flops_per_s,
         )
 
     @property

@@ -19,8 +19,8 @@ from shoal.core.plan import (
     default_routes,
 )
 from shoal.core.split import Range, stacked
+from shoal.planner.choice import Choice
 from shoal.planner.profiles import Group, Variant
-from shoal.planner.small import Choice
 
 _KV_SHARE = 0.95
 """Of what is left for KV: the rest is the driver's and what libraries take."""

@@ -19,12 +19,14 @@ from shoal.core.cluster import Cluster, Device
 from shoal.core.errors import ConfigError
 from shoal.core.latency import Slo
 from shoal.planner.chains import Bench
+from shoal.planner.choice import Choice
+from shoal.planner.formats import numbers_for
 from shoal.planner.inventory import rough_kind
 from shoal.planner.pipeline import Chain, Operation, Segment
-from shoal.planner.profiles import Problem, numbers_for
+from shoal.planner.profiles import Problem
 from shoal.planner.search import Outcome, find_plan
 from shoal.planner.service import peak
-from shoal.planner.small import MOST_DEVICES, Choice
+from shoal.planner.small import MOST_DEVICES
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,11 @@ _MOST_MEDIANS = 4.0
 _LEAST_LATE_S, _FIRST_LATE_S = 0.1, 1.0
 _LEAST_STALL_S = 1.0
 _STALL_GAPS, _STALL_STEPS = 8.0, 3.0
-LEAST_SILENCE_S = 1.25
+LEAST_SILENCE_S, SURELY_SILENT_S = 1.25, 2.25
+"""Of a replica that is not believed in any more; of one that is not just pausing."""
 _FIRST_TOKENS, _MOST_TOKENS = 4096.0, 65_536.0
+KEPT_FOR_HEDGES = 2048.0
+"""Of the budget, that streams of a replica which may just pause leave to late first tokens."""
 _RETRY_SHARE, _FIRST_RETRIES, _MOST_RETRIES = 0.2, 10.0, 100.0
 
 
@@ -83,9 +86,9 @@ class Budget:
         """So much was done anyway."""
         self._credit = min(self._credit + self._share * amount, self._most)
 
-    def spend(self, amount: float) -> bool:
-        """Whether there was so much left."""
-        if amount > self._credit:
+    def spend(self, amount: float, leaving: float = 0.0) -> bool:
+        """Whether there was so much left, and would be some `leaving`."""
+        if amount + leaving > self._credit:
             return False
         self._credit -= amount
         return True

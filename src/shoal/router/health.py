@@ -51,6 +51,10 @@ class Health:
                 return name
         return None
 
+    def silence_s(self, replica: str, now: float) -> float:
+        """That was listened to."""
+        return now - max(self._heard_s[replica], self.awake_s)
+
     def has_not_spoken_since(self, replica: str, when: float) -> bool:
         return self._heard_s[replica] <= when
 

@@ -1,7 +1,8 @@
 """Second attempts of requests: whether one is made, where, and what it costs.
 
     late, stalled   if another replica could have said the token by now, and the budget allows
-    stranded        its replica is in doubt: at once, wherever there is a seat, whatever it costs
+    stranded        its replica is in doubt: wherever there is a seat; a stream that has begun after
+                    a while, or at once as far as the budget goes
 
 The first attempt goes on, and wins if it says the next token first. What a replica began that
 cannot be gone on with elsewhere has no rival. Knows nothing of time going by.
@@ -12,7 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from shoal.core.stats import HedgeStats
-from shoal.policy.hedging import Lateness, hedge_budget, retry_budget
+from shoal.policy.hedging import (
+    KEPT_FOR_HEDGES,
+    SURELY_SILENT_S,
+    Lateness,
+    hedge_budget,
+    retry_budget,
+)
 from shoal.router.attempts import Attempts
 from shoal.router.events import Effect, Send
 from shoal.router.loads import Loads
@@ -92,21 +99,27 @@ class Hedges:
         self.stats.extra_tokens += entry.num_tokens
         return self._start(entry, place, now)
 
-    def rescue(self, entry: Entry, doubted: Attempt, now: float) -> list[Effect]:
-        """Its replica is in doubt."""
+    def rescue(self, entry: Entry, doubted: Attempt, silent_s: float, now: float) -> list[Effect]:
+        """Its replica is in doubt, and has been silent for so long."""
         if not self._may_have_rival(entry):
             return []
         place = self._refuge(entry, doubted.replica)
-        if place is None:
+        if place is None or not self._may_rescue(entry, silent_s):
             return []
         self.stats.rescued += 1
         self.stats.rescued_tokens += entry.num_tokens
-        # Done in any case, but others may cost the less for it.
-        self._budget.charge(entry.num_tokens)
         effects: list[Effect] = []
         if entry.rival is not None:  # which is in doubt too
             effects += self._attempts.end(entry, entry.rival)
         return [*effects, *self._start(entry, place, now)]
+
+    def _may_rescue(self, entry: Entry, silent_s: float) -> bool:
+        """A stream whose replica may just have paused waits a little if it is dear."""
+        if entry.has_begun and silent_s < SURELY_SILENT_S:
+            return self._budget.spend(entry.num_tokens, leaving=KEPT_FOR_HEDGES)
+        # Done in any case, but others may cost the less for it.
+        self._budget.charge(entry.num_tokens)
+        return True
 
     def _may_have_rival(self, entry: Entry) -> bool:
         lead = entry.lead

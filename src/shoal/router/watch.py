@@ -10,6 +10,7 @@ Knows neither what a rival may cost (`router/hedges.py`) nor when a replica is i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from shoal.core.request import Output
@@ -195,10 +196,12 @@ class Watch:
     ) -> list[Effect]:
         self._doubt(name, now)
         self._listen_to(name, now + _AGAIN_S)
+        is_stuck = self._replicas[name].is_stuck
+        silent_s = math.inf if is_stuck else self.health.silence_s(name, now)
         effects: list[Effect] = []
         for entry, attempt in there:
             if all(self.health.is_in_doubt(each.replica) for each in entry.attempts):
-                rescue = self.hedges.rescue(entry, attempt, now)
+                rescue = self.hedges.rescue(entry, attempt, silent_s, now)
                 if rescue:
                     rescue += self._moves.end(entry.request.request_id)
                 effects += rescue

@@ -114,7 +114,7 @@ def _get(client: httpx.Client, path: str) -> bytes:
 
 
 def _served(told: ReplicaSteps, spec: ModelSpec, cluster: Cluster) -> _Served:
-    from shoal.planner.profiles import numbers_for
+    from shoal.planner.formats import numbers_for
 
     plan = told.plan if told.plan is not None else _only_device(spec, cluster)
     devices = [cluster.at(rank.host, rank.device) for each in plan.instances for rank in each.ranks]

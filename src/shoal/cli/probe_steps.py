@@ -55,7 +55,7 @@ class Steps:
     def _constants(
         self, device: Device, precision: Precision, answers: Sequence[Calibrated]
     ) -> Iterator[Constants]:
-        from shoal.planner.profiles import numbers_for
+        from shoal.planner.formats import numbers_for
         from shoal.policy.cost_model.calibration import device_constants
 
         numbers = numbers_for([device], precision, "bfloat16")

@@ -15,7 +15,7 @@ from shoal.core.cluster import Cluster, Device, Precision
 from shoal.core.model_spec import ModelSpec
 from shoal.core.plan import Plan, ReplicaPlan
 from shoal.doctor.finding import Check, Verdict, fail, gigabytes, ok, skipped, warn
-from shoal.planner.profiles import numbers_for
+from shoal.planner.formats import numbers_for
 from shoal.policy.cost_model import (
     InstanceCost,
     ReplicaCost,

@@ -19,7 +19,7 @@ _NUM_KEPT, _FEWEST = 256, 16
 _QUANTILE, _SLACK, _FIRST_RATIO = 0.95, 1.2, 3.0
 _MOST_MEDIANS = 4.0
 """Where many are late, what is usual is not made of them."""
-_LEAST_LATE_S, _FIRST_LATE_S = 0.1, 1.0
+_LEAST_LATE_S, _FIRST_LATE_S = 0.1, 0.75
 _LEAST_STALL_S = 1.0
 _STALL_GAPS, _STALL_STEPS = 8.0, 3.0
 LEAST_SILENCE_S, SURELY_SILENT_S = 1.25, 2.25

@@ -175,7 +175,7 @@ def keep(report: Mapping[str, Any], table: str, output: Path | None) -> None:
 
 
 def conditions(command: Sequence[str]) -> dict[str, str]:
-    """Under which a result came about."""
+    """Under which a result came about; of files in the command, their names."""
     where = str(Path(__file__).parent)
     done = subprocess.run(
         ["git", "-C", where, "describe", "--always", "--dirty"],
@@ -183,8 +183,10 @@ def conditions(command: Sequence[str]) -> dict[str, str]:
         text=True,
         check=False,
     )
+    names = (",".join(Path(each).name for each in word.split(",")) for word in command[1:])
     return {
-        "command": "python " + " ".join(command),
+        # Where this machine keeps its files is nobody's business.
+        "command": " ".join(["python", f"benchmarks/{Path(command[0]).name}", *names]),
         "commit": done.stdout.strip(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }

@@ -4,7 +4,8 @@
     groups      all partitions: {a0 a1} {b0}, {a0 b0} {a1}, ...
     stages      groups in order; those that are alike may also share one stage as its instances
 
-Devices that are alike (same kind, host and links) are not told apart. Of the orders of stages,
+Devices that are alike (same kind, host and links) are not told apart; instances of a stage may be on
+different hosts. Of the orders of stages,
 those with the shortest hops are tried with each group at the end, where the head is. Knows nothing
 of goals.
 """
@@ -45,6 +46,13 @@ class Bench:
         """The same for sets of devices that are alike, one by one."""
         return tuple(sorted(map(repr, (self._kinds[each] for each in names))))
 
+    def _likeness(self, names: Sequence[str]) -> Hashable:
+        """The same for groups that take as long, wherever they are: devices, and what joins them."""
+        cluster = self.problem.cluster
+        pairs = itertools.combinations(names, 2)
+        links = sorted(repr(cluster.link(a, b)) for a, b in pairs)
+        return tuple(sorted(repr(device_kind(self.devices[each])) for each in names)), *links
+
     def group(self, names: Sequence[str]) -> Group:
         own = tuple(sorted(names))
         if own not in self._groups:
@@ -72,7 +80,7 @@ class Bench:
         """Each group a stage; and groups that are alike as instances of one."""
         by_key: dict[Hashable, list[Group]] = {}
         for each in groups:
-            by_key.setdefault(self.key(each.names), []).append(each)
+            by_key.setdefault(self._likeness(each.names), []).append(each)
         ways: list[list[tuple[Segment, ...]]] = []
         for alike in by_key.values():
             own = [tuple(Segment((each,)) for each in alike)]

@@ -4,10 +4,9 @@
     groups      all partitions: {a0 a1} {b0}, {a0 b0} {a1}, ...
     stages      groups in order; those that are alike may also share one stage as its instances
 
-Devices that are alike (same kind, host and links) are not told apart; instances of a stage may be on
-different hosts. Of the orders of stages,
-those with the shortest hops are tried with each group at the end, where the head is. Knows nothing
-of goals.
+Devices that are alike (same kind, host and links) are not told apart; instances of a stage may be
+on different hosts. Of the orders of stages, those with the shortest hops are tried with each group
+at the end, where the head is. Knows nothing of goals.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ class Bench:
         return tuple(sorted(map(repr, (self._kinds[each] for each in names))))
 
     def _likeness(self, names: Sequence[str]) -> Hashable:
-        """The same for groups that take as long, wherever they are: devices, and what joins them."""
+        """The same for groups that take as long, wherever they are: devices and their links."""
         cluster = self.problem.cluster
         pairs = itertools.combinations(names, 2)
         links = sorted(repr(cluster.link(a, b)) for a, b in pairs)

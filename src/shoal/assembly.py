@@ -130,19 +130,10 @@ def load_engine(
         recorder=recorder,
     )
     workers.when_lost(loop.stop)
-    info = EngineInfo(
-        max_model_len=config.max_model_len,
-        num_kv_blocks=config.num_kv_blocks,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        filling_tokens=config.filling_tokens,
-        is_even=config.batching == "even",
-        tpot_target_s=config.tpot_target_s,
-        max_waiting=config.max_waiting,
+    info = config.info(
         device=capacity.device,
         dtype=capacity.dtype,
-        kv_digest=config.model_digest,
-        kv_block_bytes=capacity.block_bytes if carrier and config.prefix_caching else 0,
+        kv_block_bytes=capacity.block_bytes if carrier else 0,
         load_s=time.perf_counter() - started_s,
     )
     return LoadedEngine(loop, workers.executor, info)

@@ -10,6 +10,7 @@ from shoal.core.errors import ConfigError
 from shoal.core.options import Batching
 from shoal.core.plan import Hop, Route
 from shoal.core.split import Range
+from shoal.core.stats import EngineInfo
 from shoal.core.step import BLOCK_SIZE
 
 _ONE_DEVICE: tuple[Route, ...] = ((Hop(0, Range(0, 1)),),)
@@ -115,6 +116,30 @@ class EngineConfig:
         return sum(
             min(self.instance_blocks[hop.instance] // through[hop.instance] for hop in route)
             for route in self.routes
+        )
+
+    def info(
+        self, *, device: str, dtype: str, kv_block_bytes: int, load_s: float = 0.0
+    ) -> EngineInfo:
+        """What an engine so configured says of itself when it is ready.
+
+        Args:
+            kv_block_bytes: of one that can lend its KV; else 0.
+        """
+        return EngineInfo(
+            max_model_len=self.max_model_len,
+            num_kv_blocks=self.num_kv_blocks,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            filling_tokens=self.filling_tokens,
+            is_even=self.batching == "even",
+            tpot_target_s=self.tpot_target_s,
+            max_waiting=self.max_waiting,
+            device=device,
+            dtype=dtype,
+            kv_digest=self.model_digest,
+            kv_block_bytes=kv_block_bytes if self.prefix_caching else 0,
+            load_s=load_s,
         )
 
     def can_copy(self, source: int, target: int) -> bool:

@@ -27,18 +27,4 @@ class ReplicaSetup:
 
 def info_of(setup: ReplicaSetup) -> EngineInfo:
     """What it tells a router."""
-    config = setup.config
-    return EngineInfo(
-        max_model_len=config.max_model_len,
-        num_kv_blocks=config.num_kv_blocks,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        filling_tokens=config.filling_tokens,
-        is_even=config.batching == "even",
-        tpot_target_s=config.tpot_target_s,
-        max_waiting=config.max_waiting,
-        device="simulated",
-        dtype="",
-        kv_digest=config.model_digest,
-        kv_block_bytes=setup.kv_block_bytes if config.prefix_caching else 0,
-    )
+    return setup.config.info(device="simulated", dtype="", kv_block_bytes=setup.kv_block_bytes)

@@ -216,7 +216,7 @@ class Standing:
         rest_s = speed.step_s * steps + (speed.row_s + speed.context_s * context) * self.said
         prompts_s = speed.token_s * tokens + speed.pair_s * pairs
         self.correction.note(prompts_s, rest_s, elapsed_s)
-        self.ahead = max(self.ahead + tokens, 0.0) if self.waiting else 0.0
+        self.ahead += tokens
         if tokens:
             self.since_s = now
         self._start_over(now)
@@ -232,6 +232,7 @@ class Standing:
     def _start_over(self, now: float) -> None:
         self.learned_s, self.said, self.came, self.came_pairs = now, 0, 0.0, 0.0
         self.learned = self.computed
+        self.ahead = max(self.ahead, 0.0) if self.waiting else 0.0
 
     def _unqueue(self, stay: Stay, now: float) -> None:
         del self.waiting[id(stay)]

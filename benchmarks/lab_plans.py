@@ -28,34 +28,38 @@ from lab_session import Session, Trace, arguments, azure, conditions, keep
 
 LAB = """\
 hosts:
-  a: {speed: 1.0, threads: 1}
-  b: {speed: 0.5, threads: 1}
-  c: {speed: 0.25, threads: 1}
+  a: {speed: 0.8, threads: 1}
+  b: {speed: 0.4, threads: 1}
+  c: {speed: 0.2, threads: 1}
 links:
   default: {bandwidth: 100Mbit, latency: 500us}
 """
+"""1.4 cores together: of two, the rest is for the server and the load."""
 NUM_LAYERS = 30
 SHRINK, LONGEST = 4, (256, 64)
 RUNNING = 12
 """Requests at one time, where throughput is measured."""
 _TOLERANCE = 0.05
+_PART = 4
+"""Of the crowd, as a divisor: what the sweep is measured with."""
 EVEN = "even: 10/10/10"
 PLANNED = {"latency": "planned for latency", "goodput": "planned for goodput"}
 
 
 @dataclass(frozen=True, slots=True)
 class Loads:
-    """One at a rate that is easy to carry, one that comes all at once."""
+    """One at a rate that is easy to carry, one that comes all at once; and a short part of that."""
 
     calm: Path
     crowd: Path
+    few: Path
 
 
 def main() -> None:
     parser = arguments((__doc__ or "").splitlines()[0])
     parser.add_argument("--rate", type=float, default=0.5, help="where latency is measured")
     parser.add_argument("--requests", type=int, default=10)
-    parser.add_argument("--crowd", type=int, default=36, help="requests, for throughput")
+    parser.add_argument("--crowd", type=int, default=144, help="requests, for throughput")
     parser.add_argument("--step", type=int, default=6, help="layers by which pipelines differ")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
@@ -70,12 +74,14 @@ def main() -> None:
             files[name] = session.folder / f"{len(files)}.yaml"
             files[name].write_text(f"model: {session.model}\n{stages}")
         first = {
-            name: _measured(session, args, lab, plan, loads, 1) for name, plan in files.items()
+            name: _measured(session, args, lab, plan, (loads.calm, loads.few), 1)
+            for name, plan in files.items()
         }
-        finalists = _finalists(first)
         again = {
-            name: _measured(session, args, lab, files[name], loads, args.repeats)
-            for name in finalists
+            name: _measured(
+                session, args, lab, files[name], (loads.calm, loads.crowd), args.repeats
+            )
+            for name in _finalists(first)
         }
         texts = {name: files[name].read_text() for name in PLANNED.values()}
         report = {
@@ -134,7 +140,12 @@ def _loads(session: Session, args: argparse.Namespace) -> tuple[Loads, tuple[flo
     everyone = [*calm.requests, *crowd.requests]
     lengths = tuple(statistics.mean(each[n] for each in everyone) for n in (1, 2))
     folder = session.folder
-    loads = Loads(calm.write(folder / "calm.jsonl"), at_once.write(folder / "crowd.jsonl"))
+    few = Trace(at_once.requests[: args.crowd // _PART])
+    loads = Loads(
+        calm.write(folder / "calm.jsonl"),
+        at_once.write(folder / "crowd.jsonl"),
+        few.write(folder / "few.jsonl"),
+    )
     return loads, (lengths[0], lengths[1])
 
 
@@ -155,15 +166,22 @@ def _planned(
 
 
 def _measured(
-    session: Session, args: argparse.Namespace, lab: Path, plan: Path, loads: Loads, times: int
+    session: Session,
+    args: argparse.Namespace,
+    lab: Path,
+    plan: Path,
+    loads: tuple[Path, Path],
+    times: int,
 ) -> dict[str, list[float]]:
     """Mean seconds of a request in the calm load, and requests per second of the crowd."""
     latency, rate = [], []
     with session.up(lab, plan) as url:
-        for _ in range(times):
-            calm = session.bench(url, loads.calm, args.vocab_size)
-            flags = ("--max-concurrency", str(RUNNING))
-            crowd = session.bench(url, loads.crowd, args.vocab_size, *flags)
+        for number in range(times):
+            # Of other prompts each time: what was computed once is kept.
+            seed = ("--seed", str(number))
+            calm = session.bench(url, loads[0], args.vocab_size, *seed)
+            flags = ("--max-concurrency", str(RUNNING), *seed)
+            crowd = session.bench(url, loads[1], args.vocab_size, *flags)
             for report in (calm, crowd):
                 if report["requests"]["succeeded"] != report["requests"]["planned"]:
                     sys.exit(f"not all requests succeeded: {report['requests']}")

@@ -28,12 +28,13 @@ from lab_session import Session, Trace, arguments, azure, conditions, keep
 
 LAB = """\
 hosts:
-  a: {speed: 1.0, threads: 1}
-  b: {speed: 0.5, threads: 1}
-  c: {speed: 0.25, threads: 1}
+  a: {speed: 0.8, threads: 1}
+  b: {speed: 0.4, threads: 1}
+  c: {speed: 0.2, threads: 1}
 links:
   default: {bandwidth: 1Gbit, latency: 200us}
 """
+"""1.4 cores together: of two, the rest is for the server and the load."""
 _A, _B, _C = ("{device: cpu, host: %s}" % host for host in "abc")  # noqa: UP031
 PLANS = {
     "one worker": f"stages:\n  - {{layers: 0-30, devices: [{_B}]}}\n",

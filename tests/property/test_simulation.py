@@ -35,6 +35,7 @@ from shoal.sim import (
     html_page,
     summarise,
 )
+from shoal.sim.faults import RequestStall
 from shoal.sim.records import Gaps, Records
 
 STEP_S, TOKEN_S, HOP_S = 0.01, 0.001, 0.002
@@ -60,7 +61,7 @@ def arrivals(*each: tuple[float, int, int]) -> Workload:
 
 
 def simulate(
-    workload: Workload, setups: Sequence[ReplicaSetup], faults: Sequence[Fault] = ()
+    workload: Workload, setups: Sequence[ReplicaSetup], faults: Sequence[Fault | RequestStall] = ()
 ) -> tuple[Records, dict[str, Any]]:
     simulation = Simulation(workload, setups, random.Random(0), faults=faults)
     records = simulation.run()
@@ -155,6 +156,36 @@ def test_a_stall_costs_a_request_little_when_others_have_time() -> None:
     assert stats[False].extra_tokens == 0
 
 
+def test_a_request_meets_the_stall_that_is_its_own_wherever_it_goes() -> None:
+    """In whichever replica it is handed to, and only there."""
+    load = arrivals(*[(3.0 * number, 100, 2) for number in range(4)])
+    setups = [setup(f"replica-{number}") for number in range(3)]
+    stalls = [RequestStall(request=1, seconds=2.0), RequestStall(request=3, seconds=0.5)]
+    for policy in ("predicted", "round-robin"):
+        simulation = Simulation(
+            load, setups, random.Random(0), faults=stalls, policy=policy, hedging=False
+        )
+        alone_s = STEP_S + 100 * TOKEN_S
+        expected = [alone_s, alone_s + 2.0, alone_s, alone_s + 0.5]
+        assert [each.ttft_s for each in simulation.run().requests] == pytest.approx(expected)
+
+
+def test_a_request_that_nobody_gets_stalls_nobody() -> None:
+    load = arrivals(*[(0.0, 10, 50)] * 10)
+    stalls = [RequestStall(request=9, seconds=5.0)]
+    found = [
+        simulate(load, [setup(max_num_seqs=2, max_waiting=3)], faults)[0] for faults in (stalls, ())
+    ]
+    assert found[0].requests == found[1].requests
+    assert found[0].requests[9].error == "queue_full"
+
+
+def test_stalls_of_one_request_add_up() -> None:
+    stalls = [RequestStall(request=0, seconds=1.0), RequestStall(request=0, seconds=0.5)]
+    records, _ = simulate(arrivals((0.0, 100, 2)), [setup()], stalls)
+    assert records.requests[0].ttft_s == pytest.approx(1.5 + STEP_S + 100 * TOKEN_S)
+
+
 def test_who_is_slow_for_long_is_said_once() -> None:
     slow = [
         Fault(at_s=10.0, replica="replica-0", kind="slow", speed=0.2),
@@ -191,10 +222,11 @@ def test_too_many_requests_are_refused_as_live() -> None:
         Fault(at_s=0.0, replica="nobody", kind="lose"),
         Fault(at_s=0.0, replica="replica-0", kind="lose", instance=3),
         Fault(at_s=0.0, replica="replica-0", kind="stall", instance=0, seconds=2.0),
+        RequestStall(request=1, seconds=2.0),
     ],
 )
-def test_faults_of_nobody_are_errors(fault: Fault) -> None:
-    with pytest.raises(ConfigError, match=r"nobody|instance 3|stalls instance 0"):
+def test_faults_of_nobody_are_errors(fault: Fault | RequestStall) -> None:
+    with pytest.raises(ConfigError, match=r"nobody|instance 3|stalls instance 0|request 1;"):
         simulate(arrivals((0.0, 1, 1)), [setup()], [fault])
 
 
@@ -343,6 +375,10 @@ def test_the_command_in_words(
         ("events", "- {at: 1, replica: replica-7, lose: yes}\n", "replica-7"),
         ("events", "- {at: 1, replica: replica-0}\n", "events.yaml:1"),
         ("events", "- {at: soon, replica: replica-0, lose: yes}\n", "events.yaml:1"),
+        ("events", "- {request: 1, at: 2, stall: 2}\n", "at, request, stall"),
+        ("events", "- {request: 1, slow: 0.5}\n", "request and stall"),
+        ("events", "- {request: -1, stall: 2}\n", "events.yaml:1"),
+        ("events", "- {request: 999999, stall: 2}\n", "request 999999"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(
@@ -354,14 +390,15 @@ def test_what_is_wrong_is_said_in_a_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     files[name].write_text(text)
-    assert run(monkeypatch, command(files)) == 1
+    assert run(monkeypatch, command(files)) == 2
     said = capsys.readouterr().err
     assert complaint in said and said.startswith("error: ") and said.count("\n") == 1
 
 
 def test_events_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "events.yaml"
-    file.write_text(EVENTS)
-    slow, lost, joined = read_faults(file)
+    file.write_text(EVENTS + "- {request: 17, stall: 2}\n")
+    slow, lost, joined, stall = read_faults(file)
+    assert stall == RequestStall(request=17, seconds=2.0)
     assert slow == Fault(at_s=5.0, replica="replica-1", kind="slow", instance=1, speed=0.5)
     assert (lost.kind, joined.kind, joined.at_s) == ("lose", "join", 9.0)

@@ -16,6 +16,7 @@ from shoal.engine.config import EngineConfig
 from shoal.engine.events import Event
 from shoal.engine.state import EngineState
 from shoal.sim import Fault, ReplicaSetup, Simulation, summarise
+from shoal.sim.faults import RequestStall
 
 COST = LinearCost(
     step_s=0.003, weights_s=0.01, token_s=31e-6, context_s=11e-9, pair_s=3e-9, windows=(None,)
@@ -53,7 +54,11 @@ def some_setups(num: int, **changes: Any) -> list[ReplicaSetup]:
 
 
 def outcome(
-    workload: Workload, setups: Sequence[ReplicaSetup], faults: Sequence[Fault], *, runs: bool
+    workload: Workload,
+    setups: Sequence[ReplicaSetup],
+    faults: Sequence[Fault | RequestStall],
+    *,
+    runs: bool,
 ) -> tuple[Any, ...]:
     """All there is to know afterwards."""
     simulation = Simulation(workload, setups, random.Random(0), faults=faults, runs=runs)
@@ -69,6 +74,8 @@ def outcome(
     num_blocks=st.sampled_from([140, 200, 400, 3000]),
     depth=st.integers(1, 4),
     num_seqs=st.sampled_from([2, 24, 60]),
+    num_tokens=st.sampled_from([64, 256, 1024]),
+    tpot_target_s=st.sampled_from([None, 0.02, 0.1]),
     prefix_caching=st.booleans(),
     window=st.sampled_from([None, 100]),
     num_replicas=st.integers(1, 2),
@@ -78,6 +85,8 @@ def test_runs_change_nothing(
     num_blocks: int,
     depth: int,
     num_seqs: int,
+    num_tokens: int,
+    tpot_target_s: float | None,
     prefix_caching: bool,
     window: int | None,
     num_replicas: int,
@@ -92,6 +101,8 @@ def test_runs_change_nothing(
             instance_blocks=(num_blocks,),
             max_steps_in_flight=depth,
             max_num_seqs=num_seqs,
+            max_num_batched_tokens=num_tokens,
+            tpot_target_s=tpot_target_s,
             prefix_caching=prefix_caching,
         )
     ]
@@ -102,6 +113,7 @@ def test_runs_change_nothing(
         Fault(at_s=1.9, replica="replica-0", kind="lose"),
         Fault(at_s=2.3, replica="replica-0", kind="join"),
         Fault(at_s=2.6, replica="replica-0", kind="stall", seconds=1.7),
+        RequestStall(request=rng.randrange(30), seconds=0.9),
     ]
     stepwise = outcome(workload, setups, faults, runs=False)
     assert outcome(workload, setups, faults, runs=True) == stepwise
@@ -110,8 +122,9 @@ def test_runs_change_nothing(
     assert [each.num_output for each in stepwise[0]] == wanted
 
 
-def test_a_thousand_requests_in_runs_and_stepwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """KV enough for some and short for others; the engine is asked far less often."""
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How often engines are."""
     handle, asked = EngineState.handle, [0]
 
     def counted(self: EngineState, event: Event, now: float) -> Any:
@@ -119,6 +132,11 @@ def test_a_thousand_requests_in_runs_and_stepwise(monkeypatch: pytest.MonkeyPatc
         return handle(self, event, now)
 
     monkeypatch.setattr(EngineState, "handle", counted)
+    return asked
+
+
+def test_a_thousand_requests_in_runs_and_stepwise(asked: list[int]) -> None:
+    """KV enough for some and short for others; the engine is asked far less often."""
     workload = some_workload(random.Random(1), 1000, 4.0)
     setups = some_setups(3, instance_blocks=(130,))
     at_once = outcome(workload, setups, (), runs=True)
@@ -129,3 +147,40 @@ def test_a_thousand_requests_in_runs_and_stepwise(monkeypatch: pytest.MonkeyPatc
     assert all(each.is_good for each in requests)
     assert sum(each["preemptions"] for each in report["replicas"]) > 0
     assert report["tokens"]["cached"] > 0
+
+
+def test_a_prompt_beside_streams_is_taken_in_few_events(asked: list[int]) -> None:
+    """It comes in some hundred chunks."""
+    streams = [Arrival(arrival_s=0.0, prompt_tokens=20, output_tokens=900) for _ in range(3)]
+    prompt = Arrival(arrival_s=1.0, prompt_tokens=8000, output_tokens=3)
+    workload = Workload("some", (*streams, prompt))
+    setups = some_setups(1, instance_blocks=(4000,), max_model_len=9000, tpot_target_s=0.016)
+    at_once = outcome(workload, setups, (), runs=True)
+    num_at_once, asked[0] = asked[0], 0
+    assert outcome(workload, setups, (), runs=False) == at_once
+    assert asked[0] > 1500
+    assert num_at_once < asked[0] / 15
+
+
+def test_looks_disturb_no_run(asked: list[int]) -> None:
+    workload, counts = some_workload(random.Random(2), 60, 4.0), []
+    for num_samples in (2, 700):
+        asked[0] = 0
+        simulation = Simulation(workload, some_setups(2), random.Random(0), num_samples=num_samples)
+        assert len(simulation.run().samples) > num_samples
+        counts.append(asked[0])
+    assert counts[0] == counts[1]
+
+
+def test_who_says_the_next_token_first_goes_on_with_it_in_runs_too() -> None:
+    """Streams stall where Steps take seconds; both attempts are heard token by token then."""
+    streams = [Arrival(arrival_s=0.1 * i, prompt_tokens=20, output_tokens=300) for i in range(4)]
+    workload = Workload("some", tuple(streams))
+    slow = [Fault(at_s=1.0, replica="replica-0", kind="slow", speed=0.01)]
+    found = []
+    for runs in (True, False):
+        simulation = Simulation(workload, some_setups(2), random.Random(0), faults=slow, runs=runs)
+        requests = simulation.run().requests
+        assert simulation.hedges.hedged + simulation.hedges.rescued > 0
+        found.append((requests, simulation.hedges))
+    assert found[0] == found[1]

@@ -94,6 +94,19 @@ def test_a_hiccup_changes_little() -> None:
     assert before is not None and after is not None and before / 2 < after <= before
 
 
+def test_a_copy_goes_its_own_way() -> None:
+    times = StepTimes()
+    for _ in range(4):
+        times.took(0, 0.02)
+        times.took(32, 0.05)
+    copy = times.copy()
+    before = copy.prompt_tokens(8, 1, decodes=True)
+    for _ in range(4):
+        copy.took(0, 0.2)
+    assert copy.prompt_tokens(8, 1, decodes=True) != before
+    assert times.prompt_tokens(8, 1, decodes=True) == before
+
+
 def test_nothing_known_holds_nothing_back_for_long() -> None:
     times = StepTimes()
     rooms = []

@@ -29,3 +29,8 @@ class Batch:
     prompt_room: int | None = None
     num_prompt_tokens: int = 0
     num_prompt_pairs: float = 0.0
+
+    @property
+    def prompts(self) -> tuple[int, float]:
+        """Tokens of them, and pairs."""
+        return self.num_prompt_tokens, self.num_prompt_pairs

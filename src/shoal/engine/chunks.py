@@ -5,10 +5,11 @@ Knows nothing of blocks or of time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from shoal.engine.batch import Batch
 from shoal.engine.config import EngineConfig
+from shoal.engine.prompt_ahead import PromptAhead
 from shoal.engine.sequence import Sequence as TokenSequence
 from shoal.policy.batching import StepTimes
 
@@ -42,11 +43,8 @@ class Chunks:
         running: Sequence[TokenSequence],
         num_coming: int,
     ) -> int:
-        """Tokens of a sequence that go into a Step, taken off its room."""
-        wanted = sequence.num_in_run
-        if wanted == 1:
-            return 1
-        found = min(wanted, self.room(batch, running, num_coming))
+        """Tokens of a prompt that go into a Step, taken off its room."""
+        found = min(sequence.num_in_run, self.room(batch, running, num_coming))
         assert batch.prompt_room is not None, "it was asked for above"
         batch.prompt_room -= found
         batch.num_prompt_tokens += found
@@ -69,6 +67,41 @@ class Chunks:
             self.took(batch, each)
         if self._is_even:
             self._of(0).decoded(num_running, seconds[len(batches) :])
+
+    def computed(
+        self,
+        batches: Sequence[Batch],
+        chunks: Sequence[int],
+        num_running: int,
+        seconds: Sequence[float],
+    ) -> None:
+        """The same, with so much of a prompt in each Step that was handed out as one came back."""
+        times = self._of(0)
+        came = (*(each.num_prompt_tokens for each in batches), *chunks)
+        for tokens, each, chunk in zip(came, seconds, chunks, strict=False):
+            times.took(tokens, each)
+            times.handed_out(num_running, chunk)
+
+    def ahead(
+        self,
+        prompt: TokenSequence,
+        batches: Iterable[Batch],
+        running: Sequence[TokenSequence],
+        num_prompts: int,
+    ) -> PromptAhead | None:
+        """The first of some prompts beside those that decode, on the only route; None: nothing is
+        known of how it is cut."""
+        if not self._is_even:
+            return None
+        return PromptAhead(
+            self._of(0).copy(),
+            [each.num_prompt_tokens for each in batches],
+            prompt.num_scheduled,
+            prompt.total_len,
+            most=self._most - (len(running) - num_prompts),
+            num_running=len(running),
+            num_prompts=num_prompts,
+        )
 
     def _wanted(
         self, batch: Batch, running: Sequence[TokenSequence], num_coming: int

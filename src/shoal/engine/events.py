@@ -109,10 +109,12 @@ class StepsDecoded:
     Attributes:
         token_ids: of each of its requests, what all of these Steps sampled.
         compute_s: of each Step.
+        chunks: tokens of its prompt, if it has one, in each Step that was handed out meanwhile.
     """
 
     token_ids: tuple[int, ...]
     compute_s: tuple[float, ...]
+    chunks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,8 @@ from array import array
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
+import numpy as np
+
 
 class FreeList:
     """
@@ -24,10 +26,10 @@ class FreeList:
 
     def __init__(self, length: int, order: Sequence[int] = ()) -> None:
         self._end = self._len = length
-        self._after = array("i", range(1, length + 1))
-        self._after.append(0)
-        self._before = array("i", [length])
-        self._before.extend(range(length))
+        self._after = array("i", np.arange(1, length + 2, dtype=np.intc).tobytes())
+        self._after[length] = 0
+        self._before = array("i", np.arange(-1, length, dtype=np.intc).tobytes())
+        self._before[0] = length
         for number, following in pairwise((length, *order, length) if order else ()):
             self._after[number], self._before[following] = following, number
 

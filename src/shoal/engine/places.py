@@ -147,6 +147,13 @@ class Places:
                 held[instance] += len(hop.block_ids)
         return held
 
+    def held(self, sequences: Iterable[TokenSequence], instance: int) -> Iterable[list[int]]:
+        """Of an instance, by each of these."""
+        for sequence in sequences:
+            for at, hop in zip(self._instances[sequence.route], sequence.hops, strict=True):
+                if at == instance:
+                    yield hop.block_ids
+
     def tokens(self, running: Sequence[TokenSequence]) -> Counter[int]:
         """Tokens of the sequences that run on each instance."""
         of_route: Counter[int] = Counter()

@@ -18,7 +18,7 @@ class Pools:
     """A `BlockPool` for each instance."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self._layers = tuple(_layer_keys(route) for route in config.routes)
+        self._layers = _layer_keys(config.routes)
         parts = config.rank_blocks or ((),) * len(config.instance_blocks)
         self.of_instance = tuple(
             BlockPool(num_blocks, own)
@@ -35,15 +35,27 @@ class Pools:
     def find(self, route: int, names: Sequence[BlockName]) -> tuple[list[int], ...]:
         """For each hop, the blocks of the longest known beginning of `names`."""
         return tuple(
-            pool.find(name + layers for name in names)
+            pool.find([name + layers for name in names] if layers else names)
             for pool, layers in zip(self.along(route), self._layers[route], strict=True)
         )
 
     def publish(self, route: int, hop: int, named: Iterable[tuple[int, BlockName]]) -> None:
         """Make blocks of a hop findable by their names."""
         pool, layers = self.along(route)[hop], self._layers[route][hop]
-        pool.publish([(block, name + layers) for block, name in named])
+        pool.publish([(block, name + layers) for block, name in named] if layers else named)
 
 
-def _layer_keys(route: Route) -> tuple[bytes, ...]:
-    return tuple(f" {hop.layers.start}-{hop.layers.stop}".encode() for hop in route)
+def _layer_keys(routes: Sequence[Route]) -> tuple[tuple[bytes, ...], ...]:
+    """Of each hop of each route; nothing where all routes run the same layers on an instance."""
+    of_instance: dict[int, set[tuple[int, int]]] = {}
+    for hop in (hop for route in routes for hop in route):
+        of_instance.setdefault(hop.instance, set()).add((hop.layers.start, hop.layers.stop))
+    return tuple(
+        tuple(
+            f" {hop.layers.start}-{hop.layers.stop}".encode()
+            if len(of_instance[hop.instance]) > 1
+            else b""
+            for hop in route
+        )
+        for route in routes
+    )

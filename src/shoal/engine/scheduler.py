@@ -31,10 +31,6 @@ from shoal.engine.sequence import Sequence as TokenSequence
 from shoal.policy.cost import Work
 
 
-def _nothing(_instance: int) -> Iterable[list[int]]:
-    return ()
-
-
 class Scheduler:
     """Holds the waiting and running sequences and the block pools."""
 
@@ -51,6 +47,9 @@ class Scheduler:
         # Those whose sampler state workers may forget.
         self._released: list[int] = []
         self._is_in_order = len(config.routes) == 1
+        self._has_one_hop = self._is_in_order and len(config.routes[0]) == 1
+        # Some sequence may have been in a Step that failed.
+        self.has_suspects = False
         self._max_pending = config.max_steps_in_flight if config.num_stages == 1 else 1
         self._last_turns: Counter[tuple[int, int]] = Counter()
         self._num_turns = 0
@@ -74,15 +73,15 @@ class Scheduler:
 
     def fill(self, route: int, step_id: int) -> Batch:
         """The next Step of a route; without rows if there is nothing to do."""
-        suspect = next((s for s in [*self.running, *self.waiting] if s.num_failures), None)
-        if suspect is not None:
+        if self.has_suspects and (suspect := self._suspect()) is not None:
             batch = self._fill_alone(suspect, route, step_id)
             if batch.rows or suspect.in_flight or self._runs_elsewhere(suspect, route):
                 return batch
         self._displace()
         batch = self._batch(route, step_id, len(self._config.routes[route]))
         for num_hops, sequences in self._in_turn(route):
-            batch = self._batch(route, step_id, num_hops)
+            if num_hops != batch.num_hops:
+                batch = self._batch(route, step_id, num_hops)
             for sequence in sequences:
                 # An earlier turn of this loop may have preempted it.
                 if sequence.status is Status.RUNNING and self.grow(sequence, batch.rows):
@@ -161,7 +160,7 @@ class Scheduler:
         """All workers forgot all sequences."""
         self._released = []
 
-    def check_integrity(self, held: Callable[[int], Iterable[list[int]]] = _nothing) -> None:
+    def check_integrity(self, held: Callable[[int], Iterable[list[int]]]) -> None:
         """Every block is accounted for; for tests and idle time.
 
         Args:
@@ -169,7 +168,7 @@ class Scheduler:
         """
         holding = [*self.running, *self.leaving]
         for instance, pool in enumerate(self.pools.of_instance):
-            pool.check_integrity([*self._held(holding, instance), *held(instance)])
+            pool.check_integrity([*self.places.held(holding, instance), *held(instance)])
         assert all(not sequence.hops for sequence in self.waiting if not sequence.in_flight)
         assert all(sequence.in_flight for sequence in self.leaving)
         for queue in (self.waiting, self.running):
@@ -184,8 +183,13 @@ class Scheduler:
 
         A Step takes those of one number of hops; whose turn was longest ago is first.
         """
-        mine = self._on(route)
-        ready = [sequence for sequence in mine if sequence.can_schedule(self._max_pending)]
+        mine, most = self._on(route), self._max_pending
+        ready = [sequence for sequence in mine if sequence.can_schedule(most)]
+        if self._has_one_hop:
+            # Those that decode, then prompts.
+            ready.sort(key=lambda sequence: sequence.num_in_run > 1)
+            yield 1, ready
+            return
         turns = self._last_turns
         counts = {sequence.num_hops_in_run for sequence in ready}
         for num_hops in sorted(counts, key=lambda count: (turns[route, count], count)):
@@ -214,6 +218,12 @@ class Scheduler:
     def _batch(self, route: int, step_id: int, num_hops: int) -> Batch:
         budget = self._config.max_num_batched_tokens
         return Batch(route, step_id, self._num_turns + 1, budget, num_hops)
+
+    def _suspect(self) -> TokenSequence | None:
+        """The first that was in a Step that failed, and in none that came back since."""
+        suspects = [s for s in [*self.running, *self.waiting] if s.num_failures]
+        self.has_suspects = bool(suspects)
+        return suspects[0] if suspects else None
 
     def _fill_alone(self, suspect: TokenSequence, route: int, step_id: int) -> Batch:
         """A Step of the one sequence that was in a failed Step: only the guilty fail again."""
@@ -251,16 +261,17 @@ class Scheduler:
     # --- one row ---
 
     def _put(self, sequence: TokenSequence, batch: Batch) -> None:
-        running = self._on(batch.route)
-        num_tokens = self.chunks.take(batch, sequence, running, self._num_coming)
+        if (num_tokens := sequence.num_in_run) > 1:
+            running = self._on(batch.route)
+            num_tokens = self.chunks.take(batch, sequence, running, self._num_coming)
         if not num_tokens:
             return
         row = sequence.make_row(num_tokens)
         sequence.note_scheduled(row, batch.step_id, len(batch.rows), batch.turn)
-        if self._is_in_order:
+        if self._is_in_order and row.token_ids:
             self.publish(sequence)
         batch.rows.append((sequence, row))
-        batch.budget -= row.num_tokens
+        batch.budget -= num_tokens
 
     @property
     def _num_coming(self) -> int:
@@ -381,12 +392,6 @@ class Scheduler:
         if sequence.num_hops_told:
             self._released.append(sequence.sequence_id)
         sequence.num_hops_told = 0
-
-    def _held(self, sequences: Iterable[TokenSequence], instance: int) -> Iterable[list[int]]:
-        for sequence in sequences:
-            for at, hop in zip(self.places.instances(sequence.route), sequence.hops, strict=True):
-                if at == instance:
-                    yield hop.block_ids
 
 
 def _rank(sequence: TokenSequence) -> tuple[int, int]:

@@ -9,6 +9,7 @@ sequences or of how rows and routes are chosen.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Protocol
@@ -51,6 +52,13 @@ class HopBlocks:
     block_ids: list[int]
     num_found: int
     num_published: int
+    _told: tuple[int, ...] = ()
+
+    def first(self, num_blocks: int) -> tuple[int, ...]:
+        """The first so many: rows that follow each other mostly have the same."""
+        if len(self._told) != num_blocks:
+            self._told = tuple(self.block_ids[:num_blocks])
+        return self._told
 
 
 class Sequence:
@@ -169,17 +177,17 @@ class Sequence:
 
     def make_row(self, num_tokens: int) -> StepRow:
         """A row of the next `num_tokens` tokens of its run; its blocks are there."""
-        start, num_hops = self.num_scheduled, self.num_hops_in_run
+        start, num_hops, num_known = self.num_scheduled, self.num_hops_in_run, len(self.token_ids)
         end = start + num_tokens
-        known = tuple(self.token_ids[start:end])
-        samples = end == len(self.token_ids) + self.num_pending
+        known = tuple(self.token_ids[start:end]) if start < num_known else ()
+        samples = end == num_known + self.num_pending
         num_blocks = -(-end // BLOCK_SIZE)
         return StepRow(
             sequence_id=self.sequence_id,
             start=start,
             token_ids=known,
             token_ref=self.last_ref if len(known) < num_tokens else None,
-            block_ids=tuple([tuple(hop.block_ids[:num_blocks]) for hop in self.hops]),
+            block_ids=tuple([hop.first(num_blocks) for hop in self.hops]),
             samples=samples,
             mask=self.mask if samples else None,
             start_state=None if self.num_hops_told >= num_hops else self._start_state(),
@@ -206,13 +214,16 @@ class Sequence:
 
     def names(self, num_blocks: int) -> list[BlockName]:
         """Names of its first `num_blocks` blocks; all their tokens are known."""
+        self._name(num_blocks)
+        return self._names[1 : num_blocks + 1]
+
+    def _name(self, num_blocks: int) -> None:
         first = len(self._names) - 1
         if first < num_blocks:
             tokens = self.token_ids[first * BLOCK_SIZE : num_blocks * BLOCK_SIZE]
             full = (num_blocks - first) * BLOCK_SIZE
             assert len(tokens) == full, "only a full block of known tokens has a name"
             self._names += block_names(self._names[-1], tokens)
-        return self._names[1 : num_blocks + 1]
 
     def stops_at(self, token_id: int) -> bool:
         """Whether this output token, the latest, ends it."""
@@ -249,12 +260,13 @@ class Sequence:
         already = len(self.prompt_logprobs) - row.start
         self.prompt_logprobs.extend(found[max(already, 0) :])
 
-    def take_publishable(self, hop: HopBlocks, num_full: int) -> list[tuple[int, BlockName]]:
+    def take_publishable(self, hop: HopBlocks, num_full: int) -> Iterable[tuple[int, BlockName]]:
         """(block, name) of a hop's blocks before the one of that number, since the last call; all
         their tokens are known."""
         first, hop.num_published = hop.num_published, num_full
-        names = self.names(num_full)[first:]
-        return list(zip(hop.block_ids[first:num_full], names, strict=True))
+        self._name(num_full)
+        names = self._names[first + 1 : num_full + 1]
+        return zip(hop.block_ids[first:num_full], names, strict=True)
 
     def _start_state(self) -> SequenceStart:
         return SequenceStart(

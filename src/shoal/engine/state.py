@@ -20,9 +20,9 @@ from shoal.core.errors import (
 from shoal.core.kv import KVArrived
 from shoal.core.request import ErrorInfo, FinishReason, GenerateRequest, Output, TokenLogprobs
 from shoal.core.stats import EngineStats
-from shoal.core.step import InstancesReady, RowResult, StepFailure, StepResult, StepRow
+from shoal.core.step import BLOCK_SIZE, InstancesReady, RowResult, StepFailure, StepResult, StepRow
 from shoal.engine.config import EngineConfig
-from shoal.engine.decode_run import DecodeRun, find_run, take_run
+from shoal.engine.decode_run import DecodeRun, decoding_of, find_run, note_run, take_run
 from shoal.engine.events import (
     Cancel,
     CompileGrammar,
@@ -221,7 +221,7 @@ class EngineState:
             return []
         batch = self._flight.take(result)
         self._scheduler.chunks.took(batch, result.compute_s)
-        self.tally.note([batch], [result.compute_s])
+        self.tally.note([batch.prompts], [result.compute_s])
         effects: list[Effect] = []
         for (sequence, row), row_result in zip(batch.rows, result.rows, strict=True):
             self._scheduler.note_returned(sequence, row)
@@ -230,15 +230,13 @@ class EngineState:
         return effects
 
     def _steps_decoded(self, run: StepsDecoded) -> list[Effect]:
-        num_steps = len(run.compute_s)
-        scheduler = self._scheduler
-        scheduler.chunks.decoded(self._flight.batches, len(scheduler.running), run.compute_s)
-        self.tally.note(self._flight.batches, run.compute_s)
-        steps = take_run(scheduler, self._flight, num_steps, run.token_ids)
-        self._counters["output"] += num_steps * len(run.token_ids)
+        num_steps, decoding = len(run.compute_s), decoding_of(self._scheduler)
+        note_run(self._scheduler, self._flight, self.tally, run)
+        steps = take_run(self._scheduler, self._flight, run)
+        self._counters["output"] += num_steps * len(decoding)
         outputs = (
             Output(request_id=each.request.request_id, token_ids=(token_id,) * num_steps)
-            for each, token_id in zip(self._scheduler.running, run.token_ids, strict=True)
+            for each, token_id in zip(decoding, run.token_ids, strict=True)
         )
         return [*map(Emit, outputs), *map(RunStep, steps)]
 
@@ -246,7 +244,7 @@ class EngineState:
         """Abandon everything in flight; its requests go on from what they have."""
         if failure.incarnation != self._flight.incarnation:
             return []
-        abandoned = self._flight.abandon()
+        abandoned, self._scheduler.has_suspects = self._flight.abandon(), True
         for batch in abandoned:
             for sequence, _row in batch.rows:
                 sequence.num_failures += batch.step_id == failure.step_id
@@ -332,7 +330,8 @@ class EngineState:
         assert result.token_id is not None
         sequence.num_pending -= 1
         sequence.token_ids.append(result.token_id)
-        self._scheduler.publish(sequence)
+        if len(sequence.token_ids) % BLOCK_SIZE == 0:
+            self._scheduler.publish(sequence)
         self._counters["output"] += 1
         finish, error = self._verdict(sequence, result.token_id)
         effect = self._news(sequence, result.token_id, result.logprobs, finish, error)

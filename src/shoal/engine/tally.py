@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from shoal.core.stats import Computed
-from shoal.engine.batch import Batch
 
 
 class Tally:
@@ -23,16 +22,16 @@ class Tally:
     def computed(self) -> Computed:
         return Computed(self._steps, self._prompt_tokens, self._prompt_pairs)
 
-    def note(self, batches: Iterable[Batch], seconds: Iterable[float]) -> None:
+    def note(self, prompts: Iterable[tuple[int, float]], seconds: Iterable[float]) -> None:
         """Steps came back.
 
         Args:
-            batches: of those that may hold prompts.
+            prompts: tokens and pairs of prompts, of those that may hold some, in order.
             seconds: that each of them took, in order.
         """
-        for batch in batches:
-            self._prompt_tokens += batch.num_prompt_tokens
-            self._prompt_pairs += batch.num_prompt_pairs
+        for tokens, pairs in prompts:
+            self._prompt_tokens += tokens
+            self._prompt_pairs += pairs
         for each in seconds:
             self._steps += 1
             self.busy_s += each

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
+from copy import copy
 from statistics import median
 
 from shoal.core.options import Batching
@@ -89,12 +90,19 @@ class StepTimes:
     def __init__(self, tpot_s: float | None = None) -> None:
         self._tpot_s = tpot_s
         self._decodes: deque[float] = deque(maxlen=NUM_DECODES_KEPT)
+        self._decoding_s = 0.0  # their median, if there are any
         # Of Steps with prompts: tokens of those, and seconds beyond those of decoding.
         self._tokens = 0.0
         self._excess_s = 0.0
         # The last Step without prompts: sequences that ran, Steps handed out since.
         self._num_running = 0
         self._num_since = 0
+
+    def copy(self) -> StepTimes:
+        """One that goes its own way from now on."""
+        other = copy(self)
+        other._decodes = self._decodes.copy()
+        return other
 
     def handed_out(self, num_running: int, num_prompt_tokens: int) -> None:
         """A Step with so many tokens of prompts, while so many sequences run on the route."""
@@ -111,6 +119,7 @@ class StepTimes:
             self._note_prompts(num_prompt_tokens, seconds)
         else:
             self._decodes.append(seconds)
+            self._decoding_s = median(self._decodes)
 
     def decoded(self, num_running: int, seconds: Sequence[float]) -> None:
         """Steps without prompts were handed out and came back, as many as there are seconds."""
@@ -130,7 +139,7 @@ class StepTimes:
             return 0
         if not self._decodes:
             return None
-        decoding_s = median(self._decodes)
+        decoding_s = self._decoding_s
         room_s = prompts_share(decoding_s, self._tpot_s, num_prompts) * decoding_s
         return max(math.floor(room_s / self._token_s(decoding_s)), 1)
 
@@ -143,7 +152,7 @@ class StepTimes:
     def _note_prompts(self, num_tokens: int, seconds: float) -> None:
         """Sums in which the latest Steps count most: what single ones take is noisy."""
         counted = min(num_tokens, _TOKENS_COUNTED)
-        alone_s = median(self._decodes) if self._decodes else 0.0
+        alone_s = self._decoding_s
         excess_s = (seconds - alone_s) * counted / num_tokens
         if self._tokens:
             # A hiccup of the machine is no news of tokens.

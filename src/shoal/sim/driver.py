@@ -18,7 +18,7 @@ from dataclasses import replace
 from random import Random
 
 from shoal.core.latency import Slo
-from shoal.core.request import Output
+from shoal.core.request import GenerateRequest, Output
 from shoal.core.stats import Computed, EngineStats, HedgeStats
 from shoal.core.workload import Workload
 from shoal.engine.events import Cancel as CancelRequest
@@ -45,7 +45,7 @@ from shoal.router.events import (
 )
 from shoal.router.records import RouterConfig
 from shoal.router.state import RouterState
-from shoal.sim.faults import Fault, check_faults, drains, joins_later
+from shoal.sim.faults import Fault, Faults, RequestStall, drains
 from shoal.sim.handovers import Handovers
 from shoal.sim.kv_links import KVLinks
 from shoal.sim.kv_traffic import KVTotals
@@ -77,7 +77,7 @@ class Simulation:
             (roles, drains); None: requests move without it.
 
     Raises:
-        ConfigError: faults of replicas or instances that there are not; prompts without a length.
+        ConfigError: faults of what there is not; prompts without a length.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Simulation:
         replicas: Sequence[ReplicaSetup],
         rng: Random,
         *,
-        faults: Sequence[Fault] = (),
+        faults: Sequence[Fault | RequestStall] = (),
         max_waiting: int | None = None,
         num_samples: int = 120,
         runs: bool = True,
@@ -98,11 +98,10 @@ class Simulation:
         collapse: bool = False,
         kv_links: KVLinks | None = None,
     ) -> None:
-        check_faults(faults, replicas)
+        self._faults = Faults(faults, replicas, len(workload.arrivals))
         self._setups = {each.name: each for each in replicas}
         self._names = tuple(self._setups)
         self._numbers = {name: number for number, name in enumerate(self._names)}
-        self._faults = sorted(faults, key=lambda fault: fault.at_s)
         self._prompts = Prompts(workload)
         self._runs = runs
         self._request_s = request_s
@@ -138,9 +137,9 @@ class Simulation:
     def run(self, until_s: float = math.inf) -> Records:
         """Until every request has ended, nothing more can happen, or that time has come."""
         for name in self._setups:
-            if not joins_later(name, self._faults):
+            if not self._faults.joins_later(name):
                 self._join(name, 0.0)
-        for index, fault in enumerate(self._faults):
+        for index, fault in enumerate(self._faults.timed):
             self._push(fault.at_s, _FAULT, index)
         self._push(0.0, _TICK, 0)
         self._push(0.0, _SAMPLE, 0)
@@ -151,6 +150,9 @@ class Simulation:
                 break
             self._now, kind, number = heapq.heappop(self._agenda)
             self._happen(self._now, kind, number)
+        for name in self._replicas:
+            self._catch_up(name)
+        self._hear()
         self._records.end_s = self._now
         self._sample(self._now)
         return self._records
@@ -187,7 +189,7 @@ class Simulation:
             assert self._handovers is not None, "nothing else comes back for KV"
             self._handovers.arrive(now)
         elif kind == _FAULT:
-            self._strike(self._faults[number], now)
+            self._strike(self._faults.timed[number], now)
         elif kind == _ARRIVAL:
             self._arrive(number, now)
         elif kind == _WAKE:
@@ -232,10 +234,8 @@ class Simulation:
 
     def _sample(self, now: float) -> None:
         """How all replicas stand; every other look is forgotten when there are too many."""
-        for name in self._replicas:
-            self._catch_up(name)
         samples = self._records.samples
-        samples.append(Sample(now, tuple(self._look_at(name) for name in self._names)))
+        samples.append(Sample(now, tuple(self._look_at(name, now) for name in self._names)))
         if len(samples) > self._most_samples:
             del samples[1::2]
             self._sample_every_s *= 2
@@ -245,8 +245,8 @@ class Simulation:
     def _catch_up(self, name: str) -> None:
         """With what is due by now, so that the router knows of it."""
         replica = self._replicas.get(name)
-        if replica is not None and not replica.is_quiet(self._now):
-            replica.advance(self._now)
+        if replica is not None:
+            replica.catch_up(self._now)
             self._settle(name)
 
     def _settle(self, name: str) -> None:
@@ -262,7 +262,7 @@ class Simulation:
         incarnation, setup = self._incarnations[name], self._setups[name]
         config = replace(setup.config, vocab_size=self._prompts.vocab_size, eos_token_ids=())
 
-        def report(outputs: list[Output], times: Sequence[float], computed: Computed) -> None:
+        def report(outputs: Sequence[Output], times: Sequence[float], computed: Computed) -> None:
             self._news.append((ReplicaOutputs(name, incarnation, outputs, computed), times))
 
         def hand_over(effect: KVEffect, when: float) -> None:
@@ -277,6 +277,7 @@ class Simulation:
             hand_over,
             # A replica for prompts hands each request on as soon as its first token is out.
             runs=self._runs and setup.role != "prefill",
+            tells_late=not self._may_move,
         )
         self._tell_router(ReplicaReady(name, incarnation, info_of(setup)), now)
 
@@ -284,7 +285,7 @@ class Simulation:
         replica = self._replicas.get(name)
         if replica is None:
             return
-        replica.advance(now)
+        replica.catch_up(now)
         self._past[name].append(self._replicas.pop(name))
         if self._handovers is not None:
             self._handovers.lost(name, now)
@@ -317,19 +318,17 @@ class Simulation:
         now = self._replicas.get(name)
         return [*self._past[name], *([now] if now is not None else [])]
 
-    def _look_at(self, name: str) -> ReplicaSample:
-        every, replica = self._all_of(name), self._replicas.get(name)
+    def _look_at(self, name: str, now: float) -> ReplicaSample:
+        replica, past = self._replicas.get(name), self._past[name]
         none = (0.0,) * len(self._setups[name].config.instance_blocks)
-        busy_s = tuple(map(sum, zip(none, *(each.busy_s for each in every), strict=True)))
-        output_tokens = sum(each.stats().output_tokens for each in every)
-        if replica is None:
-            queued = (0,) * len(none)
-            return ReplicaSample(0, 0, 0.0, queued, output_tokens, busy_s)
-        now = replica.stats()
-        kv_share = now.num_blocks_used / now.num_blocks
-        return ReplicaSample(
-            now.num_running, now.num_waiting, kv_share, replica.queued, output_tokens, busy_s
-        )
+        found = ReplicaSample(0, 0, 0.0, (0,) * len(none), 0, none)
+        if replica is not None:
+            found = replica.sample(now)
+        if not past:
+            return found
+        busy_s = tuple(map(sum, zip(*(each.busy_s for each in past), found.busy_s, strict=True)))
+        tokens = sum(each.stats().output_tokens for each in past) + found.output_tokens
+        return replace(found, busy_s=busy_s, output_tokens=tokens)
 
     # --- the router ---
 
@@ -345,7 +344,7 @@ class Simulation:
                     case Deliver(outputs):
                         self._deliver(outputs, times)
                     case Send(name, request):
-                        self._tell_replica(name, SubmitRequest(request))
+                        self._send(name, request)
                     case LendAt() | LendPrefixAt() | PullAt() | EndLeaseAt() if self._handovers:
                         self._handovers.ask(effect)
                     case CancelAt(name, request_id):
@@ -363,6 +362,17 @@ class Simulation:
             tell_router=lambda event: self._tell_router(event, self._now),
             come_back=lambda when: self._push(max(when, self._now), _KV, 0),
         )
+
+    def _send(self, name: str, request: GenerateRequest) -> None:
+        """If it is elsewhere too, whoever says the next token first goes on with it."""
+        is_first = request.request_id == str(request.sampling.seed)
+        for other, replica in {} if is_first else self._replicas.items():
+            if replica.race(request.sampling.seed, self._now):
+                self._settle(other)
+        stall_s = self._faults.stall_s(request.request_id)
+        if stall_s and name in self._replicas:
+            self._replicas[name].stall(stall_s, self._now)
+        self._tell_replica(name, SubmitRequest(request))
 
     def _tell_replica(self, name: str, event: EngineEvent) -> None:
         # One that was lost since takes nothing; the router hears of that next.

@@ -1,6 +1,6 @@
 """What happens to replicas while they serve: slow-downs, stalls, deaths, joins, drains.
 
-Knows nothing of files.
+At a time, or to whoever is just handed a request. Knows nothing of files.
 """
 
 from __future__ import annotations
@@ -37,11 +37,63 @@ class Fault:
     seconds: float = 0.0
 
 
-def check_faults(faults: Sequence[Fault], replicas: Sequence[ReplicaSetup]) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestStall:
+    """The replica that a request is handed to first does nothing for `seconds` from then on: so
+    that it is met by that request, whatever the router knows of replicas by then.
+
+    Attributes:
+        request: its number, by arrival, from 0 on. One that is handed to nobody (refused, or
+            answered along with an equal one) stalls nobody.
     """
+
+    request: int
+    seconds: float
+
+
+class Faults:
+    """All of a run.
+
+    Attributes:
+        timed: those that happen at a time, in its order.
+
     Raises:
-        ConfigError: of a replica or an instance that there is not.
+        ConfigError: of a replica, an instance or a request that there is not.
     """
+
+    def __init__(
+        self,
+        faults: Sequence[Fault | RequestStall],
+        replicas: Sequence[ReplicaSetup],
+        num_requests: int,
+    ) -> None:
+        self.timed = sorted(
+            (each for each in faults if isinstance(each, Fault)), key=lambda each: each.at_s
+        )
+        _check_replicas(self.timed, replicas)
+        self._stalls_s: dict[str, float] = {}
+        for each in faults:
+            if isinstance(each, RequestStall):
+                _check_request(each.request, num_requests)
+                known_s = self._stalls_s.get(str(each.request), 0.0)
+                self._stalls_s[str(each.request)] = known_s + each.seconds
+
+    def joins_later(self, replica: str) -> bool:
+        """Whether it is not there from the start."""
+        own = (each for each in self.timed if each.replica == replica and each.instance is None)
+        return next((each.kind == "join" for each in own if each.kind in ("join", "lose")), False)
+
+    def stall_s(self, request_id: str) -> float:
+        """For how long whoever is handed that request now does nothing: once."""
+        return self._stalls_s.pop(request_id, 0.0)
+
+
+def drains(faults: Sequence[Fault | RequestStall]) -> bool:
+    """Whether requests leave a replica that is there."""
+    return any(isinstance(each, Fault) and each.kind == "drain" for each in faults)
+
+
+def _check_replicas(faults: Sequence[Fault], replicas: Sequence[ReplicaSetup]) -> None:
     known = {each.name: len(each.config.instance_blocks) for each in replicas}
     for fault in faults:
         if fault.kind in _OF_ALL and fault.instance is not None:
@@ -61,16 +113,9 @@ def check_faults(faults: Sequence[Fault], replicas: Sequence[ReplicaSetup]) -> N
             )
 
 
-def joins_later(replica: str, faults: Sequence[Fault]) -> bool:
-    """Whether it is not there from the start.
-
-    Args:
-        faults: in order of time.
-    """
-    own = (each.kind for each in faults if each.replica == replica and each.instance is None)
-    return next((kind == "join" for kind in own if kind in ("join", "lose")), False)
-
-
-def drains(faults: Sequence[Fault]) -> bool:
-    """Whether requests leave a replica that is there."""
-    return any(each.kind == "drain" for each in faults)
+def _check_request(request: int, num_requests: int) -> None:
+    if not 0 <= request < num_requests:
+        raise ConfigError(
+            f"an event names request {request}; there are {num_requests}, by arrival from 0 on: "
+            "name one of them"
+        )

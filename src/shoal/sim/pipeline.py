@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from shoal.core.plan import Route
 from shoal.core.step import Step
 from shoal.policy.cost_model.loads import StepLoad
-from shoal.sim.cost import StepCost, load_of
+from shoal.sim.cost import StepCost, load_of, load_of_rows
 
 
 @dataclass(slots=True)
@@ -132,6 +132,17 @@ class Pipeline:
         (station,) = self.stations
         found = self._cost.decodes_s(lengths, count, 0, 0)
         return found if station.speed == 1 else [each / station.speed for each in found]
+
+    def mixed(self, lengths: Sequence[int], start: int, num_tokens: int) -> float:
+        """The same of one that also holds so many tokens of a prompt, which do not end it.
+
+        Args:
+            lengths: positions that each sequence attends to.
+        """
+        rows = [(length - 1, 1, True) for length in lengths]
+        if num_tokens:
+            rows.append((start, num_tokens, False))
+        return self.seconds(load_of_rows(rows, self._cost.windows), 0, 0)
 
     def _lacks_tokens(self, work: Work) -> bool:
         """Whether it follows tokens that the last stage has not sampled yet."""

@@ -14,10 +14,12 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import accumulate
+from operator import add
 
 from shoal.core.request import Output
-from shoal.core.stats import Computed, EngineStats
+from shoal.core.stats import EngineStats
 from shoal.core.step import InstancesReady, RowResult, Step, StepFailure, StepResult
 from shoal.engine.config import EngineConfig
 from shoal.engine.decode_run import DecodeRun
@@ -32,12 +34,13 @@ from shoal.engine.events import (
     Submit,
     Tick,
 )
+from shoal.engine.prompt_ahead import PromptAhead
 from shoal.engine.state import EngineState
 from shoal.sim.cost import StepCost
 from shoal.sim.pipeline import Pipeline, Work
+from shoal.sim.records import ReplicaSample
+from shoal.sim.voice import Report, Voice
 
-Report = Callable[[list[Output], Sequence[float], Computed], None]
-"""Told of outputs, and when each of their tokens came."""
 Started = Callable[[int, float], None]
 """Told of a request's number when it goes into its first Step."""
 HandOver = Callable[[KVEffect, float], None]
@@ -50,17 +53,21 @@ _LONGEST_RUN = 128
 
 @dataclass(frozen=True, slots=True)
 class _Forecast:
-    """When the next results come, and the seconds of their Steps."""
+    """When the next results come, the seconds of their Steps, and what of a prompt goes into the
+    Step that follows each, if there is one."""
 
     run: DecodeRun
     times: list[float]
     seconds: list[float]
+    chunks: list[int]
 
 
 class SimulatedReplica:
     """
     Args:
-        runs: take runs of decode Steps at once.
+        report: what it says, in order, perhaps a little later (`sim/voice.py`).
+        runs: take runs of Steps at once.
+        tells_late: then also tell what Steps one by one say at once, where that changes nothing.
         hand_over: told of KV that is lent or to be got.
     """
 
@@ -73,15 +80,18 @@ class SimulatedReplica:
         hand_over: HandOver,
         *,
         runs: bool,
+        tells_late: bool,
     ) -> None:
         self._config = config
-        self._report, self._started, self._runs = report, started, runs
+        self._started, self._runs = started, runs
+        self._voice = Voice(report, keeps=runs and tells_late)
         self._hand_over = hand_over
         self._state = EngineState(config)
         self._pipeline = Pipeline(config.routes, len(config.instance_blocks), cost)
         self._incarnation = 0
         self._forecast: _Forecast | None = None
         self._numbers: dict[str, int] = {}  # of requests, by id
+        self._raced: set[str] = set()  # of those, whose next token is waited for
         self._results: dict[int, RowResult] = {}  # of a row that samples, by sequence
         self._stalls_until_s = self._result_s = -math.inf
         self._unheard: list[Event] = []  # what it was told while it stalls
@@ -100,20 +110,26 @@ class SimulatedReplica:
             return self._stalls_until_s
         return when if when is None else max(when, self._stalls_until_s)
 
-    def is_quiet(self, now: float) -> bool:
-        """Whether `advance` would change nothing."""
-        if self._forecast is not None:
-            return False
-        due = self.next_s
-        return due is None or due > now
-
     def stats(self) -> EngineStats:
         return self._state.stats()
 
-    @property
-    def queued(self) -> tuple[int, ...]:
-        """Steps that wait, at each instance."""
-        return tuple(len(station.queue) for station in self._pipeline.stations)
+    def sample(self, now: float) -> ReplicaSample:
+        """How it stands, if all but a run that is foreseen has been taken; that goes on."""
+        run, stats, stations = self._forecast, self._state.stats(), self._pipeline.stations
+        seconds = () if run is None else run.seconds[: bisect_right(run.times, now)]
+        num_blocks, num_tokens = stats.num_blocks_used, stats.output_tokens
+        if run is not None:
+            num_blocks += run.run.num_new_blocks(len(seconds))
+            num_tokens += len(seconds) * len(run.run.lengths)
+        return ReplicaSample(
+            running=stats.num_running,
+            waiting=stats.num_waiting,
+            kv_share=num_blocks / stats.num_blocks,
+            queued=tuple(len(station.queue) for station in stations),
+            output_tokens=num_tokens,
+            # As if each had been added when it ended: only one instance foresees any.
+            busy_s=tuple(reduce(add, seconds, station.busy_s) for station in stations),
+        )
 
     @property
     def busy_s(self) -> tuple[float, ...]:
@@ -131,6 +147,21 @@ class SimulatedReplica:
         self._listen(now)
         self._catch_up(now)
         self._look_ahead()
+
+    def catch_up(self, now: float) -> None:
+        """The same, and what it has said is told."""
+        due = self.next_s
+        if self._forecast is not None or (due is not None and due <= now):
+            self.advance(now)
+        self._voice.tell()
+
+    def race(self, number: int | None, now: float) -> bool:
+        """Another replica goes on with a request; if it is here, each token counts from now on."""
+        raced = [name for name, each in self._numbers.items() if each == number]
+        if raced:
+            self._raced.update(raced)
+            self.advance(now)
+        return bool(raced)
 
     def stall(self, seconds: float, now: float) -> None:
         """It does nothing for so long, and then goes on."""
@@ -154,8 +185,10 @@ class SimulatedReplica:
         while (when := self._pipeline.next_s) is not None and when <= now:
             at, work = self._pipeline.step()
             if work is not None:
-                self._result_s = at
+                is_back, self._result_s = self._result_s < self._stalls_until_s, at
                 self._handle(self._result_of(work), at)
+                if is_back:
+                    self._voice.tell()
         deadline = self._state.next_deadline()
         if deadline is not None and deadline <= now:
             self._carry_out(self._state.handle(Tick(), now), (now,))
@@ -217,16 +250,14 @@ class SimulatedReplica:
         """
         outputs, of_kv = list[Output](), list[KVEffect]()
         for effect in effects:
-            match effect:
-                case RunStep(step):
-                    self._note_rows(step, times[-1])
-                    self._pipeline.submit(step, times[-1])
-                case Emit(output):
-                    outputs.append(output)
-                case CompileGrammar():
-                    raise AssertionError("no request has a grammar")
-                case _:
-                    of_kv.append(effect)
+            if isinstance(effect, Emit):
+                outputs.append(effect.output)
+            elif isinstance(effect, RunStep):
+                self._note_rows(effect.step, times[-1])
+                self._pipeline.submit(effect.step, times[-1])
+            else:
+                assert not isinstance(effect, CompileGrammar), "no request has a grammar"
+                of_kv.append(effect)
         self._tell_outputs(outputs, times)
         for each in of_kv:
             self._hand_over(each, times[-1])
@@ -235,8 +266,10 @@ class SimulatedReplica:
         for output in outputs:
             if output.finish is not None:
                 self._numbers.pop(output.request_id, None)
+                self._raced.discard(output.request_id)
         if outputs:
-            self._report(outputs, times, self._state.tally.computed)
+            computed = self._state.tally.computed
+            self._voice.say(outputs, times, computed, at_once=bool(self._raced))
 
     def _note_rows(self, step: Step, now: float) -> None:
         for sequence_id in step.released:
@@ -263,11 +296,13 @@ class SimulatedReplica:
     def _look_ahead(self) -> None:
         self._forecast = None
         # Of the first result after a stall the router hears at once: others may have gone on.
-        if not self._runs or self._result_s < self._stalls_until_s:
+        if not self._runs or self._raced or self._result_s < self._stalls_until_s:
             return
         run = self._state.decode_run()
         if run is not None and run.num_steps >= _SHORTEST_RUN:
-            self._forecast = self._foresee(run)
+            forecast = self._foresee(run)
+            if len(forecast.times) >= _SHORTEST_RUN:
+                self._forecast = forecast
 
     def _foresee(self, run: DecodeRun) -> _Forecast:
         """Of the Steps in flight, then of those that will follow them."""
@@ -275,10 +310,30 @@ class SimulatedReplica:
         first_s = self._pipeline.next_s
         assert first_s is not None
         waiting = [self._pipeline.seconds(work.load, 0, 0) for work in station.queue]
-        num_new = min(run.num_steps, _LONGEST_RUN) - len(waiting) - 1
-        following = [*waiting, *self._pipeline.decodes(run.lengths, num_new)]
-        times = list(accumulate(following, initial=first_s))
-        return _Forecast(run, times, [station.seconds, *following])
+        seconds, num_steps = [station.seconds, *waiting], min(run.num_steps, _LONGEST_RUN)
+        chunks = list[int]()
+        if run.prompt is None:
+            seconds += self._pipeline.decodes(run.lengths, num_steps - len(seconds))
+        else:
+            chunks = self._foresee_chunks(run, run.prompt, num_steps, seconds)
+            del seconds[len(chunks) :]  # of Steps that the last chunk may go into
+        times = list(accumulate(seconds[1:], initial=first_s))
+        return _Forecast(run, times, seconds, chunks)
+
+    def _foresee_chunks(
+        self, run: DecodeRun, prompt: PromptAhead, most: int, seconds: list[float]
+    ) -> list[int]:
+        """One for each result; what the Steps that hold them take is added."""
+        chunks, lengths = list[int](), list(run.lengths)
+        while len(chunks) < most:
+            start = prompt.start
+            chunk = prompt.next_chunk(seconds[len(chunks)])
+            if chunk is None:
+                break
+            seconds.append(self._pipeline.mixed(lengths, start, chunk))
+            chunks.append(chunk)
+            lengths = [each + 1 for each in lengths]
+        return chunks
 
     def _take_run(self, now: float) -> None:
         """Results of the run that came back by now, if there are enough to be taken at once."""
@@ -294,7 +349,8 @@ class SimulatedReplica:
             station.busy_s += each
         self._pipeline.clear()
         token_ids = tuple(self._numbers[each] for each in forecast.run.request_ids)
-        effects = self._state.handle(StepsDecoded(token_ids, tuple(seconds)), times[-1])
+        decoded = StepsDecoded(token_ids, tuple(seconds), tuple(forecast.chunks[:count]))
+        effects = self._state.handle(decoded, times[-1])
         self._carry_out(effects, times)
 
 

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -80,6 +80,7 @@ class ServingMetrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
+        self._counters: dict[tuple[Counter, tuple[str, ...]], Counter] = {}
         self._http = Counter(
             "shoal_http_requests",
             "HTTP responses by endpoint and status (499: the client hung up first)",
@@ -95,12 +96,9 @@ class ServingMetrics:
         self.ttft_s = self._histogram(
             "time_to_first_token_seconds", "Submission to first token", _TTFT_S
         )
-        self.itl_s = _TokenHistogram(
-            "shoal_inter_token_latency_seconds",
-            "Gap between tokens as the server sees them",
-            _TOKEN_S,
+        self.itl_s = self._histogram(
+            "inter_token_latency_seconds", "Gap between tokens as the server sees them", _TOKEN_S
         )
-        self._registry.register(self.itl_s)
         self.tpot_s = self._histogram(
             "request_time_per_output_token_seconds", "Mean gap between tokens", _TOKEN_S
         )
@@ -131,7 +129,7 @@ class ServingMetrics:
         self._registry.register(_EntranceCollector(entrance))
 
     def http_response(self, endpoint: str, status: int) -> None:
-        self._http.labels(endpoint, str(status)).inc()
+        self._counter_of(self._http, endpoint, str(status)).inc()
 
     def completion(self, num_prompt_tokens: int, now: float) -> CompletionTimer:
         """A completion was submitted."""
@@ -139,27 +137,37 @@ class ServingMetrics:
         return CompletionTimer(self, now)
 
     def finished(self, reason: str) -> None:
-        self._finished.labels(reason).inc()
+        self._counter_of(self._finished, reason).inc()
 
     def render(self) -> bytes:
         """The exposition, in Prometheus' text format."""
         return generate_latest(self._registry)
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"shoal_{name}", text, buckets=buckets, registry=self._registry)
+    def _histogram(self, name: str, text: str, bounds: tuple[float, ...]) -> _Histogram:
+        found = _Histogram(f"shoal_{name}", text, bounds)
+        self._registry.register(found)
+        return found
+
+    def _counter_of(self, family: Counter, *labels: str) -> Counter:
+        """`family.labels(...)`, which takes a lock and spells them anew each time."""
+        key = family, labels
+        found = self._counters.get(key)
+        if found is None:
+            found = self._counters[key] = family.labels(*labels)
+        return found
 
 
 class CompletionTimer:
     """The life of one completion, from submission on; ends in exactly one `finished`."""
 
-    __slots__ = ("_first_s", "_last_s", "_metrics", "_num_tokens", "_start_s")
+    __slots__ = ("_first_s", "_last_s", "_metrics", "_num_at_once", "_num_tokens", "_start_s")
 
     def __init__(self, metrics: ServingMetrics, now: float) -> None:
         self._metrics = metrics
         self._start_s = now
         self._first_s = now
         self._last_s = now
-        self._num_tokens = 0
+        self._num_tokens = self._num_at_once = 0
 
     def tokens(self, num_tokens: int, now: float) -> None:
         """`num_tokens` arrived together."""
@@ -171,18 +179,22 @@ class CompletionTimer:
         self._last_s = now
         self._num_tokens += num_tokens
 
+    def answered(self, num_tokens: int) -> None:
+        """With so many that came as a whole: when each was made, nobody knows."""
+        self._num_at_once = num_tokens
+
     def finished(self, reason: str, now: float) -> None:
         metrics = self._metrics
         metrics.finished(reason)
-        metrics.output_tokens.observe(self._num_tokens)
+        metrics.output_tokens.observe(self._num_tokens + self._num_at_once)
         if self._num_tokens > 1:
             metrics.tpot_s.observe((self._last_s - self._first_s) / (self._num_tokens - 1))
         if reason in ("stop", "length"):
             metrics.e2e_s.observe(now - self._start_s)
 
 
-class _TokenHistogram(Collector):
-    """A histogram for what is observed at every token, from one thread.
+class _Histogram(Collector):
+    """A histogram for what is observed from one thread, at every token and with every request.
 
     prometheus_client's own takes a lock and a look at every bound each time: a fifth of what
     streaming a token costs.

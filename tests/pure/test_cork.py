@@ -13,7 +13,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from shoal.server.cork import corked
+from shoal.server.cork import Corked
 from shoal.server.sse import SEND_BODY
 
 HEAD: Message = {"type": "http.response.start", "status": 200, "headers": []}
@@ -69,7 +69,7 @@ def answered(answer: Callable[[Scope, Send], Any], request: bytes = REQUEST) -> 
 
 def test_what_is_corked_is_one_write() -> None:
     async def answer(scope: Scope, send: Send) -> None:
-        with corked(scope):
+        with Corked(scope):
             await send(HEAD)
             await send(body(b"first", more=True))
         await send(body(b"second", more=True))
@@ -84,7 +84,7 @@ def test_what_is_corked_is_one_write() -> None:
 
 def test_a_connection_closes_after_what_was_written_to_it() -> None:
     async def answer(scope: Scope, send: Send) -> None:
-        with corked(scope):
+        with Corked(scope):
             await send(HEAD)
             await send(body(b"all", more=False))
 
@@ -97,7 +97,7 @@ def test_a_connection_closes_after_what_was_written_to_it() -> None:
 
 def test_what_was_sent_before_an_error_goes_out() -> None:
     async def answer(scope: Scope, send: Send) -> None:
-        with pytest.raises(ValueError, match="broken"), corked(scope):
+        with pytest.raises(ValueError, match="broken"), Corked(scope):
             await send(HEAD)
             raise ValueError("broken")
         await send(body(b"", more=False))
@@ -112,7 +112,7 @@ def test_another_server_sends_as_ever() -> None:
         sent.append(message)
 
     async def answer() -> None:
-        with corked({"state": {SEND_BODY: send}}):
+        with Corked({"state": {SEND_BODY: send}}):
             await send(HEAD)
 
     asyncio.run(answer())

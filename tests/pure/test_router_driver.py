@@ -118,28 +118,46 @@ def test_an_engine_is_ended_for_silence_and_for_steps_that_hang() -> None:
     limits = WatchdogLimits(silence_s=10.0, step_s=100.0)
     silent = Watchdog(limits, 0.0)
     silent.heard(BUSY, 5.0)
-    assert silent.complaint(15.0) is None
-    assert silent.complaint(15.1) == "the engine did not answer for 10 s"
+    assert silent.complaint(15.0, _runs) is None
+    assert silent.complaint(15.1, _runs) == "the engine did not answer for 10 s"
 
     hanging = Watchdog(limits, 0.0)
     for second in range(101):
         hanging.heard(BUSY, float(second))
-        assert hanging.complaint(float(second)) is None
+        assert hanging.complaint(float(second), _runs) is None
     hanging.heard(BUSY, 100.5)
-    assert hanging.complaint(100.5) == "the engine finished no Step for 100 s"
+    assert hanging.complaint(100.5, _runs) == "the engine finished no Step for 100 s"
 
 
 def test_an_engine_that_works_or_rests_is_left_alone() -> None:
     watchdog = Watchdog(WatchdogLimits(silence_s=10.0, step_s=20.0), 0.0)
     for second in range(0, 200, 5):
         watchdog.heard(EngineStats(num_running=1, computed=Computed(steps=second)), float(second))
-        assert watchdog.complaint(second + 4.0) is None
+        assert watchdog.complaint(second + 4.0, _runs) is None
     for second in range(200, 400, 5):
         watchdog.heard(EngineStats(num_running=0, computed=Computed(steps=200)), float(second))
-        assert watchdog.complaint(second + 4.0) is None
+        assert watchdog.complaint(second + 4.0, _runs) is None
 
 
-@pytest.mark.parametrize("name", ["silence_s", "step_s"])
+def test_a_stopped_engine_is_ended_sooner_but_not_for_a_pause() -> None:
+    watchdog = Watchdog(WatchdogLimits(silence_s=10.0, stopped_s=3.0), 0.0)
+    watchdog.heard(BUSY, 5.0)
+    assert watchdog.complaint(8.0, _is_stopped) is None
+    assert watchdog.complaint(8.1, _runs) is None
+    assert "stopped" in (watchdog.complaint(8.1, _is_stopped) or "")
+    watchdog.heard(BUSY, 8.1)
+    assert watchdog.complaint(8.2, _is_stopped) is None
+
+
+def _runs() -> bool:
+    return False
+
+
+def _is_stopped() -> bool:
+    return True
+
+
+@pytest.mark.parametrize("name", ["silence_s", "stopped_s", "step_s"])
 @pytest.mark.parametrize("value", [0.5, -1.0, float("nan")])
 def test_limits_below_the_heartbeat_are_refused(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=name):
@@ -161,17 +179,32 @@ engine = socket.socket(fileno=int(sys.argv[1]))
 engine.sendall(Codec(ToEngine).encode(Ready(info)))
 time.sleep(600)
 """
+STOPPED_ENGINE = MUTE_ENGINE.replace(
+    "time.sleep(600)", "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)"
+)
 
 
-def test_a_mute_engine_is_ended_and_that_is_what_is_said(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("program", "limits", "said"),
+    [
+        (MUTE_ENGINE, {"silence_s": 2.0}, "the engine did not answer for 2 s and was ended"),
+        (
+            STOPPED_ENGINE,
+            {"silence_s": 600.0, "stopped_s": 2.0},
+            "the engine process was stopped, said nothing for 2 s and was ended",
+        ),
+    ],
+)
+def test_a_mute_engine_is_ended_and_that_is_what_is_said(
+    program: str, limits: dict[str, float], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
     async def serve() -> Output:
-        limits = WatchdogLimits(silence_s=2.0, grace_s=0.1)
         client = EngineClient(
             "mute",
-            [sys.executable, "-c", MUTE_ENGINE],
+            [sys.executable, "-c", program],
             EngineOptions(model_path=""),
             lambda loading: None,
-            limits,
+            WatchdogLimits(grace_s=0.1, **limits),
         )
         config = RouterConfig(replicas=("mute",), max_lost=1)
         state = RouterState(config, random.Random(0))
@@ -187,5 +220,5 @@ def test_a_mute_engine_is_ended_and_that_is_what_is_said(caplog: pytest.LogCaptu
     output = asyncio.run(asyncio.wait_for(serve(), 120))
     assert output.error is not None
     assert output.error.code == "replica_lost"
-    assert "mute: the engine did not answer for 2 s and was ended" in caplog.text
+    assert f"mute: {said}" in caplog.text
     assert "out of memory" not in caplog.text

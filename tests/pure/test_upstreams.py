@@ -295,8 +295,11 @@ async def test_a_reader_that_stops_holds_the_upstream_back() -> None:
             await writer.drain()
             num_sent += 1
 
-    upstream = FakeUpstream(script=endless)
-    async with listening(upstream), fronting(upstream.url, stall_timeout_s=1.0) as front:
+    upstream, other = FakeUpstream(script=endless), FakeUpstream(script=endless)
+    async with (
+        listening(upstream, other),
+        fronting(upstream.url, other.url, stall_timeout_s=3.0, hedging=True) as front,
+    ):
         host, _, port = front.url.removeprefix("http://").partition(":")
         _reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
         body = json.dumps(chat(stream=True)).encode()
@@ -306,6 +309,8 @@ async def test_a_reader_that_stops_holds_the_upstream_back() -> None:
         await until(lambda: front.router.num_in_flight == 1)
         await until(lambda: front.router.num_in_flight == 0)
         assert 0 < num_sent < 1000
+        assert len(upstream.asked) + len(other.asked) == 1
+        assert front.router.hedges.doubted == 0, "which says nothing of the upstream"
         writer.close()
 
 

@@ -24,6 +24,7 @@ from shoal.router.upstream.attempts import UpstreamLimits
 from shoal.router.upstream.client import CheckTimes, UpstreamClient
 from shoal.router.upstream.door import Door
 from shoal.server import EdgeContext, ServerConfig, create_proxy_app
+from shoal.server.bounded_http import BoundedHttp
 
 TIMES = CheckTimes(every_s=60.0, timeout_s=5.0, first_retry_s=0.05, max_retry_s=0.1)
 STREAM_HEAD = (
@@ -211,7 +212,12 @@ async def fronting(
 async def _served(app: Any) -> AsyncGenerator[str]:
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=2
+        app,
+        http=BoundedHttp,
+        log_level="warning",
+        access_log=False,
+        ws="none",
+        timeout_graceful_shutdown=2,
     )
     server = _Server(config)
     serving = asyncio.create_task(server.serve(sockets=[listener]))

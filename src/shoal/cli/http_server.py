@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import ipaddress
 import os
+import resource
 import signal
 import socket
 import sys
@@ -20,8 +22,10 @@ import uvicorn
 
 from shoal.core.errors import ConfigError
 from shoal.router.driver import Router
+from shoal.server.bounded_http import BoundedHttp
 
 _CONNECTIONS_GRACE_S = 5
+_OBJECTS_PER_LOOK = 10_000
 
 
 def bind(host: str, port: int, api_keys: tuple[str, ...]) -> socket.socket:
@@ -51,7 +55,17 @@ def bind(host: str, port: int, api_keys: tuple[str, ...]) -> socket.socket:
             ) from error
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
     sock.listen(2048)
+    _allow_files()
     return sock
+
+
+def _allow_files() -> None:
+    """As many as may be: each client has one, and so has what it waits for. Many systems begin
+    with 1,024, for the sake of programs that use select()."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):  # some allow less than they say
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def url_of(host: str, port: int) -> str:
@@ -64,8 +78,10 @@ def http_server(app: Any) -> uvicorn.Server:
     return _HttpServer(
         uvicorn.Config(
             app,
+            http=BoundedHttp,
             log_level="warning",
             access_log=False,
+            proxy_headers=False,  # nothing here asks where a client is
             timeout_graceful_shutdown=_CONNECTIONS_GRACE_S,
             server_header=False,
         )
@@ -74,6 +90,14 @@ def http_server(app: Any) -> uvicorn.Server:
 
 class _HttpServer(uvicorn.Server):
     """uvicorn without its own signal handlers: stopping is ours to order."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        # All that was made until now stays: not to be looked through again and again. What a
+        # request leaves behind is no circle, for the most part.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(_OBJECTS_PER_LOOK)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

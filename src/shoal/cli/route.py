@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 
 import typer
 
@@ -24,71 +23,34 @@ def route(
     router_policy: router_options.RouterPolicy = "predicted",
     hedging: router_options.Hedging = True,
     slo: router_options.RouterSlo = None,
-    max_waiting: options.MaxWaiting = MAX_WAITING,
+    max_waiting: options.MaxWaiting = None,
     drain_timeout: options.DrainTimeout = 30.0,
     request_timeout: options.RequestTimeout = None,
     config: options.Config = None,
 ) -> None:
     """Route requests to servers that run elsewhere: vLLM, SGLang, llama.cpp, shoal."""
     del config
-    raise typer.Exit(
-        route_to(
-            upstream or (),
-            keys=upstream_key or (),
-            names=model_name or (),
-            host=host,
-            port=port,
-            api_keys=tuple(api_key or ()),
-            policy=router_policy,
-            hedging=hedging,
-            slo=slo,
-            max_waiting=max_waiting,
-            drain_timeout_s=drain_timeout,
-            request_timeout_s=request_timeout,
-        )
-    )
-
-
-def route_to(
-    upstreams: Sequence[str],
-    *,
-    keys: Sequence[str],
-    names: Sequence[str],
-    host: str,
-    port: int,
-    api_keys: tuple[str, ...],
-    policy: str,
-    hedging: bool,
-    slo: str | None,
-    max_waiting: int = MAX_WAITING,
-    drain_timeout_s: float,
-    request_timeout_s: float | None,
-) -> int:
-    """Serve until a signal; the exit status.
-
-    Raises:
-        ConfigError: a flag that makes no sense.
-    """
     from shoal.cli.http_server import bind
     from shoal.cli.routing import RouteSettings, run
     from shoal.cli.upstreams import read_names, read_upstreams
     from shoal.core.latency import Slo
     from shoal.policy.routing import policy_named
 
-    if not upstreams:
+    if not upstream:
         raise ConfigError("there is no --upstream; name at least one, as http://HOST:PORT")
-    policy_named(policy)
+    policy_named(router_policy)
+    api_keys = tuple(api_key or ())
     settings = RouteSettings(
-        upstreams=tuple(read_upstreams(upstreams, keys)),
-        names=tuple(read_names(names)),
+        upstreams=tuple(read_upstreams(upstream, upstream_key or ())),
+        names=tuple(read_names(model_name or ())),
         host=host,
         api_keys=api_keys,
-        policy=policy,
+        policy=router_policy,
         hedging=hedging,
         slo=Slo.parse(slo) if slo else None,
-        max_waiting=max_waiting,
-        drain_timeout_s=drain_timeout_s,
-        request_timeout_s=request_timeout_s,
+        max_waiting=max_waiting or MAX_WAITING,
+        drain_timeout_s=drain_timeout,
+        request_timeout_s=request_timeout,
     )
     with contextlib.closing(bind(host, port, api_keys)) as sock:
-        return run(settings, sock)
+        raise typer.Exit(run(settings, sock))

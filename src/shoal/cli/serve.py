@@ -9,8 +9,11 @@ from pathlib import Path
 import typer
 
 from shoal.cli import options, router_options
-from shoal.cli.route import route_to
+from shoal.cli.route import route
 from shoal.core.errors import ConfigError
+
+MAX_WAITING = 256
+"""For each replica."""
 
 
 def serve(
@@ -45,7 +48,7 @@ def serve(
     max_num_batched_tokens: options.MaxNumBatchedTokens = None,
     batching: options.Batching = "even",
     tpot_target: options.TpotTarget = None,
-    max_waiting: options.MaxWaiting = 256,
+    max_waiting: options.MaxWaiting = None,
     kv_cache_memory_bytes: options.KvCacheMemoryBytes = None,
     weights_memory_bytes: options.WeightsMemoryBytes = None,
     enable_prefix_caching: options.EnablePrefixCaching = True,
@@ -80,20 +83,19 @@ def serve(
                 "--upstream stands beside a model to be served here; serve that on a port of its "
                 "own, and name it as another --upstream"
             )
-        raise typer.Exit(
-            route_to(
-                upstream,
-                keys=upstream_key or (),
-                names=served_model_name or (),
-                host=host,
-                port=port,
-                api_keys=tuple(api_key or ()),
-                policy=router_policy,
-                hedging=hedging,
-                slo=slo,
-                drain_timeout_s=drain_timeout,
-                request_timeout_s=request_timeout,
-            )
+        return route(
+            upstream,
+            upstream_key,
+            served_model_name,
+            host=host,
+            port=port,
+            api_key=api_key,
+            router_policy=router_policy,
+            hedging=hedging,
+            slo=slo,
+            max_waiting=max_waiting,
+            drain_timeout=drain_timeout,
+            request_timeout=request_timeout,
         )
     policy_named(router_policy)
     bounds = Slo.parse(slo) if slo else None
@@ -125,7 +127,7 @@ def serve(
             max_num_batched_tokens=max_num_batched_tokens,
             batching=batching,
             tpot_target_s=tpot_target or (bounds.tpot_s if bounds is not None else None),
-            max_waiting=max_waiting,
+            max_waiting=max_waiting or MAX_WAITING,
             kv_cache_memory_bytes=kv_cache_memory_bytes,
             weights_memory_bytes=weights_memory_bytes,
             enable_prefix_caching=enable_prefix_caching,

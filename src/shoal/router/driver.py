@@ -146,17 +146,17 @@ class Router:
             raise ValueError(f"request id {request.request_id!r} is in use")
         self._inboxes[request.request_id] = inbox
         self._idle.clear()
+        is_over = False
         try:
             self.tell(Submit(request))
-            while True:
+            while not is_over:
                 output = await inbox.get()
+                is_over = output.finish is not None
                 yield output
-                if output.finish is not None:
-                    return
         finally:
-            # Unknown to the state by now, unless we were left early.
             del self._inboxes[request.request_id]
-            self.tell(Cancel(request.request_id))
+            if not is_over:
+                self.tell(Cancel(request.request_id))
             if not self._inboxes:
                 self._idle.set()
 

@@ -15,6 +15,7 @@ import socket
 import subprocess
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from shoal.core.errors import WireError
 from shoal.core.kv import KVOffer
@@ -233,11 +234,20 @@ class EngineClient:
         self._complaint = None
         while self._complaint is None:
             await asyncio.sleep(_WATCH_EVERY_S)
-            if watchdog.complaint(loop.time()) is not None:
+            if watchdog.complaint(loop.time(), self._is_stopped) is not None:
                 # If it was this process that slept, what came meanwhile is read first.
                 await asyncio.sleep(self._limits.grace_s)
-                self._complaint = watchdog.complaint(loop.time())
+                self._complaint = watchdog.complaint(loop.time(), self._is_stopped)
         self._process.kill()
+
+    def _is_stopped(self) -> bool:
+        """By a signal, as far as the system says (`man 5 proc`, state); not by a debugger."""
+        try:
+            stat = Path(f"/proc/{self._process.pid}/stat").read_bytes()
+        except OSError:
+            return False
+        # The name in brackets may hold any character.
+        return stat.rpartition(b")")[2].split()[0] == b"T"
 
     async def _autopsy(self) -> str:
         """Make sure that the process is gone, and say how it went."""

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 
 from fastapi import APIRouter, FastAPI
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from shoal.core.clock import Clock
 from shoal.observe import ServingMetrics
@@ -19,7 +19,7 @@ from shoal.server.health import Readiness, health_routes
 from shoal.server.limits import BodyLimit
 from shoal.server.middleware import Envelope
 from shoal.server.models import model_routes
-from shoal.server.proxy import ProxyEndpoints
+from shoal.server.proxy import PROMPTS, ProxyEndpoints
 from shoal.server.replicas import replica_routes
 from shoal.server.sse import SEND_BODY
 from shoal.server.tokenize import tokenize_routes
@@ -69,12 +69,14 @@ def create_proxy_app(context: EdgeContext) -> FastAPI:
         # What is in service has lately generated something: its client sees to it.
         return None if context.router.ready else "no upstream is in service"
 
-    return _assembled(context, health_routes(context, why_not), proxies=True)
+    app = _assembled(context, health_routes(context, why_not))
+    app.on_the_way = _surrounded(ProxyEndpoints(context), context)
+    return app
 
 
-def _assembled(context: EdgeContext, *routes: APIRouter, proxies: bool = False) -> FastAPI:
+def _assembled(context: EdgeContext, *routes: APIRouter) -> _App:
     """With what every app has: its router's metrics begin to be watched."""
-    config, metrics = context.config, context.metrics
+    metrics = context.metrics
     metrics.watch_replicas(context.router.stats)
     metrics.watch_router(context.router.replicas)
     metrics.watch_hedges(lambda: context.router.hedges)
@@ -83,18 +85,33 @@ def _assembled(context: EdgeContext, *routes: APIRouter, proxies: bool = False) 
     install_error_handlers(app)
     for each in (*routes, model_routes(context), replica_routes(context)):
         app.include_router(each)
-    # The last one added is the outermost.
-    if proxies:
-        app.add_middleware(ProxyEndpoints, context=context)
-    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
-    app.add_middleware(BearerAuth, api_keys=config.api_keys)
-    app.add_middleware(Envelope, rng=context.rng, metrics=metrics)
+    app.add_middleware(_surrounded, context=context)
     return app
 
 
+def _surrounded(app: ASGIApp, context: EdgeContext) -> ASGIApp:
+    """By what every request goes through, from the last to the first."""
+    limited = BodyLimit(app, max_bytes=context.config.max_body_bytes)
+    guarded = BearerAuth(limited, api_keys=context.config.api_keys)
+    return Envelope(guarded, rng=context.rng, metrics=context.metrics)
+
+
 class _App(FastAPI):
-    """Keeps the server's own `send`: Starlette wraps it before any middleware of ours sees it."""
+    """Keeps the server's own `send`: Starlette wraps it before any middleware of ours sees it.
+
+    Attributes:
+        on_the_way: answers what is proxied, before FastAPI's own layers, of which there are five.
+    """
+
+    on_the_way: ASGIApp | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope.setdefault("state", {})[SEND_BODY] = send
-        await super().__call__(scope, receive, send)
+        if self.on_the_way is not None and _is_for_upstreams(scope):
+            await self.on_the_way(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+
+def _is_for_upstreams(scope: Scope) -> bool:
+    return scope.get("path") in PROMPTS and scope.get("method") == "POST"

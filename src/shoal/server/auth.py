@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 import hmac
 
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from shoal.core.request import ErrorInfo
 from shoal.server.errors import error_response
+from shoal.server.headers import header_of
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/version"})
 """Load balancers ask these, and hold no key."""
@@ -36,7 +36,7 @@ class BearerAuth:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._keys and scope["path"] not in OPEN_PATHS:
-            key = self._matching_key(Headers(scope=scope).get("authorization", ""))
+            key = self._matching_key(header_of(scope, b"authorization"))
             if key is None:
                 headers = {"WWW-Authenticate": "Bearer"}
                 await error_response(_DENIED, headers)(scope, receive, send)

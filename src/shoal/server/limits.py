@@ -5,12 +5,12 @@ Knows nothing of what a body means.
 
 from __future__ import annotations
 
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shoal.core.request import ErrorInfo
 from shoal.server.errors import error_response
+from shoal.server.headers import header_of
 
 
 class BodyLimit:
@@ -24,7 +24,7 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        stated = Headers(scope=scope).get("content-length", "0")
+        stated = header_of(scope, b"content-length") or "0"
         if not stated.isdecimal() or int(stated[:20]) > self._max_bytes:
             info = ErrorInfo(status=413, code="request_too_large", message=self._message())
             await error_response(info)(scope, receive, send)

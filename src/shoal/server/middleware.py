@@ -10,11 +10,11 @@ import logging
 import random
 import re
 
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shoal.observe import ServingMetrics
 from shoal.server.errors import INTERNAL_ERROR, error_response
+from shoal.server.headers import header_of
 
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that hung up before the response began."""
@@ -35,7 +35,8 @@ class Envelope:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = self._request_id(Headers(scope=scope).get("x-request-id", ""))
+        request_id = self._request_id(header_of(scope, b"x-request-id"))
+        id_header = (b"x-request-id", request_id.encode("ascii"))
         scope.setdefault("state", {})["request_id"] = request_id
         begun = False
 
@@ -43,8 +44,8 @@ class Envelope:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
                 self._count(scope, message["status"])
+                message = {**message, "headers": [*message.get("headers", ()), id_header]}
             await send(message)
 
         try:

@@ -17,19 +17,19 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from shoal.core.errors import InvalidRequestError, RequestError
 from shoal.core.request import ErrorInfo, SamplingParams
 from shoal.router.upstream.bodies import COMMITTED, read_fields, value_of
 from shoal.router.upstream.records import Call, ProxiedOutput, ProxiedRequest, stand_in_ids
 from shoal.server.config import EdgeContext
-from shoal.server.cork import corked
+from shoal.server.cork import Corked
 from shoal.server.errors import error_response
+from shoal.server.hang_up import unless_hung_up
 from shoal.server.proxy_output import checked
 from shoal.server.proxy_stream import ProxiedStream
-from shoal.server.respond import check_model, check_room, request_label, tenant
-from shoal.server.sse import unless_hung_up
+from shoal.server.respond import check_model, request_label, tenant
 
 PROMPTS = {
     "/v1/chat/completions": "messages",
@@ -49,23 +49,20 @@ class _Endpoint:
 
 
 class ProxyEndpoints:
-    """Answers these paths itself; the rest is the app's.
+    """Answers what is posted to these paths.
 
-    Not routes of it: finding one, and what surrounds it, would cost as much as all else here.
+    Not routes of an app: finding one, and what surrounds it, would cost as much as all else here.
     """
 
-    def __init__(self, app: ASGIApp, *, context: EdgeContext) -> None:
-        self._app, self._context = app, context
+    def __init__(self, context: EdgeContext) -> None:
+        self._context = context
         self._endpoints = {path: _Endpoint(path) for path in PROMPTS}
+        self._num_asked = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        endpoint = self._endpoints.get(scope.get("path", ""))
-        if endpoint is None or scope["type"] != "http" or scope["method"] != "POST":
-            await self._app(scope, receive, send)
-            return
-        scope["route"] = endpoint
+        scope["route"] = self._endpoints[scope["path"]]
         try:
-            await self._answer(Request(scope, receive), scope, receive, send)
+            await self._answer(scope, receive, send)
         except RequestError as error:
             await error_response(ErrorInfo.of(error))(scope, receive, send)
         except HTTPException as error:  # of a body that is too long
@@ -74,17 +71,36 @@ class ProxyEndpoints:
             )
             await error_response(info)(scope, receive, send)
 
-    async def _answer(self, request: Request, scope: Scope, receive: Receive, send: Send) -> None:
-        proxied = read_request(await request.body(), request, self._context)
-        answer: Response = (
-            ProxiedStream(proxied, self._context, request_label(request))
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await _whole_body(receive)
+        if body is None:
+            return  # nobody is there to read an answer
+        self._num_asked += 1
+        request, context = Request(scope), self._context
+        proxied = read_request(body, request, context, f"proxied-{self._num_asked}")
+        answer = (
+            ProxiedStream(proxied, context, request_label(request))
             if proxied.call.is_stream
-            else _Answer(proxied, self._context)
+            else _Answer(proxied, context)
         )
         await answer(scope, receive, send)
 
 
-def read_request(body: bytes, request: Request, context: EdgeContext) -> ProxiedRequest:
+async def _whole_body(receive: Receive) -> bytes | None:
+    """None: the client hung up in the middle of it."""
+    parts: list[bytes] = []
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return None
+        parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+def read_request(
+    body: bytes, request: Request, context: EdgeContext, request_id: str
+) -> ProxiedRequest:
     """What a client asks for.
 
     Raises:
@@ -99,8 +115,6 @@ def read_request(body: bytes, request: Request, context: EdgeContext) -> Proxied
         )
     model = value_of(fields, "model", str) or context.config.served_model_names[0]
     check_model(model, context)
-    priority = value_of(fields, "priority", int) or 0
-    check_room(request, priority, context)
     num_choices = value_of(fields, "n", int) or 1
     if not 1 <= num_choices <= _MAX_CHOICES:
         raise InvalidRequestError(
@@ -119,10 +133,10 @@ def read_request(body: bytes, request: Request, context: EdgeContext) -> Proxied
         shows_ids=value_of(fields, "return_token_ids", bool) or False,
     )
     return ProxiedRequest(
-        request_id=f"proxied-{context.rng.getrandbits(64):016x}",
+        request_id=request_id,
         prompt_ids=stand_in_ids(bytes(fields[field])),
-        sampling=SamplingParams(max_tokens=_max_tokens(fields), seed=_seed(fields)),
-        priority=priority,
+        sampling=SamplingParams(max_tokens=_max_tokens(fields), seed=_seed(fields, context)),
+        priority=value_of(fields, "priority", int) or 0,
         timeout_s=context.config.request_timeout_s,
         salt=tenant(request),
         call=call,
@@ -146,26 +160,26 @@ def _max_tokens(fields: dict[str, msgspec.Raw]) -> int | None:
     return None
 
 
-def _seed(fields: dict[str, msgspec.Raw]) -> int | None:
+def _seed(fields: dict[str, msgspec.Raw], context: EdgeContext) -> int:
+    """The client's, or one that is drawn here: a request that lacks it would be made anew."""
     seed: int | None = value_of(fields, "seed", int)
-    return None if seed is None else seed % 2**64
+    return context.rng.getrandbits(63) if seed is None else seed % 2**64
 
 
-class _Answer(Response):
+class _Answer:
     """A whole answer, with the status that the upstream gave it."""
 
     def __init__(self, request: ProxiedRequest, context: EdgeContext) -> None:
-        super().__init__()
         self._request, self._context = request, context
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def work() -> None:
             output = await self._output()
             response = Response(output.data, output.status, media_type="application/json")
-            with corked(scope):
+            with Corked(scope):
                 await response(scope, receive, send)
 
-        await unless_hung_up(receive, work())
+        await unless_hung_up(scope, receive, work())
 
     async def _output(self) -> ProxiedOutput:
         context, request = self._context, self._request
@@ -174,7 +188,10 @@ class _Answer(Response):
         try:
             async with aclosing(context.router.generate(request)) as outputs:
                 found = checked(await anext(outputs))
+            timer.answered(len(found.token_ids))
             reason = found.finish or reason
+            if found.status != 200:
+                reason = f"upstream_{found.status}"
         except RequestError as error:
             reason = error.code
             raise

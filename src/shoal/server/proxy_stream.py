@@ -23,23 +23,23 @@ from shoal.core.request import ErrorInfo, Output
 from shoal.observe import CompletionTimer
 from shoal.router.upstream.records import Backlog, ProxiedOutput, ProxiedRequest
 from shoal.server.config import EdgeContext
-from shoal.server.cork import corked
+from shoal.server.cork import Corked
 from shoal.server.errors import error_payload
 from shoal.server.express import can_write, socket_of
+from shoal.server.hang_up import unless_hung_up
 from shoal.server.proxy_output import checked
-from shoal.server.sse import EVENT_HEADERS, SEND_BODY, StallWatch, unless_hung_up
+from shoal.server.sse import EVENT_HEADERS, SEND_BODY, StallWatch
 
 _log = logging.getLogger(__name__)
 
 
-class ProxiedStream(Response):
+class ProxiedStream:
     """
     Args:
         label: the X-Request-Id, for the log.
     """
 
     def __init__(self, request: ProxiedRequest, context: EdgeContext, label: str) -> None:
-        super().__init__()
         self._request, self._context, self._label = request, context, label
         self._reason = "cancelled"
 
@@ -47,7 +47,7 @@ class ProxiedStream(Response):
         clock, metrics = self._context.clock, self._context.metrics
         timer = metrics.completion(len(self._request.prompt_ids), clock.now())
         try:
-            await unless_hung_up(receive, self._stream(scope, receive, send, timer))
+            await unless_hung_up(scope, receive, self._stream(scope, receive, send, timer))
         finally:
             timer.finished(self._reason, clock.now())
 
@@ -73,7 +73,7 @@ class ProxiedStream(Response):
                 try:
                     self._reason = first.finish or self._reason
                     watch.begin()
-                    with corked(scope):
+                    with Corked(scope):
                         await send(_head())
                         await send_body(_body(first.data, more_body=first.finish is None))
                     watch.end()

@@ -123,18 +123,18 @@ def check_model(model: str | None, context: EdgeContext) -> None:
     names = context.config.served_model_names
     if model is not None and model not in names:
         raise NotFoundError(
-            f"The model {model!r} does not exist; this server has {', '.join(names)}",
+            f"The model {model[:128]!r} does not exist; this server has {', '.join(names)}",
             code="model_not_found",
             param="model",
         )
 
 
 def request_label(request: Request) -> str:
-    return str(request.state.request_id)
+    return str(request.scope["state"]["request_id"])
 
 
 def tenant(request: Request) -> str:
-    return str(getattr(request.state, "tenant", ""))
+    return str(request.scope.get("state", {}).get("tenant", ""))
 
 
 async def _whole(job: Job, shape: Shape, context: ServerContext) -> bytes:

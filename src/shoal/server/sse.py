@@ -1,4 +1,4 @@
-"""Server-sent events, and clients that hang up or stop reading.
+"""Server-sent events, and clients that stop reading.
 
 Backpressure: an event is sent when the one before it went out; uvicorn makes `send` wait
 while the socket is full. Meanwhile tokens wait in the router, a request's worth at most, and
@@ -20,6 +20,7 @@ from shoal.core.errors import RequestError
 from shoal.core.request import ErrorInfo
 from shoal.server.errors import INTERNAL_ERROR, error_payload
 from shoal.server.express import Express
+from shoal.server.hang_up import unless_hung_up
 
 EVENT_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -45,7 +46,7 @@ class BodyResponse(Response):
             body = await self._make_body()
             await Response(body, media_type="application/json")(scope, receive, send)
 
-        await unless_hung_up(receive, work())
+        await unless_hung_up(scope, receive, work())
 
 
 class EventStream(Response):
@@ -75,7 +76,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         send_body = scope.get("state", {}).get(SEND_BODY, send)
         async with aclosing(self._events):
-            await unless_hung_up(receive, self._stream(send, send_body))
+            await unless_hung_up(scope, receive, self._stream(send, send_body))
 
     async def _stream(self, send: Send, send_body: Send) -> None:
         first = await anext(self._events)
@@ -155,23 +156,3 @@ class StallWatch:
             self._task.cancel()
         else:
             self._timer = self._loop.call_at(since + self._limit_s, self._look)
-
-
-async def unless_hung_up(receive: Receive, work: Awaitable[None]) -> None:
-    """Runs `work`, cancelling it as soon as the client is gone; the body has been read."""
-    working = asyncio.ensure_future(work)
-    watching = asyncio.ensure_future(_hang_up(receive))
-    try:
-        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            working.result()
-    finally:
-        working.cancel()
-        watching.cancel()
-        # A cancelled request must be off the router before we return.
-        await asyncio.gather(working, watching, return_exceptions=True)
-
-
-async def _hang_up(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

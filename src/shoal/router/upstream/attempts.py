@@ -15,6 +15,7 @@ from typing import Protocol
 import msgspec
 
 from shoal.core.request import ErrorInfo
+from shoal.router.upstream.bodies import UNREADABLE
 from shoal.router.upstream.connection import Connection
 from shoal.router.upstream.records import UNKNOWN_TOKEN, ProxiedOutput, ProxiedRequest
 from shoal.router.upstream.stream_events import (
@@ -57,6 +58,10 @@ class Told(Protocol):
         ...
 
     def failed(self, attempt: Attempt, error: ErrorInfo) -> None: ...
+
+    def held(self, attempt: Attempt, *, is_held: bool) -> None:
+        """The client is slow, so that no more is read for now; or again."""
+        ...
 
     def settled(self, attempt: Attempt) -> None: ...
 
@@ -226,30 +231,38 @@ class Attempt:
         self._told.said(output)
         if backlog.is_long and not self._is_settled and self._connection is not None:
             self._connection.pause()
+            self._told.held(self, is_held=True)
             backlog.when_short(self._resume)
 
     def _resume(self) -> None:
         self._heard_s = self._loop.time()
         if self._connection is not None:
+            self._told.held(self, is_held=False)
             self._connection.resume()
 
     def _whole(self) -> None:
         """A response that is no stream has come."""
         if self._is_settled:
             return
-        data = b"".join(self._parts)
+        data, num_tokens = b"".join(self._parts), 0
         if self._status >= 500 or self._status in _NOT_THE_CLIENTS:
             self._refused()
             return
         if self._status < 300:
-            if not _is_object(data):
+            answer = _read(data)
+            if answer is None:
                 self.fail(f"answered {data[:64]!r}, which is not a JSON object")
                 return
+            if bytes(answer.error) not in _NO_ERROR:
+                said = bytes(answer.error)[:300].decode(errors="replace")
+                self.fail(f"answered {self._status} with an error: {said}")
+                return
+            num_tokens = _num_tokens(answer.usage)
             data = renamed(data, renamings(self._model, self._call.model))
         self._say(
             ProxiedOutput(
                 request_id=self.request.request_id,
-                token_ids=(UNKNOWN_TOKEN,) * _num_tokens(data),
+                token_ids=(UNKNOWN_TOKEN,) * num_tokens,
                 data=data,
                 status=self._status,
                 finish="stop",
@@ -296,26 +309,29 @@ class _Usage(msgspec.Struct):
 class _Whole(msgspec.Struct):
     """Any JSON object: decoding it reads all of the text."""
 
-    usage: _Usage | None = None
+    usage: msgspec.Raw = msgspec.Raw(b"{}")
+    error: msgspec.Raw = msgspec.Raw(b"null")
 
 
 _WHOLE = msgspec.json.Decoder(_Whole)
+_USAGE = msgspec.json.Decoder(_Usage)
+_NO_ERROR = (b"null", b"{}", b"false", b'""')
 _MAX_TOKENS = 65536
 
 
-def _is_object(data: bytes) -> bool:
+def _read(data: bytes) -> _Whole | None:
+    """None: it is no JSON object."""
     try:
-        _WHOLE.decode(data)
-    except msgspec.DecodeError:
-        return False
-    return True
+        return _WHOLE.decode(data)
+    except UNREADABLE:
+        return None
 
 
-def _num_tokens(data: bytes) -> int:
+def _num_tokens(said: msgspec.Raw) -> int:
     """Of an answer that says so."""
     try:
-        usage = _WHOLE.decode(data).usage or _Usage()
-    except msgspec.DecodeError:
+        usage = _USAGE.decode(said)
+    except UNREADABLE:
         return 0
     return min(max(usage.completion_tokens, usage.output_tokens, 0), _MAX_TOKENS)
 

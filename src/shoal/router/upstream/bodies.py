@@ -20,6 +20,9 @@ CONTINUABLE = "resumable"
 COMMITTED = "output_token_ids"
 """shoal's field: tokens that the client has, which the answer goes on from."""
 
+UNREADABLE = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
+"""What reading JSON of strangers may raise."""
+
 _FIELDS = msgspec.json.Decoder(dict[str, Raw])
 _ENCODER = msgspec.json.Encoder()
 _TRUE = Raw(b"true")
@@ -33,8 +36,9 @@ def read_fields(body: bytes) -> dict[str, Raw]:
         InvalidRequestError: it is no JSON object.
     """
     try:
+        body.decode()  # strings that are not read here are not to fail at an upstream
         return _FIELDS.decode(body)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise InvalidRequestError(
             f"The body is not a JSON object: {error}; send one as application/json",
             code="invalid_json",
@@ -50,7 +54,12 @@ def value_of(fields: Mapping[str, Raw], name: str, kinds: type | tuple[type, ...
     raw = fields.get(name)
     if raw is None or raw == _NULL:
         return None
-    value = msgspec.json.decode(raw)
+    try:
+        value = msgspec.json.decode(raw)
+    except UNREADABLE as error:  # a number beyond all bounds, say
+        raise InvalidRequestError(
+            f"{name} cannot be read: {error}", code="invalid_value", param=name
+        ) from error
     if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
         raise InvalidRequestError(
             f"{name} is {bytes(raw)[:64].decode(errors='replace')}; it has another type here",

@@ -13,7 +13,7 @@ import msgspec
 
 from shoal.core.stats import EngineInfo
 from shoal.router.upstream.address import Address
-from shoal.router.upstream.bodies import check_body
+from shoal.router.upstream.bodies import UNREADABLE, check_body
 from shoal.router.upstream.card import ShoalCard
 from shoal.router.upstream.connection import Pool
 
@@ -83,7 +83,7 @@ async def look(address: Address, pool: Pool, timeout_s: float) -> Found:
     body = await _ask(address, pool, "GET", "/v1/models", b"", timeout_s)
     try:
         cards = msgspec.json.decode(body, type=_Cards).data
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise CheckError(f"/v1/models is no list of models: {error}") from error
     if not cards:
         raise CheckError("/v1/models lists no model")
@@ -137,7 +137,7 @@ async def _slots(address: Address, pool: Pool, timeout_s: float) -> int:
     try:
         body = await _ask(address, pool, "GET", "/props", b"", timeout_s)
         return max(msgspec.json.decode(body, type=_Props).total_slots, 1)
-    except (CheckError, msgspec.DecodeError):
+    except (CheckError, *UNREADABLE):
         return 1
 
 
@@ -181,7 +181,7 @@ class _Whole:
     def body(self, data: bytes) -> None:
         self._body += data
         if len(self._body) > MAX_ANSWER_BYTES:
-            self.broken(f"its answer is longer than {MAX_ANSWER_BYTES} bytes")
+            self.broken(f"answered with more than {MAX_ANSWER_BYTES} bytes")
 
     def flush(self) -> None:
         pass
@@ -192,4 +192,4 @@ class _Whole:
 
     def broken(self, reason: str) -> None:
         if not self.result.done():
-            self.result.set_exception(CheckError(reason))
+            self.result.set_exception(CheckError(f"it {reason}"))

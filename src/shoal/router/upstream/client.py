@@ -22,6 +22,8 @@ from shoal.core.step_times import InstanceStep
 from shoal.router.driver import Router
 from shoal.router.events import (
     AttemptFailed,
+    AttemptHeld,
+    Event,
     ReplicaLost,
     ReplicaOutputs,
     ReplicaReady,
@@ -179,6 +181,11 @@ class UpstreamClient:
         # It may be the router that calls.
         asyncio.get_running_loop().call_soon(self._tell, failed)
 
+    def held(self, attempt: Attempt, *, is_held: bool) -> None:
+        request_id = attempt.request.request_id
+        held = AttemptHeld(self.name, self._incarnation, request_id, is_held)
+        asyncio.get_running_loop().call_soon(self._tell, held)
+
     def again(self, attempt: Attempt) -> None:
         self._connect(attempt)
 
@@ -187,7 +194,7 @@ class UpstreamClient:
 
     # ---
 
-    def _tell(self, event: AttemptFailed) -> None:
+    def _tell(self, event: Event) -> None:
         assert self._router is not None
         self._router.tell(event)
 

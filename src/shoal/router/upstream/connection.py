@@ -40,7 +40,7 @@ class Exchange(Protocol):
         ...
 
     def broken(self, reason: str) -> None:
-        """No more of it will come."""
+        """No more of it will come; `reason`: what the upstream did, without its name."""
         ...
 
 
@@ -103,11 +103,11 @@ class Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            self._break("its response switches protocols")
+            self._break("switched protocols in its response")
         except httptools.HttpParserError as error:
-            self._break(f"its response is not HTTP: {error.__context__ or error}")
+            self._break(f"answered with what is not HTTP: {error.__context__ or error}")
         if not self._status and self._num_head_bytes > MAX_HEAD_BYTES:
-            self._break(f"its response has more than {MAX_HEAD_BYTES} bytes of headers")
+            self._break(f"answered with more than {MAX_HEAD_BYTES} bytes of headers")
         if self._is_over:
             self._settle()
         elif self._exchange is not None:
@@ -125,7 +125,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
         self._pool.forget(self)
-        self._break("it closed the connection" if error is None else f"connection lost: {error}")
+        self._break("closed the connection" if error is None else f"lost its connection: {error}")
 
     # --- httptools' ---
 

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from shoal.core.request import FinishReason
+from shoal.router.upstream.bodies import UNREADABLE
 from shoal.router.upstream.records import UNKNOWN_TOKEN, Call
 
 MAX_EVENT_BYTES = 1024 * 1024
@@ -252,14 +253,14 @@ def _parsed(event: bytes) -> _Chunk:
         raise BadStreamError(f"it sent {event[:64]!r}, which is no event of a completion")
     try:
         return _CHUNK.decode(event[5:].strip())
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise BadStreamError(f"an event is no chunk of a completion: {error}") from error
 
 
 def _ids(spelled: bytes) -> tuple[int, ...]:
     try:
         return _TOKEN_IDS.decode(spelled)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise BadStreamError(f"token ids are {spelled[:64]!r}") from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 
+import pytest
 from chain_worker import expected_output
 from test_router_hedging import PROMPT, Clocked
 from test_router_state import VOCAB, own_id
@@ -11,6 +12,7 @@ from test_router_state import VOCAB, own_id
 from shoal.core.kv import KVOffer
 from shoal.core.request import Output
 from shoal.router.events import (
+    AttemptHeld,
     DrainReplica,
     KVLent,
     LendAt,
@@ -117,6 +119,62 @@ def test_who_did_nothing_for_a_while_is_not_thought_slow() -> None:
         fleet.say()
     after = fleet.state.prospects(fleet.now)["a"]
     assert max(after.prompts, after.decoding) < 2 * max(before.prompts, before.decoding)
+
+
+def test_without_hedging_a_pause_is_waited_for() -> None:
+    fleet = Clocked("a", "b", hedging=False)
+    fleet.warm()
+    ids = _streams(fleet, 3, at="a")
+    for _ in range(4):
+        fleet.say()
+    fleet.stalled = {"a"}
+    fleet.submit("new", PROMPT)
+    fleet.wait(2.0)
+    fleet.stalled.clear()
+    fleet.finish()
+    assert all(fleet.places(each) == ["a"] for each in ids)
+    assert len(fleet.places("new")) == 1
+    assert (fleet.state.hedges.hedged, fleet.state.hedges.rescued) == (0, 0)
+
+
+@pytest.mark.parametrize("has_begun", [True, False])
+def test_without_hedging_a_silent_replica_is_left_nevertheless(has_begun: bool) -> None:
+    fleet = Clocked("a", "b", hedging=False)
+    fleet.warm()
+    if has_begun:
+        _streams(fleet, 1, at="a")
+    else:
+        fleet.tell(DrainReplica("b"))
+        fleet.submit("s0", _prompts(1)[0], max_tokens=LONG)
+        fleet.tell(ResumeReplica("b"))
+    fleet.stalled = {"a"}
+    fleet.wait(2.0)
+    assert fleet.places("s0") == ["a"]
+    fleet.wait(2.0)
+    assert fleet.places("s0") == ["a", "b"]
+    fleet.finish()
+    assert fleet.delivered["s0"] == expected_output(_prompts(1)[0], LONG, VOCAB)
+    assert (fleet.state.hedges.hedged, fleet.state.hedges.rescued) == (0, 1)
+
+
+def test_what_is_not_read_is_no_silence() -> None:
+    """A client that reads nothing says nothing of the replica that answers it."""
+    fleet = Clocked("a", "b")
+    fleet.warm()
+    (stream,) = _streams(fleet, 1, at="a")
+    fleet.say()
+    ((name, sent_id),) = fleet.running
+    fleet.tell(AttemptHeld(name, fleet.incarnations[name], sent_id, True))
+    fleet.wait(30.0)
+    assert fleet.places(stream) == ["a"]
+    assert fleet.state.hedges.doubted == 0
+    fleet.tell(AttemptHeld(name, fleet.incarnations[name], sent_id, False))
+    fleet.wait(0.5)
+    assert fleet.places(stream) == ["a"]
+    fleet.wait(5.0)
+    assert fleet.places(stream) == ["a", "b"], "it is read again, and says nothing"
+    fleet.finish()
+    assert fleet.delivered[stream] == expected_output(_prompts(1)[0], LONG, VOCAB)
 
 
 class _Lending(Clocked):

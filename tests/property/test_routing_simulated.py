@@ -9,7 +9,7 @@ import pytest
 from linear_cost import LinearCost
 
 from shoal.core.latency import Slo, is_within
-from shoal.core.workload import Workload, poisson_workload
+from shoal.core.workload import Arrival, Workload, poisson_workload
 from shoal.engine.config import EngineConfig
 from shoal.sim import Fault, ReplicaSetup, Simulation, summarise
 
@@ -83,3 +83,31 @@ def test_a_replica_that_slows_down_gets_what_it_can_carry_and_comes_back() -> No
 
     assert good(8.0, slow(8.0)) >= 0.85 * good(8.0, slow(0.0))
     assert good(18.0, slow(6.0), slow(13.0, 1.0)) >= 0.97 * good(18.0)
+
+
+def test_a_long_prompt_that_is_over_keeps_nobody_out_of_its_replica() -> None:
+    """Its stream goes on for a minute, and has room for others at the TPOT to be kept."""
+    config = EngineConfig(
+        instance_blocks=(3000,),
+        max_model_len=16_384,
+        vocab_size=1000,
+        max_num_seqs=32,
+        max_num_batched_tokens=2048,
+        tpot_target_s=0.03,
+    )
+    cost = LinearCost(step_s=0.019, token_s=5e-4, context_s=1e-8)
+    replicas = [ReplicaSetup(name=f"replica-{n}", config=config, cost=cost) for n in range(2)]
+    long = [Arrival(arrival_s=0.0, prompt_tokens=12_000, output_tokens=3000) for _ in replicas]
+    short = [Arrival(arrival_s=20.0 + n, prompt_tokens=100, output_tokens=20) for n in range(12)]
+    made = Simulation(
+        Workload("long, then short", (*long, *short)),
+        replicas,
+        random.Random(0),
+        slo=Slo(ttft_s=12.0, tpot_s=0.03),
+    )
+    records = made.run().requests
+    assert [each.error for each in records] == [None] * len(records)
+    assert max(each.first_s or 0.0 for each in records[2:]) < min(
+        each.last_s or 0.0 for each in records[:2]
+    )
+    assert max(each.ttft_s or 0.0 for each in records[2:]) < 1.0

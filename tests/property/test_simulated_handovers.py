@@ -112,6 +112,23 @@ def test_without_links_it_is_computed_again() -> None:
     assert gap > gap_with + 0.2
 
 
+def test_who_has_no_room_for_kv_gets_no_request_yet() -> None:
+    """Room for four of eight that begin at once: the others decode where they began until then."""
+    burst = tuple(
+        Arrival(arrival_s=0.001 * each, prompt_tokens=1000, output_tokens=100) for each in range(8)
+    )
+    starting = [setup(f"starts-{each}", "prefill") for each in range(8)]
+    small = setup("goes-on", "decode", instance_blocks=(290,))
+    _, report, (requests, *_) = run(Workload("burst", burst), [*starting, small])
+    replicas = by_name(report)
+    assert all(each.is_good for each in requests)
+    assert replicas["goes-on"]["preemptions"] == 0
+    # Whoever went found all of its KV there; whoever did not finished where it began.
+    gone = [each for each in range(8) if replicas[f"starts-{each}"]["output_tokens"] < 100]
+    assert len(gone) == 4
+    assert replicas["goes-on"]["cached_tokens"] == len(gone) * (1000 // 16) * 16
+
+
 def test_a_drained_replica_s_requests_go_on_with_their_kv_and_it_gets_none_until_it_may() -> None:
     workload = Workload(
         "two",

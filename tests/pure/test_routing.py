@@ -180,6 +180,24 @@ def test_prompts_and_decoding_are_told_apart() -> None:
     assert correction.prompts == pytest.approx(5.0, rel=0.05)
 
 
+def test_they_are_told_apart_by_stretches_that_are_long() -> None:
+    """Seconds each, as on slow devices: after one, the level is what it was alone."""
+    correction = Correction(is_known=False)
+    for _ in range(12):
+        correction.note(0.3, 0.02, 3.0)
+        correction.note(0.0, 1.0, 2.0)
+    assert correction.prompts / correction.decoding > 2.5
+
+
+def test_of_a_replica_that_nobody_saw_anything_may_be_assumed_until_it_is_seen() -> None:
+    correction = Correction(is_known=False)
+    correction.assume(5.0)
+    assert (correction.prompts, correction.decoding, correction.usual) == (5.0, 5.0, None)
+    for _ in range(20):
+        correction.note(0.05, 0.05, 0.2)
+    assert correction.factor == pytest.approx(2.0, rel=0.1)
+
+
 @pytest.mark.parametrize("most_share", [0.9, 0.3])
 def test_prompts_and_decoding_do_not_trade_places_under_load(most_share: float) -> None:
     """Every stretch has some of both, and takes now more and now less."""
@@ -253,6 +271,36 @@ def test_a_replica_that_tells_what_it_computes_is_learned_from(speed: float) -> 
     fresh.put(stay(100_000 - computed.prompt_tokens), now)
     waits_s = one.column(now, *TARGETS)[Row.FREE] - now
     assert waits_s == pytest.approx(fresh.column(now, *TARGETS)[Row.FREE] - now, rel=0.01)
+
+
+@pytest.mark.parametrize("num_tokens", [40_000, 60_000, 200_000])
+def test_a_long_prompt_slows_streams_down_less_and_less(num_tokens: int) -> None:
+    """Nobody else comes, and nothing is heard: time alone tells."""
+    one, tpot_s = standing(room=1_000_000), 0.015
+    for each in (stay(100), stay(num_tokens)):
+        one.put(each, 5.0)
+        one.begin(each, 0, 6.0)
+    from_s = one.keeps_from_s(tpot_s)
+    assert 5.0 < from_s < 500.0
+    gaps_s = [one.column(at_s, *TARGETS)[Row.GAP] for at_s in (5.0, from_s, from_s + 1.0)]
+    assert gaps_s == sorted(gaps_s, reverse=True)
+    assert gaps_s[0] > gaps_s[1] == pytest.approx(tpot_s)
+
+
+def test_streams_that_are_too_many_are_too_slow_at_any_time() -> None:
+    one = standing()
+    assert one.keeps_from_s(0.015) == -np.inf
+    for _ in range(60):
+        one.put(stay(10), 0.0)
+    assert one.keeps_from_s(0.015) == np.inf
+    assert one.column(1e9, *TARGETS)[Row.GAP] > 0.015
+
+
+def test_requests_that_do_not_come_any_more_are_forgotten() -> None:
+    one = standing()
+    for number in range(20):
+        one.put(stay(10), 0.1 * number)
+    assert one.rate_at(2.0) > 0.5 * one.rate > one.rate_at(30.0) > 0
 
 
 def test_what_was_cut_short_teaches_nothing() -> None:

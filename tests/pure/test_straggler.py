@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import random
 
+import pytest
+
 from shoal.core.split import Range
 from shoal.core.step_times import InstanceStep, StepTaken
 from shoal.policy.breaker import Breaker
-from shoal.policy.hedging import Budget, Lateness
+from shoal.policy.hedging import (
+    Budget,
+    Lateness,
+    hedge_budget,
+    hushed_after_s,
+    rescue_budget,
+    silent_after_s,
+)
 from shoal.policy.straggler import InstanceTimes, Straggler
 from shoal.policy.window import Window
 
@@ -92,6 +101,28 @@ def test_short_prompts_that_are_late_by_times_make_nobody_wait_long_for_long_one
         lateness.note(0.09 if late else 0.02, 0.02, 0.0)
     assert lateness.patience_s(0.4) <= 0.4 + 1.2 * 0.07 + 0.1 + 1e-9
     assert lateness.patience_s(0.02) <= 0.12 + 1e-9
+
+
+def test_a_first_token_is_due_before_it_is_late() -> None:
+    lateness = Lateness()
+    assert lateness.due_s(0.2) == lateness.patience_s(0.2)
+    for number in range(300):
+        lateness.note(0.3 if number % 10 else 0.8, 0.2, 0.0)
+    assert lateness.due_s(0.2) == pytest.approx(0.3 + 0.1)
+    assert lateness.patience_s(0.2) > 0.7
+
+
+def test_streams_are_hushed_long_before_their_replica_is_in_doubt() -> None:
+    assert hushed_after_s(0.02, 0.03) < 0.25 < silent_after_s(0.02, 0.03)
+    assert hushed_after_s(0.02, 0.5) == 1.5, "a Step with a long prompt is no silence"
+
+
+def test_rescues_leave_half_of_the_budget() -> None:
+    all_of_it, rescues = hedge_budget(), rescue_budget()
+    for each in (all_of_it, rescues):
+        each.earn(100_000)
+    assert all_of_it.has(9096) and not all_of_it.has(9097)
+    assert rescues.has(4548) and not rescues.has(4549)
 
 
 def test_a_budget_is_a_share_of_what_was_done() -> None:

@@ -49,11 +49,13 @@ class Shares:
         """It is served so many; fewer than 0: it was charged for more than it took."""
         self._served[tenant] = self._served.get(tenant, 0.0) + tokens
 
-    def next_of(self, tenants: Iterable[str]) -> str:
-        """Whose turn it is; of equals the first."""
-        found = min(tenants, key=lambda tenant: self._served.get(tenant, 0.0))
-        self._last = self._served.get(found, 0.0)
-        return found
+    def in_turn(self, tenants: Iterable[str]) -> list[str]:
+        """Whose turn it is, and then whose; of equals the first."""
+        return sorted(tenants, key=lambda tenant: self._served.get(tenant, 0.0))
+
+    def took_turn(self, tenant: str) -> None:
+        """Whoever comes later has had as much."""
+        self._last = self._served.get(tenant, 0.0)
 
 
 class Departures:

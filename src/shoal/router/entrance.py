@@ -47,6 +47,7 @@ class Entrance:
         fail: Fail,
     ) -> None:
         self._rng, self._replicas, self._entries = rng, replicas, entries
+        self._ttft_s = None if config.slo is None else config.slo.ttft_s
         self._placement, self._place, self._fail = placement, place, fail
         self.room = WaitingRoom(config, placement)
         self.collapsing = Collapsing(is_on=config.collapse)
@@ -82,14 +83,17 @@ class Entrance:
             return [refusals.failed(request.request_id, refusals.id_in_use(request.request_id))]
         closed = self._closed()
         self._placement.waited(self.room.longest_s(now))
-        if closed is None and self.collapsing.join(request, now):
+        if closed is not None:
+            return [refusals.failed(request.request_id, closed)]
+        if self.collapsing.join(request, now):
             return []
-        refusal = closed or self.room.refusal(request.salt, request.priority, request, now)
+        entry = self._entry(request, now)
+        refusal = self.room.refusal(request.salt, request.priority, entry, now)
         if refusal is not None:
-            self._num_refused += closed is None
+            self._num_refused += 1
             return [refusals.failed(request.request_id, refusal)]
-        entry = self._enter(request, now)
-        if self.room.is_passed_by:
+        self._enter(entry, request, now)
+        if self.room.is_passed_by(entry):
             return self._place(entry, now)
         self.room.put(entry, now)
         displaced = self.room.displaced(now)
@@ -107,6 +111,8 @@ class Entrance:
         self._placement.waited(self.room.longest_s(now))
         while self.room and self._placement.has_room():
             entry = self.room.take_first(now)
+            if entry is None:
+                break
             effects += self._place(entry, now)
             if entry.lead is None:
                 break
@@ -132,20 +138,26 @@ class Entrance:
         self.room.ended(entry)
         self._timed.pop(entry.request.request_id, None)
 
-    def _enter(self, given: GenerateRequest, now: float) -> Entry:
+    def _entry(self, given: GenerateRequest, now: float) -> Entry:
+        """Of a request that has not come in yet."""
         can_share = self.collapsing.can_share(given)
         sampling, timeout_s = given.sampling, None if can_share else given.timeout_s
         if sampling.seed is None:
             sampling = dataclasses.replace(sampling, seed=self._rng.getrandbits(63))
-        request = dataclasses.replace(given, sampling=sampling, timeout_s=timeout_s)
+        request = given
+        if sampling is not given.sampling or timeout_s != given.timeout_s:
+            request = dataclasses.replace(given, sampling=sampling, timeout_s=timeout_s)
         deadline = None if timeout_s is None else now + timeout_s
-        request_id, entry = request.request_id, Entry(request, deadline, list(request.output_ids))
+        due_s = None if self._ttft_s is None else now + self._ttft_s
+        return Entry(request, deadline, list(request.output_ids), due_s=due_s)
+
+    def _enter(self, entry: Entry, given: GenerateRequest, now: float) -> None:
+        request_id = entry.request.request_id
         self._entries[request_id] = entry
-        if deadline is not None:
+        if entry.deadline is not None:
             self._timed[request_id] = entry
-        if can_share:
+        if self.collapsing.can_share(given):
             self.collapsing.open(entry, given, now)
-        return entry
 
     def _closed(self) -> RequestError | None:
         if self.is_shut:

@@ -82,6 +82,20 @@ class AttemptFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class AttemptHeld:
+    """What a replica says is not read for now, as the client is slow; or it is again.
+
+    Attributes:
+        request_id: as the replica was told.
+    """
+
+    replica: str
+    incarnation: int
+    request_id: str
+    is_held: bool
+
+
+@dataclass(frozen=True, slots=True)
 class KVLent:
     """A replica lends the KV that it was asked for; without names, there is none."""
 
@@ -137,6 +151,7 @@ Event = (
     | ReplicaStuck
     | ReplicaOutputs
     | AttemptFailed
+    | AttemptHeld
     | KVLent
     | KVPulled
     | DrainReplica

@@ -15,7 +15,7 @@ from statistics import median
 
 from shoal.core.request import Output
 from shoal.policy.breaker import RECOVERED, Breaker
-from shoal.policy.hedging import LEAST_SILENCE_S, Lateness, silent_after_s
+from shoal.policy.hedging import LEAST_SILENCE_S, Lateness, hushed_after_s, silent_after_s
 from shoal.router.loads import Loads
 from shoal.router.records import Attempt, Replica
 
@@ -122,6 +122,19 @@ class Health:
         return breaker.ends_s if breaker.is_open else None
 
     # --- silence ---
+
+    def hushed_at(self, replica: str, attempts: Iterable[Attempt], step_s: float) -> float | None:
+        """When it will have said nothing of its streams for longer than it should; None: it has
+        none.
+
+        Args:
+            attempts, step_s: as of `silent_at`.
+        """
+        gaps_s = [mean_gap_s(each) for each in attempts if each.first_s is not None]
+        if not gaps_s:
+            return None
+        heard_s = max(self._heard_s[replica], self.awake_s)
+        return heard_s + hushed_after_s(median(gaps_s), step_s)
 
     def silent_at(self, replica: str, attempts: Iterable[Attempt], step_s: float) -> float | None:
         """When it will have been silent for too long; None: it has nothing to say.

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from shoal.core.step import BLOCK_SIZE
 from shoal.router.events import Effect, EndLeaseAt, LendAt, LendPrefixAt
 from shoal.router.loads import Loads
 from shoal.router.prefixes import Prefix
@@ -22,6 +23,8 @@ from shoal.router.records import Entry, Move, Replica, RouterConfig, Why, can_go
 
 _LEASE_PER_TIMEOUT = 1.5
 _GRACE_S = 0.1
+_MOST_GROWTH = 128
+"""Tokens of an answer that room is kept for: most that could be long are not."""
 
 
 class Moves:
@@ -187,29 +190,43 @@ class Moves:
             return None
         has_begun = entry.has_begun or ahead
         for each in self._loads.fewest(has_begun):
-            if each.is_meant_for(has_begun) and self._may_take(each, source):
+            if each.is_meant_for(has_begun) and self._may_take(each, source, entry):
                 return each.name
-        others = [each for each in self._replicas.values() if self._may_take(each, source)]
+        others = [each for each in self._replicas.values() if self._may_take(each, source, entry)]
         targets = [each for each in others if each.is_meant_for(has_begun)]
         if source.is_drained:
             targets = targets or others
         best = min(targets, key=lambda each: self._loads.crowd(each.name), default=None)
         return None if best is None else best.name
 
-    def _may_take(self, replica: Replica, source: Replica) -> bool:
+    def _may_take(self, replica: Replica, source: Replica, entry: Entry) -> bool:
         may_take = replica is not source and replica.is_sound and not replica.is_drained
-        return may_take and self._has_room(replica)
+        return may_take and self._has_room(replica, entry)
 
     def _num_leaving(self, source: Replica, ahead: bool) -> int:
         kinds = ("ahead",) if ahead else ("needed", "balance")
         return sum(m.source == source.name and m.why in kinds for m in self._moves.values())
 
-    def _has_room(self, replica: Replica) -> bool:
-        """Whether it would not refuse one more."""
+    def _has_room(self, replica: Replica, entry: Entry) -> bool:
+        """Whether it would not refuse one more, nor compute again what has no room there."""
         info = replica.info
-        if info is None:
+        if info is None or self._loads.of(replica.name) >= info.max_num_seqs + info.max_waiting:
             return False
-        return self._loads.of(replica.name) < info.max_num_seqs + info.max_waiting
+        if not self._config.moves_kv or not info.kv_block_bytes:
+            return True
+        there = [*replica.outstanding, *(m.request_id for m in self.with_target(replica.name))]
+        if not there:
+            return True
+        # Not by tokens said so far: how soon these are known depends on how they are told.
+        kept = sum(_kept_tokens(self._entries[each]) for each in there) + _kept_tokens(entry)
+        return kept <= info.num_kv_blocks * BLOCK_SIZE
 
     def _is_done_at(self, replica: Replica, request_id: str) -> bool:
         return replica.role == "prefill" and self._entries[request_id].has_begun
+
+
+def _kept_tokens(entry: Entry) -> int:
+    """Of KV that a request has, about, in the middle of its answer."""
+    wanted = entry.request.sampling.max_tokens
+    output = _MOST_GROWTH if wanted is None else min(wanted // 2, _MOST_GROWTH)
+    return len(entry.request.prompt_ids) + output + BLOCK_SIZE

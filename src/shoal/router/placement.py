@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from random import Random
+from statistics import median
 
 import numpy as np
 
@@ -68,8 +69,8 @@ class Placement:
         self._standings = [self._fresh(number) for number in range(len(self._replicas))]
         self._stays: dict[str, tuple[int, Stay]] = {}
         self._fleet = Fleet(len(self._replicas))
-        predicts = self._policy is predicted
-        self._vacancies = Vacancies(config.slo, self._fleet, loads, predicts=predicts)
+        self._predicts = self._policy is predicted
+        self._vacancies = Vacancies(config.slo, self._fleet, loads, predicts=self._predicts)
         self.promises = Promises()
         self._index = PrefixIndex(len(self._replicas))
         self._typical = Typical()
@@ -94,12 +95,19 @@ class Placement:
         fleet = self._fleet
         if fleet.num_decided % max(_LOOK_EVERY, fleet.num_replicas) == 0:
             self._aim()
+        fit = self._in_time(fit, entry)
         with_room = self._vacancies.among(fit, self._now)
         fit = with_room if len(with_room) else fit
         fleet.table[Row.NUM] = self._loads.counts
         number = self._policy(fleet, fit, self._ask(entry), self._now, self._rng)
         fleet.num_decided += 1
         return self._replicas[number]
+
+    def soonest(self, entry: Entry, but_not: Collection[str] = ()) -> Replica | None:
+        """Where the next token of a request would come first; None: there is nobody to send it
+        to."""
+        fit = self._fit(entry.has_begun, but_not)
+        return self._soonest(fit, self._ask(entry)) if len(fit) else None
 
     def _soonest(self, fit: Numbers, ask: Ask) -> Replica:
         """Whoever was interrupted goes where the next token comes first, whatever the policy."""
@@ -111,9 +119,23 @@ class Placement:
         """So long has the request that waits for a replica longest."""
         self._vacancies.waited(seconds)
 
-    def has_room(self) -> bool:
-        """Whether a replica could begin a new request soon, were it sent there now."""
-        return len(self._vacancies.among(self._fit(False), self._now)) > 0
+    def has_room(self, entry: Entry | None = None) -> bool:
+        """Whether a replica could begin a request soon, were it sent there now; one where that is
+        in time for it, if there are any. None: any request."""
+        fit = self._fit(False)
+        if entry is not None:
+            fit = self._in_time(fit, entry)
+        return len(self._vacancies.among(fit, self._now)) > 0
+
+    def _in_time(self, fit: Numbers, entry: Entry) -> Numbers:
+        """Where the first token of one that had to wait probably is in time, or comes first; all,
+        once it is late."""
+        if entry.due_s is None or entry.promise is None or not (self._predicts and len(fit)):
+            return fit
+        left_s = (entry.due_s - self._now) / self.promises.margin
+        return (
+            fit if left_s < 0 else self._vacancies.in_time(fit, self._ask(entry), left_s, self._now)
+        )
 
     def requests_per_s(self) -> float:
         """That replicas take together, about."""
@@ -124,19 +146,18 @@ class Placement:
         """Tokens that are expected of it."""
         return self._typical.output_of(request)
 
-    def soonest_s(self, request: GenerateRequest | None) -> float | None:
+    def soonest_s(self, entry: Entry | None) -> float | None:
         """The shortest predicted TTFT of one that came now, or of any; None: nobody is there."""
         fit = self._fit(False)
         if not len(fit):
             return None
-        ask = Ask(1, 1.0)
-        if request is not None:
-            ask = self._ask(Entry(request, None, list(request.output_ids)))
+        ask = Ask(1, 1.0) if entry is None else self._ask(entry)
         return self._vacancies.soonest_s(fit, ask, self._now)
 
     def predicted_s(self, entry: Entry, replica: str) -> float:
-        """TTFT of a request, were it sent to that replica now."""
-        return self._predicted_s(self._ask(entry), self._numbers[replica])
+        """Until that replica says something of a request, were it sent there now: its TTFT, or all
+        the time that a whole answer takes."""
+        return self._predicted_s(self._ask(entry), self._numbers[replica], entry)
 
     def step_s(self, replica: str) -> float:
         """Of a Step there that computes as much of the prompts that wait as it may."""
@@ -160,6 +181,7 @@ class Placement:
         standing.room = info.num_kv_blocks * BLOCK_SIZE
         self._index.make_room(number, standing.room)
         self._fleet_changed()
+        self._liken()
 
     def lost(self, replica: str) -> None:
         """It is gone, with all it had."""
@@ -192,7 +214,7 @@ class Placement:
             prompt=ask.num_tokens,
             output=ask.output_tokens,
         )
-        attempt.predicted_s = self._predicted_s(ask, number)
+        attempt.predicted_s = self._predicted_s(ask, number, entry)
         self._stays[attempt.sent_id] = number, stay
         self._standings[number].put(stay, self._now)
         if not entry.request.tells_progress:
@@ -239,8 +261,12 @@ class Placement:
         """It has said all for now."""
         heard, self._heard = self._heard, None
         if heard is not None and heard.is_telling:
-            self._standings[heard.number].learn(self._now, heard.begun, heard.context)
+            standing = self._standings[heard.number]
+            was_unproven = standing.is_unproven
+            standing.learn(self._now, heard.begun, heard.context)
             self._renew(heard.number)
+            if was_unproven and not standing.is_unproven:
+                self._liken()
 
     # --- seen from outside ---
 
@@ -248,13 +274,13 @@ class Placement:
         """Of each replica that is alive."""
         self._now = now
         self._fit(has_begun=False)
-        total = sum(each.rate for each in self._standings) or 1.0
+        total = sum(each.rate_at(now) for each in self._standings) or 1.0
         ask = Ask(round(self._typical.prompt), self._typical.output)
         return {
             each.name: Prospect(
                 prompts=self._standings[number].correction.prompts,
                 decoding=self._standings[number].correction.decoding,
-                share=self._standings[number].rate / total,
+                share=self._standings[number].rate_at(now) / total,
                 ttft_s=self._predicted_s(ask, number),
             )
             for number, each in enumerate(self._replicas)
@@ -288,10 +314,23 @@ class Placement:
         self._asked = request, num_tokens, ask
         return ask
 
-    def _predicted_s(self, ask: Ask, number: int) -> float:
+    def _predicted_s(self, ask: Ask, number: int, entry: Entry | None = None) -> float:
         cached = None if ask.cached is None else float(ask.cached[number])
         column: list[float] = self._fleet.table[:, number].tolist()
-        return prediction(column, ask, cached, self._now, max).ttft_s
+        found = prediction(column, ask, cached, self._now, max)
+        if entry is None or entry.request.tells_progress:
+            return found.ttft_s
+        return found.ttft_s + found.tpot_s * (ask.output_tokens - 1)
+
+    def _liken(self) -> None:
+        """Those of which nobody knows anything are taken for like those that were seen."""
+        guessed = [each for each in self._standings if each.speed is UNKNOWN]
+        seen = [each.correction.factor for each in guessed if not each.is_unproven]
+        if seen and len(seen) < len(guessed):
+            for each in guessed:
+                if each.is_unproven:
+                    each.correction.assume(median(seen))
+        self._has_changed = True
 
     def _fleet_changed(self) -> None:
         self._fleet.table[Row.SENT] = 0

@@ -105,9 +105,10 @@ class Attempt:
             says of a request that left it is not taken for what it says when the request is back.
         sent_s: when it was sent; `was_alone`: to a replica that had nothing else then.
         was_pushed: KV of it was asked for ahead, which is tried once.
-        predicted_s: until its first token, as it was predicted when it was sent.
+        predicted_s: until its first token, or a whole answer, as predicted when it was sent.
         first_s, heard_s: when it said its first and its latest token; None: it has not.
         num_said: tokens.
+        is_held: what it says is not read for now, so that its silence says nothing.
     """
 
     replica: str
@@ -119,6 +120,7 @@ class Attempt:
     first_s: float | None = None
     heard_s: float | None = None
     num_said: int = 0
+    is_held: bool = False
 
 
 @dataclass(slots=True)
@@ -134,6 +136,7 @@ class Entry:
         num_rivals: that were made for it.
         waits_since_s: for a replica (`router/waiting_room.py`); None: it has one.
         charged: weighted tokens, to its tenant.
+        due_s: when its first token would be late for what is to be kept; None: it never is.
         promise: of its first token, if it had to wait; None: it came, or nothing was promised.
         names: of its full blocks, as far as they were asked for, at replicas whose KV is
             `named_for`.
@@ -147,6 +150,7 @@ class Entry:
     rival: Attempt | None = None
     waits_since_s: float | None = None
     charged: float = 0.0
+    due_s: float | None = None
     promise: Promise | None = None
     num_lost: int = 0
     num_lost_at: int = 0
@@ -201,6 +205,9 @@ class Entry:
 
     def rest(self, attempt: Attempt, now: float) -> GenerateRequest:
         """What a replica is sent: to go on from the last token that was delivered."""
+        is_first = attempt.sent_id == self.request.request_id and not self.has_begun
+        if is_first and self.deadline is None:
+            return self.request
         sampling = self.request.sampling
         if self.has_begun:
             # They came with the first token.

@@ -25,6 +25,7 @@ from shoal.router.entrance import Entrance
 from shoal.router.events import (
     Abandon,
     AttemptFailed,
+    AttemptHeld,
     Cancel,
     Deliver,
     Drain,
@@ -192,6 +193,8 @@ class RouterState:
                 return self._outputs(event, now)
             case AttemptFailed():
                 return self._attempt_failed(event, now)
+            case AttemptHeld(name, _, request_id, is_held):
+                return self._watch.held(name, request_id, is_held, now)
             case KVLent():
                 return self._relocations.lent(event, now)
             case KVPulled():
@@ -218,9 +221,8 @@ class RouterState:
         entry = self._entries.get(self._entrance.collapsing.left(request_id) or "")
         if entry is None:
             return []
-        cancels = self._attempts.leave(entry)
-        ended = Output(request_id=entry.request.request_id, finish="cancelled")
-        return [*cancels, *self._forget(entry), Deliver([ended])]
+        left = [*self._attempts.leave(entry), *self._forget(entry)]
+        return [*left, Deliver([Output(request_id=entry.request.request_id, finish="cancelled")])]
 
     def _ready(self, event: ReplicaReady, now: float) -> list[Effect]:
         replica = self._replicas[event.replica]
@@ -322,8 +324,7 @@ class RouterState:
         elsewhere = self._elsewhere(entry, attempt, event.error, now, may_go_on=True)
         if elsewhere is not None:
             return elsewhere
-        request_id = entry.request.request_id
-        ended = Output(request_id=request_id, finish="error", error=event.error)
+        ended = Output(request_id=entry.request.request_id, finish="error", error=event.error)
         return [*self._forget(entry), Deliver([ended])]
 
     def _elsewhere(
@@ -341,8 +342,8 @@ class RouterState:
         if place is None or not self._watch.hedges.may_retry(entry, self._config.max_lost):
             return None
         entry.note_lost()
-        effects = [*self._attempts.end(entry, attempt), *self._moves.end(entry.request.request_id)]
-        return [*effects, *self._place(entry, now, place.name)]
+        left = [*self._attempts.end(entry, attempt), *self._moves.end(entry.request.request_id)]
+        return [*left, *self._place(entry, now, place.name)]
 
     def _abandon(self) -> list[Effect]:
         error = refusals.shutting_down("shutting_down")
@@ -381,9 +382,8 @@ class RouterState:
         return effects
 
     def _fail(self, request_id: str, error: RequestError) -> list[Effect]:
-        cancels = self._attempts.leave(self._entries[request_id])
-        forgotten = self._forget(self._entries[request_id])
-        return [*cancels, *forgotten, refusals.failed(request_id, error)]
+        entry, failed = self._entries[request_id], refusals.failed(request_id, error)
+        return [*self._attempts.leave(entry), *self._forget(entry), failed]
 
     def _forget(self, entry: Entry) -> list[Effect]:
         request_id = entry.request.request_id

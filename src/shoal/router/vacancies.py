@@ -2,6 +2,7 @@
 
     waits         for less than a share of the TTFT to be kept, or than others have waited for a
                   replica; or its pipeline is not full. Only the policy that predicts asks for this
+    TPOT          those that run there keep it, one more of them too; the same
     seats, KV     there are some
     or            it has nothing at all
 
@@ -17,7 +18,7 @@ import numpy as np
 from shoal.core.latency import Slo
 from shoal.core.stats import EngineInfo
 from shoal.policy.routing.fleet import FEW, Ask, Fleet, Floats, Numbers, Row
-from shoal.policy.routing.predicted import prediction
+from shoal.policy.routing.predicted import Prediction, prediction
 from shoal.policy.routing.standing import Standing
 from shoal.router.loads import Loads
 
@@ -47,11 +48,18 @@ class Vacancies:
         # Tokens of prompts that wait at each, and below which a pipeline is not full.
         self._queued = np.zeros(num)
         self._filling = np.zeros(num)
+        # When streams there have tokens as fast as is to be kept.
+        self._tpot_s = None if slo is None or not predicts else slo.tpot_s
+        self._keeps_from_s = np.zeros(num)
         # Requests that each may have: as many as run there, and a few that come next.
         self._places = np.ones(num)
         self._seats = np.ones(num)
         self._num_changes = 0
+        nobody = Prediction(np.zeros(num), np.zeros(num), np.zeros(num))
+        # Of a request, at a time, after so many changes.
+        self._foreseen: tuple[Ask | None, float, int, Prediction[Floats]] = None, 0.0, 0, nobody
         self._found: tuple[tuple[float, int, int], list[bool] | np.ndarray] | None = None
+        self._among: tuple[np.ndarray, Numbers, Numbers] | None = None
 
     def ready(self, number: int, info: EngineInfo) -> None:
         """A replica can take requests."""
@@ -63,6 +71,8 @@ class Vacancies:
         self._seen_token_s[number] = seen_token_s = standing.seen_token_s
         self._waits_s[number] = seen_token_s * standing.queued
         self._queued[number] = standing.queued
+        if self._tpot_s is not None:
+            self._keeps_from_s[number] = standing.keeps_from_s(self._tpot_s)
         self._places[number] = self._seats[number]
         if self._slo is not None and self._slo.ttft_s is not None and standing.is_unproven:
             self._places[number] = min(standing.begun + _UNPROVEN, self._seats[number])
@@ -80,24 +90,29 @@ class Vacancies:
         if isinstance(is_free, list):
             found = [number for number in fit.tolist() if is_free[number]]
             return fit if len(found) == len(fit) else np.array(found, dtype=int)
-        found_at_once: Numbers = fit[is_free[fit]]
-        return found_at_once
+        # With every request this is asked several times, of the same.
+        if self._among is None or self._among[0] is not is_free or self._among[1] is not fit:
+            self._among = is_free, fit, fit[is_free[fit]]
+        return self._among[2]
 
     def soonest_s(self, fit: Numbers, ask: Ask, now: float) -> float:
         """The shortest predicted TTFT at some replicas; there is one."""
-        seen_s, rows = self._seen_ttft_s(ask), self._fleet.table[:, fit]
-        if len(fit) > FEW:
-            cached = None if ask.cached is None else ask.cached[fit]
-            ttft_s = prediction(list(rows), ask, cached, now, np.maximum).ttft_s
-            return float(np.maximum(ttft_s, seen_s[fit]).min())
-        held = [None] * len(fit) if ask.cached is None else ask.cached[fit].tolist()
-        columns: list[list[float]] = rows.T.tolist()
-        seen: list[float] = seen_s[fit].tolist()
-        soonest_s: float = min(
-            max(prediction(column, ask, each, now, max).ttft_s, least_s)
-            for column, each, least_s in zip(columns, held, seen, strict=True)
-        )
-        return soonest_s
+        return float(self._expected(ask, now).ttft_s[fit].min())
+
+    def in_time(self, fit: Numbers, ask: Ask, left_s: float, now: float) -> Numbers:
+        """Those of some where a request gets its first token within `left_s`; if that is nowhere,
+        where it comes first."""
+        ttft_s = self._expected(ask, now).ttft_s[fit]
+        return fit[ttft_s <= max(left_s, float(ttft_s.min()))]
+
+    def _expected(self, ask: Ask, now: float) -> Prediction[Floats]:
+        """At all replicas, by how they stand and by how fast prompts lately went there."""
+        known, when, num_changes, found = self._foreseen
+        if known is not ask or (when, num_changes) != (now, self._num_changes):
+            found = prediction(self._fleet.rows, ask, ask.cached, now, np.maximum)
+            found = found._replace(ttft_s=np.maximum(found.ttft_s, self._seen_ttft_s(ask)))
+            self._foreseen = ask, now, self._num_changes, found
+        return found
 
     def _seen_ttft_s(self, ask: Ask) -> Floats:
         """At each replica, by how fast prompts lately went there; 0: none did."""
@@ -118,12 +133,6 @@ class Vacancies:
             return np.inf
         return max(_SOON * self._fleet.target_ttft_s, _TIMES_WAITED * self._waited_s)
 
-    def _most_gap_s(self) -> float:
-        """That there may be between two tokens of those that run there."""
-        if not self._predicts or self._slo is None or self._slo.tpot_s is None:
-            return np.inf
-        return self._slo.tpot_s
-
     def _at_once(self, now: float) -> np.ndarray:
         rows, counts = self._fleet.rows, self._loads.counts
         waits_s = np.maximum(rows[Row.FREE] - now, self._waits_s)
@@ -131,12 +140,12 @@ class Vacancies:
         is_free |= self._queued < self._filling
         is_free &= counts < self._places
         is_free &= rows[Row.ROOM] > 0
-        is_free &= rows[Row.GAP] <= self._most_gap_s()
+        is_free &= self._keeps_from_s <= now
         is_free |= counts == 0
         return is_free
 
     def _one_by_one(self, now: float) -> list[bool]:
-        rows, longest_s, gap_s = self._fleet.rows, self._longest_s(), self._most_gap_s()
+        rows, longest_s = self._fleet.rows, self._longest_s()
         each = zip(
             self._loads.counts.tolist(),
             self._places.tolist(),
@@ -145,7 +154,7 @@ class Vacancies:
             self._queued.tolist(),
             self._filling.tolist(),
             rows[Row.ROOM].tolist(),
-            rows[Row.GAP].tolist(),
+            self._keeps_from_s.tolist(),
             strict=True,
         )
         return [
@@ -153,8 +162,8 @@ class Vacancies:
             or (
                 count < places
                 and room > 0
-                and gap <= gap_s
+                and keeps_from_s <= now
                 and (max(free_s - now, waits_s) <= longest_s or queued < filling)
             )
-            for count, places, free_s, waits_s, queued, filling, room, gap in each
+            for count, places, free_s, waits_s, queued, filling, room, keeps_from_s in each
         ]

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from itertools import islice
 
 from shoal.core.errors import RequestError
-from shoal.core.request import GenerateRequest
 from shoal.policy.admission import OUTPUT_WEIGHT, TIMES_FREE, Departures, Promise, Shares
 from shoal.router import refusals
 from shoal.router.placement import Placement
 from shoal.router.records import Entry, RouterConfig
 
 _SHORTEST_RETRY_S = 1.0
+_MOST_LOOKED_AT = 8
+"""Of those that wait: who has to wait longer for a fast replica holds nobody up."""
 
 
 class WaitingRoom:
@@ -46,27 +48,28 @@ class WaitingRoom:
 
     # --- who may come in ---
 
-    @property
-    def is_passed_by(self) -> bool:
-        """Whether nobody waits, and nobody new has to."""
-        return not len(self) and self._placement.has_room()
+    def is_passed_by(self, entry: Entry | None = None) -> bool:
+        """Whether nobody waits, and neither does this one, or anyone."""
+        return not len(self) and self._placement.has_room(entry)
 
     def refusal(
-        self, salt: str, priority: int, request: GenerateRequest | None, now: float
+        self, salt: str, priority: int, entry: Entry | None, now: float
     ) -> RequestError | None:
         """Why one more may not wait, if it has to.
 
         Args:
-            request: None: it is not known yet what is asked.
+            entry: None: it is not known yet what is asked.
         """
         self._promised = None
-        if self.is_passed_by:
+        if self.is_passed_by(entry):
             return None
         tenant = tenant_of(salt)
         if self._is_full(tenant, priority):
             return refusals.queue_is_full(self._num_waiting, self._retry_s(now))
-        soonest_s = self._placement.soonest_s(request)
-        if self._ttft_s is None or soonest_s is None:
+        if self._ttft_s is None:
+            return None
+        soonest_s = self._placement.soonest_s(entry)
+        if soonest_s is None:
             return None
         ttft_s = self._num_ahead(tenant, priority) / self._per_s(now) + soonest_s
         late_s = ttft_s - self._ttft_s / self._placement.promises.margin
@@ -115,17 +118,30 @@ class WaitingRoom:
         entry.waits_since_s = now
         self._returned.append(entry)
 
-    def take_first(self, now: float) -> Entry:
-        """Whose turn it is; it waits no more."""
-        if self._returned:
-            entry = self._returned.popleft()
+    def take_first(self, now: float) -> Entry | None:
+        """Whose turn it is among those who need not wait any more; it does not. None: all of the
+        first few have to."""
+        for entry in islice(self._in_turn(), _MOST_LOOKED_AT):
+            if self._placement.has_room(entry):
+                self._leave(entry, now)
+                return entry
+        return None
+
+    def _in_turn(self) -> Iterator[Entry]:
+        yield from self._returned
+        for priority in sorted(self._queues):
+            of_tenants = self._queues[priority]
+            for tenant in self._shares.in_turn(of_tenants):
+                yield from of_tenants[tenant]
+
+    def _leave(self, entry: Entry, now: float) -> None:
+        if any(each is entry for each in self._returned):
+            self._returned.remove(entry)
             entry.waits_since_s = None
-            return entry
-        of_tenants = self._queues[min(self._queues)]
-        entry = of_tenants[self._shares.next_of(of_tenants)][0]
+            return
+        self._shares.took_turn(tenant_of(entry.request.salt))
         self._departures.note(now)
         self._take(entry)
-        return entry
 
     def remove(self, entry: Entry) -> None:
         """It is over; one that does not wait is ignored."""

@@ -1,6 +1,7 @@
 """Looks after attempts and replicas while time goes by: what is late, what is silent, what then.
 
-    sent       ─► a look when its first token is later than nearly all are      ─► a rival, perhaps
+    sent       ─► a look when its first token is later than nearly all are,
+                  or its answer, if that comes as a whole                       ─► a rival, perhaps
                ─► a look when its replica has said nothing for a while          ─► doubt, and rivals
     doubt      ─► a look when the replica may be tried again                    ─► one request
 
@@ -15,7 +16,13 @@ from collections.abc import Mapping
 
 from shoal.core.request import Output
 from shoal.core.stats import HedgeStats
-from shoal.policy.hedging import LEAST_SILENCE_S, Lateness, stalled_after_s
+from shoal.policy.hedging import (
+    LEAST_SILENCE_S,
+    SURELY_SILENT_S,
+    Lateness,
+    Patience,
+    stalled_after_s,
+)
 from shoal.router.alarms import Alarms, Kind
 from shoal.router.attempts import Attempts
 from shoal.router.events import Effect, Send
@@ -51,13 +58,12 @@ class Watch:
         self._config = config
         self._replicas, self._entries, self._moves = replicas, entries, moves
         self._attempts, self._placement = attempts, placement
-        lateness = Lateness()
-        self.health = Health(replicas, loads, lateness)
+        self._patience = Patience()
+        self.health = Health(replicas, loads, self._patience.first_tokens)
         self.hedges = Hedges(
-            config.hedging, replicas, attempts, loads, lateness, placement, self.send
+            config.hedging, replicas, attempts, loads, self._patience, placement, self.send
         )
         self.stragglers = Stragglers(replicas)
-        self._lateness = lateness
         self._alarms = Alarms(self._is_wanted)
         self._listened_to: set[str] = set()  # replicas whose silence would be noticed
         self._outrun: dict[str, float] = {}  # since when they said nothing, if they did not
@@ -73,15 +79,17 @@ class Watch:
 
     def doubted(self, now: float) -> list[str]:
         """Replicas whose silence is looked at next: what they said should be known by then."""
-        return self._alarms.names_due(now, "silent", "outrun")
+        late = (self._attempts.of(each)[1] for each in self._alarms.names_due(now, "late"))
+        waited_at = {each.replica for each in late if each is not None and each.first_s is None}
+        return [*self._alarms.names_due(now, "silent", "outrun"), *sorted(waited_at)]
 
     # --- what happens ---
 
     def send(self, entry: Entry, attempt: Attempt, now: float) -> Send:
         """To the replica that it is bound to; from now on it is waited for."""
-        if self._config.hedging and entry.request.tells_progress:
-            patience_s = self._lateness.patience_s(attempt.predicted_s)
-            self._alarms.set(now + patience_s, "late", attempt.sent_id)
+        if self._config.hedging:
+            due_s = self._lateness(entry).due_s(attempt.predicted_s)
+            self._alarms.set(now + due_s, "late", attempt.sent_id)
         if attempt.replica not in self._listened_to:
             self._listen_to(attempt.replica, now + LEAST_SILENCE_S)
         return self._attempts.send(entry, attempt, now)
@@ -93,8 +101,7 @@ class Watch:
         attempt.heard_s = now
         if attempt.first_s is None:
             attempt.first_s = now
-            if entry.request.tells_progress:
-                self.hedges.began(entry, attempt, output.num_cached_tokens, now)
+            self.hedges.began(entry, attempt, output.num_cached_tokens, now)
             self.health.answered(attempt.replica)
             times = self._placement.slowness(attempt.replica)
             self.stragglers.note(attempt.replica, times, now)
@@ -112,11 +119,27 @@ class Watch:
             return []
         return self._rescue_from(name, self._attempts_at(name), now)
 
+    def held(self, name: str, sent_id: str, is_held: bool, now: float) -> list[Effect]:
+        """What an attempt says is not read for now, or is again."""
+        _, attempt = self._attempts.of(sent_id)
+        if attempt is None or attempt.replica != name:
+            return []
+        attempt.is_held = is_held
+        if not is_held:
+            # That time is no gap of its own, and it may be the only one that has anything to say.
+            if attempt.first_s is not None and attempt.heard_s is not None:
+                attempt.first_s += now - attempt.heard_s
+                attempt.heard_s = now
+            self.health.heard(name, now)
+            if name not in self._listened_to:
+                self._listen_to(name, now + LEAST_SILENCE_S)
+        return []
+
     def outrun(self, entry: Entry, winner: Attempt, now: float) -> None:
         """One of two attempts said the next token."""
         self.hedges.won(entry, winner, now)
         loser = entry.lead if winner is entry.rival else None
-        if loser is not None:
+        if loser is not None and entry.request.tells_progress:
             # Without the attempt that waits there, it would look as if it had time.
             self._outrun[loser.replica] = loser.heard_s or loser.sent_s
             self._alarms.set(now, "outrun", loser.replica)
@@ -158,10 +181,31 @@ class Watch:
         if entry is None or attempt is None:
             return []  # ended by what was looked at just now
         waited_s = now - attempt.sent_s
-        effects = self._hedge(entry, attempt, waited_s, now)
+        # How long they take may have been seen since.
+        patience_s = self._patience_s(entry, attempt)
+        hushed_s = min(self._hushed_at(entry, attempt), now + patience_s - waited_s)
+        if now < hushed_s:
+            self._alarms.set(max(hushed_s, now + _SOONEST_S / 2), "late", sent_id)
+            return []
+        effects = self._hedge(entry, attempt, max(waited_s, patience_s), now)
         if not effects:
             self._alarms.set(now + max(_PATIENCE * waited_s, _SOONEST_S), "late", sent_id)
         return effects
+
+    def _hushed_at(self, entry: Entry, attempt: Attempt) -> float:
+        """When a first token need not be waited for, as its replica says nothing of others."""
+        name, streams = attempt.replica, entry.request.tells_progress
+        if not streams or not self._replicas[name].is_sound:
+            return math.inf
+        there = [each for at, each in self._attempts_at(name) if at.request.tells_progress]
+        hushed_s = self.health.hushed_at(name, there, self._placement.step_s(name))
+        return math.inf if hushed_s is None else hushed_s
+
+    def _patience_s(self, entry: Entry, attempt: Attempt) -> float:
+        return self._lateness(entry).patience_s(attempt.predicted_s)
+
+    def _lateness(self, entry: Entry) -> Lateness:
+        return self._patience.of(tells_progress=entry.request.tells_progress)
 
     def _hedge(self, entry: Entry, attempt: Attempt, waited_s: float, now: float) -> list[Effect]:
         if entry.request.request_id in self._moves:
@@ -175,7 +219,11 @@ class Watch:
         self._listened_to.discard(name)
         self.health.look(name)
         there = self._attempts_at(name)
-        streams = [(entry, each) for entry, each in there if entry.request.tells_progress]
+        streams = [
+            (entry, each)
+            for entry, each in there
+            if entry.request.tells_progress and not each.is_held
+        ]
         if self._replicas[name].is_sound:
             step_s = self._placement.step_s(name)
             silent_s = self.health.silent_at(name, [each for _, each in streams], step_s)
@@ -196,16 +244,28 @@ class Watch:
     ) -> list[Effect]:
         self._doubt(name, now)
         self._listen_to(name, now + _AGAIN_S)
-        is_stuck = self._replicas[name].is_stuck
-        silent_s = math.inf if is_stuck else self.health.silence_s(name, now)
         effects: list[Effect] = []
         for entry, attempt in there:
             if all(self.health.is_in_doubt(each.replica) for each in entry.attempts):
-                rescue = self.hedges.rescue(entry, attempt, silent_s, now)
+                is_gone = self._is_surely_gone(entry, attempt, now)
+                rescue = self.hedges.rescue(entry, attempt, now, is_surely_gone=is_gone)
                 if rescue:
                     rescue += self._moves.end(entry.request.request_id)
                 effects += rescue
         return effects
+
+    def _is_surely_gone(self, entry: Entry, attempt: Attempt, now: float) -> bool:
+        """Its replica, which does not just pause."""
+        name = attempt.replica
+        if self._replicas[name].is_stuck:
+            return True
+        silent_s = self.health.silence_s(name, now)
+        if self._config.hedging:
+            return silent_s >= SURELY_SILENT_S
+        # Nothing is computed twice for speed then: a Step may still be done after the pause.
+        if attempt.first_s is None and entry.request.tells_progress:
+            silent_s = min(silent_s, now - attempt.sent_s - self._patience_s(entry, attempt))
+        return silent_s >= SURELY_SILENT_S + self._placement.step_s(name)
 
     def _doubt(self, name: str, now: float) -> None:
         if not self.health.is_in_doubt(name):

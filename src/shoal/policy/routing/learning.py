@@ -100,6 +100,11 @@ class Correction:
     def _level(self) -> float:
         return self._seen_s / self._predicted_s
 
+    def assume(self, factor: float) -> None:
+        """Of one of which nothing was seen yet."""
+        self._seen_s = factor * self._predicted_s
+        self.prompts = self.decoding = factor
+
     def usually(self, prompts_s: float, rest_s: float) -> float:
         """What work takes that should take so long, while nothing is wrong."""
         lately_s = self.prompts * prompts_s + self.decoding * rest_s
@@ -110,22 +115,22 @@ class Correction:
         expected_s = self._shape.expected_s(prompts_s, rest_s)
         if expected_s <= 0 or elapsed_s <= 0:
             return
-        most_s = _MOST_AT_ONCE * expected_s * self._level
+        before = self._level
+        most_s = _MOST_AT_ONCE * expected_s * before
         kept = _FORGET_S / (_FORGET_S + elapsed_s)
         self._seen_s = self._seen_s * kept + min(elapsed_s, most_s)
         self._predicted_s = self._predicted_s * kept + expected_s
-        self._note_shape(prompts_s, rest_s, expected_s, elapsed_s)
+        # By neither alone: a long stretch is most of the level after it, and says nothing then.
+        now_s = math.sqrt(before * self._level) * expected_s
+        self._note_shape(prompts_s / expected_s, rest_s / expected_s, now_s, elapsed_s)
         self.prompts = self._level * self._shape.prompts
         self.decoding = self._level * self._shape.rest
         self._note_usual(elapsed_s)
 
-    def _note_shape(
-        self, prompts_s: float, rest_s: float, expected_s: float, elapsed_s: float
-    ) -> None:
-        now_s = self._level * expected_s
+    def _note_shape(self, prompts: float, rest: float, now_s: float, elapsed_s: float) -> None:
         # One that is far off says more of chance than of prompts.
         took = min(max(elapsed_s / now_s, 1 / _MOST_OFF), _MOST_OFF)
-        self._shape.note(prompts_s / expected_s, rest_s / expected_s, took, now_s)
+        self._shape.note(prompts, rest, took, now_s)
 
     def _note_usual(self, elapsed_s: float) -> None:
         if self.usual is None or self.factor < self.usual:

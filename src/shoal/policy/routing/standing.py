@@ -75,7 +75,7 @@ class Standing:
         ahead: tokens of prompts that wait, which it has computed already.
         begins: when prompts were done lately, while others waited, and their tokens;
             `before_token_s`: `seen_token_s`, of others before them.
-        prompt_share: of its time that prompts take, lately; `rate`: requests a second.
+        prompt_share: of its time that prompts took, at `rated_s`; `rate`: requests a second.
     """
 
     speed: Speed
@@ -241,7 +241,7 @@ class Standing:
         self.since_s = now
 
     def _note_rate(self, stay: Stay, now: float) -> None:
-        kept = _LATELY_S / (_LATELY_S + now - self.rated_s)
+        kept = _kept(now - self.rated_s)
         prompt_s = self.correction.prompts * (
             self.speed.token_s * stay.tokens + self.speed.pair_s * stay.pairs
         )
@@ -250,6 +250,21 @@ class Standing:
         self.rated_s = now
 
     # --- what follows ---
+
+    def rate_at(self, now: float) -> float:
+        """Requests a second that came lately."""
+        return _kept(now - self.rated_s) * self.rate
+
+    def keeps_from_s(self, tpot_s: float) -> float:
+        """From when on those that decode have tokens so fast, with one more of them, while no
+        more prompts come."""
+        calm_s = self._calm_gap_s()
+        if calm_s >= tpot_s:
+            return _NEVER
+        most_share = 1 - calm_s / tpot_s
+        if min(self.prompt_share, _MOST_SHARE) <= most_share:
+            return -_NEVER
+        return self.rated_s + _LATELY_S * (self.prompt_share / most_share - 1)
 
     def longest_step_s(self) -> float:
         """Of a Step that computes as much of the prompts that wait as it may."""
@@ -260,6 +275,12 @@ class Standing:
         speed = self.speed
         rows_s = speed.row_s * self.begun + speed.context_s * self.decoding
         return self.correction.decoding * (speed.step_s + rows_s)
+
+    def _calm_gap_s(self) -> float:
+        """Between two tokens, with one sequence more and no prompts."""
+        speed, rows = self.speed, min(self.num + 1, self.seats)
+        others_s = speed.row_s * rows + speed.context_s * self.context
+        return self.correction.decoding * (speed.step_s + others_s)
 
     def column(self, now: float, target_ttft_s: float, target_tpot_s: float) -> list[float]:
         """A number for each `Row` before NUM."""
@@ -281,10 +302,10 @@ class Standing:
         waits_s -= min(max(now - self.since_s, 0.0), head_s)
         is_full = self.begun >= self.seats or self.context > self.room
         # Prompts take turns with what decodes: that is slower by their share of the time.
-        dilation = 1 / (1 - min(self.prompt_share, _MOST_SHARE))
-        num, rows = self.num, min(self.num + 1, self.seats)
-        base_s = factor.decoding * speed.step_s
-        gap_s = dilation * (base_s + row_s * rows + context_s * self.context)
+        kept = _kept(now - self.rated_s)
+        dilation = 1 / (1 - min(kept * self.prompt_share, _MOST_SHARE))
+        num = self.num
+        gap_s = dilation * self._calm_gap_s()
         output = self.output / num if num else 1.0
         turn_s = output * gap_s
         missing = max(num + 1 - self.seats, 0)
@@ -309,9 +330,14 @@ class Standing:
             harm * row_s,
             harm * context_s,
             self.begun * steep / target_tpot_s / output,
-            self.rate / (2 * target_ttft_s),
+            kept * self.rate / (2 * target_ttft_s),
             self.sent_s + _PROBE_EVERY_S if looks_bad else _NEVER,
         ]
+
+
+def _kept(seconds: float) -> float:
+    """Of what was counted so long ago."""
+    return _LATELY_S / (_LATELY_S + seconds)
 
 
 def slope(share: float) -> float:

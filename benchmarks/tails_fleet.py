@@ -35,6 +35,7 @@ POLICIES = (
 COMPARED = ("ttft p50", "ttft p99", "tpot p50", "tpot p99")
 Runs = Sequence[Mapping[str, Any]]
 """Numbers of the same policy, of each part of a trace."""
+STALL_S = 2.0
 _CROWD = 192
 _ALONE = 24
 
@@ -103,14 +104,11 @@ def simulated(
     return _simulate(fleet.folder, fleet.plan, fleet.cluster, load, *flags, events=events)
 
 
-def stalls(fleet: Fleet, duration_s: float, every_s: float, rng: Random) -> list[dict[str, Any]]:
-    """Replicas that do nothing for 2 s, one after the other, at chance."""
-    names = [f"replica-{number}" for number in range(sum(KINDS.values()))]
-    count = int(duration_s / every_s)
-    return [
-        {"at": round(number * every_s, 3), "replica": rng.choice(names), "stall": 2.0}
-        for number in range(1, count)
-    ]
+def stalls(load: Workload, share: float, rng: Random) -> list[dict[str, Any]]:
+    """So many of the requests meet a replica that does nothing for 2 s from then on."""
+    count = len(load.arrivals)
+    met = sorted(rng.sample(range(count), round(share * count)))
+    return [{"request": number, "stall": STALL_S} for number in met]
 
 
 # --- what is to be shown ---

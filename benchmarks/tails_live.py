@@ -81,7 +81,8 @@ def policies(session: Session, args: argparse.Namespace) -> dict[str, Any]:
     runs: dict[str, list[Any]] = {name: [] for name in POLICIES}
     for repeat in range(args.repeats):
         for name in turned(POLICIES, repeat):
-            with lab_up(session, UNEQUAL, HOSTS, "--router-policy", name) as url:
+            told = ("--slo", bound) if args.told else ()
+            with lab_up(session, UNEQUAL, HOSTS, "--router-policy", name, *told) as url:
                 flags = ("--slo", bound, "--seed", str(repeat))
                 report = session.bench(url, path, args.vocab_size, *flags)
                 runs[name].append(shortened(report))

@@ -2,7 +2,8 @@
 
 python benchmarks/planner.py --output FILE [--clusters N]
 
-large        64 devices of 8 kinds, and 1,000: seconds, and the gap to the bound
+large        64 devices of 8 kinds, and 1,000, on hosts of several sizes, by several objectives:
+             seconds, and the gap to the bound
 exhaustive   N random clusters of 2 to 6 devices: how far goodput, price and latency of the plan are
              off the best that exhaustive search finds, or off what nothing can be better than
 """
@@ -42,6 +43,24 @@ KINDS = (
     *("L40S pcie4", "A30 pcie4", "RTX-4090 pcie4", "RTX-3090 pcie4"),
 )
 MODEL = "llama-3.1-70b"
+FAST = "{latency: 20us, bandwidth: 100Gbit/s}"
+SLOW = "{latency: 500us, bandwidth: 1Gbit/s}"
+FLEETS: tuple[tuple[int, int, str, Objective, float | None], ...] = (
+    # Devices, on a host, network, objective, rate.
+    (64, 8, FAST, "goodput", None),
+    (64, 4, FAST, "goodput", None),
+    (64, 1, FAST, "goodput", None),
+    (64, 8, SLOW, "goodput", None),
+    (64, 1, SLOW, "goodput", None),
+    (64, 8, FAST, "latency", 5.0),
+    (64, 8, FAST, "latency", 20.0),
+    (64, 1, FAST, "latency", 5.0),
+    (64, 8, FAST, "cost", 20.0),
+    (1000, 8, FAST, "goodput", None),
+    (1000, 1, FAST, "goodput", None),
+    (1000, 8, FAST, "latency", 100.0),
+    (1000, 8, FAST, "cost", 300.0),
+)
 OTHERS: tuple[Objective, ...] = ("cost", "latency")
 
 
@@ -56,29 +75,40 @@ def main() -> None:
         f"--most-devices {arguments.most_devices}",
         "commit": _commit(),
         "machine": {"cpu": platform.machine(), "cores": os.cpu_count()},
-        "large": [large(64), large(1000)],
+        "large": [large(*each) for each in FLEETS],
         "exhaustive": exhaustive(arguments.clusters, arguments.most_devices),
     }
     arguments.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(json.dumps(found, indent=1) + "\n")
 
 
-def large(num_devices: int) -> dict[str, Any]:
-    """Hosts of 8 devices, of each kind in turn; goodput of Llama-3.1-70B under an SLO."""
-    cluster = _cluster(num_devices)
-    goal = Goal(input_tokens=1024, output_tokens=256, slo=Slo(ttft_s=3.0, tpot_s=0.1))
+def large(
+    num_devices: int, on_host: int, network: str, objective: Objective, rate_per_s: float | None
+) -> dict[str, Any]:
+    """Hosts of each kind in turn; Llama-3.1-70B, under an SLO where that is asked for."""
+    cluster = _cluster(num_devices, on_host, network)
+    slo = Slo() if objective == "latency" else Slo(ttft_s=3.0, tpot_s=0.1)
+    goal = Goal(
+        objective=objective, rate_per_s=rate_per_s, input_tokens=1024, output_tokens=256, slo=slo
+    )
     started_s, started_cpu_s = time.perf_counter(), time.process_time()
     outcome = find_plan(Problem(read_spec(shape_folder(MODEL)), cluster, goal))
     return {
         "devices": len(cluster.devices),
+        "on_a_host": on_host,
+        "network": network,
+        "objective": objective,
+        "rate_per_s": rate_per_s,
         "seconds": time.perf_counter() - started_s,
         "cpu_seconds": time.process_time() - started_cpu_s,
+        "value": outcome.value,
         "requests_per_s": outcome.capacity_per_s,
         "bound": outcome.bound,
         "gap": outcome.gap,
         "replicas": len(outcome.choices),
         "left_out": len(outcome.left_out),
         "looked_at": outcome.num_looked_at,
+        "unmet": outcome.unmet,
     }
 
 
@@ -132,13 +162,13 @@ def _compared(seed: int, num_devices: int) -> dict[str, Any] | None:
     }
 
 
-def _cluster(num_devices: int) -> Cluster:
+def _cluster(num_devices: int, on_host: int, network: str) -> Cluster:
     hosts = "\n".join(
-        f"  - {{name: h{index}, devices: 8x {KINDS[index % len(KINDS)]}}}"
-        for index in range(num_devices // 8)
+        f"  - {{name: h{index}, devices: {on_host}x {KINDS[index % len(KINDS)]}}}"
+        for index in range(num_devices // on_host)
     )
     path = Path(os.environ.get("TMPDIR", "/tmp")) / f"shoal-planner-{os.getpid()}.yaml"
-    path.write_text(f"hosts:\n{hosts}\nnetwork: {{latency: 20us, bandwidth: 100Gbit/s}}\n")
+    path.write_text(f"hosts:\n{hosts}\nnetwork: {network}\n")
     try:
         return read_cluster(path)
     finally:

@@ -38,6 +38,8 @@ SIXTEENTHS = 16
 _STEP_TOKENS, _STEP_SAMPLES = 2048, 64
 
 _CHUNK = 512
+_WEIGHTS = (0.0, 0.3, 0.6, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 20.0, 50.0, 1e6)
+"""Of a prompt for each request, where splits are told apart."""
 
 Ends = tuple[bool, bool]
 Array = npt.NDArray[Any]
@@ -72,17 +74,38 @@ class Group:
         key = num_batches, num_instances, ends, has_prompts
         if key not in self._tables:
             sharing = max(num_batches / num_instances, 1.0)
-            # A chunk of up to 512 tokens in any of the steps under way is in the way of all.
-            chunk = 1 - math.exp(-_CHUNK / goal.input_tokens)
             own, way, alone = [], [], []
             for batch in range(1, goal.max_concurrency // num_batches + 1):
                 held = -(-num_batches * batch // num_instances)
-                prompts = batch / goal.output_tokens if has_prompts else 0.0
-                met = max(prompts, chunk * (1 - max(1 - prompts, 0.0) ** sharing))
+                prompts, met = _met(goal, batch, sharing) if has_prompts else (0.0, 0.0)
                 own.append(self._least(each.step(batch, held, ends, prompts) for each in self.ways))
                 way.append(self._least(each.step(batch, held, ends, met) for each in self.ways))
                 alone.append(self.prompt_table(held, ends))
             self._tables[key] = Tables(np.array(own), np.array(way), np.array(alone))
+        return self._tables[key]
+
+    def paired(
+        self, goal: Goal, num_batches: int, num_instances: int, ends: Ends, num_layers: int
+    ) -> Tables:
+        """Of so many layers, by batch and by split: each that is the least of all at a batch, at
+        some weight of prompts."""
+        key = num_batches, num_instances, ends, num_layers, "paired"
+        if key not in self._tables:
+            sharing = max(num_batches / num_instances, 1.0)
+            batches = range(1, goal.max_concurrency // num_batches + 1)
+            found = [
+                each.paired(
+                    [
+                        (n, -(-num_batches * n // num_instances), *_met(goal, n, sharing))
+                        for n in batches
+                    ],
+                    ends,
+                    num_layers,
+                )
+                for each in self.ways
+            ]
+            own, way, prompt = (np.concatenate(each, axis=1) for each in zip(*found, strict=True))
+            self._tables[key] = Tables(own, way, prompt)
         return self._tables[key]
 
     def prompt_table(self, num_sequences: int, ends: Ends) -> Array:
@@ -125,6 +148,40 @@ class Ways:
         self._end_s: dict[int, float] = {}
         self._rooms: dict[tuple[int, Ends], Array] = {}
         self._tables: dict[tuple[object, ...], Array] = {}
+
+    def paired(
+        self, loads: Sequence[tuple[int, int, float, float]], ends: Ends, num_layers: int
+    ) -> tuple[Array, Array, Array]:
+        """Seconds of steps, of those that wait for prompts, and of a prompt: (loads, splits).
+
+        Args:
+            loads: a batch, sequences that there is room for, prompts in a step, and in its way.
+        """
+        chosen: set[int] = set()
+        for batch, held, *_ in loads:
+            fits = self.room(held, ends) >= num_layers
+            if fits.any():
+                for weight in _WEIGHTS:
+                    cost = (
+                        self.layer_s(batch)
+                        + weight / self.problem.goal.output_tokens * self.prompt_s
+                    )
+                    chosen.add(int(np.where(fits, cost, np.inf).argmin()))
+        index = np.array(sorted(chosen), dtype=int)
+        own: list[Array] = []
+        way: list[Array] = []
+        alone: list[Array] = []
+        for batch, held, prompts, met in loads:
+            fits = self.room(held, ends)[index] >= num_layers
+            fixed = self.end_s(batch) if ends[1] else self.step_s
+            step_s, prompt_s = self.layer_s(batch)[index], self.prompt_s[index]
+            for seconds, table in (
+                (step_s + prompts * prompt_s, own),
+                (step_s + met * prompt_s, way),
+            ):
+                table.append(np.where(fits, num_layers * seconds + fixed, np.inf))
+            alone.append(np.where(fits, num_layers * prompt_s, np.inf))
+        return np.array(own), np.array(way), np.array(alone)
 
     def step(self, batch: int, num_sequences: int, ends: Ends, prompts: float) -> Array:
         key = batch, num_sequences, ends, prompts
@@ -252,6 +309,14 @@ class Ways:
         return InstanceCost(
             self.spec, found, self.devices, problem.cluster, self.numbers, engine=problem.engine
         )
+
+
+def _met(goal: Goal, batch: int, sharing: float) -> tuple[float, float]:
+    """Prompts in a step; and in its way, where so many steps are under way."""
+    prompts = batch / goal.output_tokens
+    # A chunk of up to 512 tokens in any of the steps under way is in the way of all.
+    chunk = 1 - math.exp(-_CHUNK / goal.input_tokens)
+    return prompts, max(prompts, chunk * (1 - max(1 - prompts, 0.0) ** sharing))
 
 
 def compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -82,10 +82,42 @@ class BruteForce:
         )
 
     def least_latency(self) -> float:
-        """Mean seconds of a request at the goal's rate; of one that is alone without a rate."""
-        if self.goal.rate_per_s is None:
-            return min(float(self.latencies(own)[-1]) for own in _up_to(self.all))
-        return min(map(self._shared, _collections(self.all)))
+        """Mean seconds of a request at the goal's rate, of one that is alone without a rate; within
+        the SLO. Infinite: nothing carries it so in sixteenths.
+
+        At first sets of devices count with one split for steps and another for prompts, which is
+        less than can be had; those that the best plan is made of are looked at with one for both,
+        and there is a new best plan, until all of it was looked at.
+        """
+        rate = self.goal.rate_per_s or 0.0
+        known: dict[tuple[Counts, int], float] = {}
+
+        def costs(own: Counts) -> Array:
+            floors = self.latencies(own)
+            return np.array([known.get((own, n + 1), floors[n]) for n in range(SHARES)])
+
+        every = _collections(self.all) if rate else [(own,) for own in _up_to(self.all)]
+        while True:
+            table = {own: costs(own) for own in _up_to(self.all)}
+            means = [_least_mean([table[own] for own in each]) for each in every]
+            number = min(range(len(every)), key=lambda n: means[n][0])
+            mean_s, units = means[number]
+            asked = set(zip(every[number], units, strict=True)) - known.keys()
+            if not asked or math.isinf(mean_s):
+                return mean_s
+            for own, count in asked:
+                known[own, count] = self._paired(own, count / SHARES * rate)
+
+    def _paired(self, counts: Counts, rate: float) -> float:
+        worked, best = self.worked, math.inf
+        every = [
+            (float(worked.latencies_s(each, [rate])[0]), each) for each in self.pipelines(counts)
+        ]
+        for floor_s, stages in sorted(every, key=lambda each: each[0]):
+            if floor_s >= best:
+                break
+            best = min(best, worked.paired_latency_s(stages, rate))
+        return best
 
     def most_goodput_with_roles(self) -> float:
         """The same where some devices only start requests, and others only go on with them."""
@@ -102,18 +134,6 @@ class BruteForce:
     def _carries(self, counts: Counts) -> float:
         return _packed(counts, self.peak)
 
-    def _shared(self, blocks: Sequence[Counts]) -> float:
-        """The least mean of these sets, however they share the rate."""
-        least = np.array([0.0, *(SHARES * [math.inf])])
-        for own in blocks:
-            costs = self.latencies(own)
-            grown = np.full(SHARES + 1, np.inf)
-            for units in range(1, SHARES + 1):
-                added = least[: SHARES + 1 - units] + units / SHARES * costs[units - 1]
-                grown[units:] = np.minimum(grown[units:], added)
-            least = grown
-        return float(least[SHARES])
-
     def _best(self, counts: Counts, rate_of: Callable[[tuple[Stage, ...]], float]) -> float:
         return max(map(rate_of, self.pipelines(counts)), default=0.0)
 
@@ -126,11 +146,11 @@ class BruteForce:
 
     def _latencies(self, counts: Counts) -> Array:
         """At 1, 2, ... sixteenths of the rate."""
-        waits, rate = self.goal.objective == "latency", self.goal.rate_per_s or 0.0
+        rate = self.goal.rate_per_s or 0.0
         rates = [units / SHARES * rate for units in range(1, SHARES + 1)]
         skipped = len(rates) - 1 if not rate or counts == self.all else 0
         every = self.pipelines(counts)
-        found = [self.worked.latencies_s(each, rates[skipped:], waits=waits) for each in every]
+        found = [self.worked.latencies_s(each, rates[skipped:]) for each in every]
         least = np.min(found, axis=0, initial=np.inf) if found else [math.inf]
         return np.array([*(skipped * [math.inf]), *least])
 
@@ -187,6 +207,25 @@ class BruteForce:
                 start[index] -= count
             groups.append(tuple(names))
         return tuple(groups)
+
+
+def _least_mean(costs: Iterable[Array]) -> tuple[float, tuple[int, ...]]:
+    """Over replicas by what they take at 1, 2, ... sixteenths of the rate; and their sixteenths."""
+    least = np.array([0.0, *(SHARES * [math.inf])])
+    taken: list[Array] = []
+    for each in costs:
+        grown, own = np.full(SHARES + 1, np.inf), np.zeros(SHARES + 1, dtype=int)
+        for units in range(1, SHARES + 1):
+            added = least[: SHARES + 1 - units] + units / SHARES * each[units - 1]
+            own[units:] = np.where(added < grown[units:], units, own[units:])
+            grown[units:] = np.minimum(grown[units:], added)
+        least = grown
+        taken.append(own)
+    left, units_of = SHARES, []
+    for own in reversed(taken):
+        units_of.append(int(own[left]))
+        left -= units_of[-1]
+    return float(least[SHARES]), tuple(reversed(units_of))
 
 
 def _packed(counts: Counts, rate_of: Callable[[Counts], float]) -> float:

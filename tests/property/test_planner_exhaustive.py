@@ -25,7 +25,7 @@ from shoal.planner.goal import Goal, Objective
 from shoal.planner.latency import quickest_of
 from shoal.planner.profiles import Problem, Variant
 from shoal.planner.search import find_plan
-from shoal.planner.service import peak, quickest
+from shoal.planner.service import keeps, peak, quickest
 from shoal.planner.small import SmallSearch, subsets
 from shoal.planner.to_plan import to_plan
 from shoal.policy.cost_model.loads import StepLoad
@@ -142,6 +142,41 @@ def test_up_to_six_devices_are_within_a_hundredth_of_the_best(seed: int, num_dev
         other = replace(problem, goal=goal)
         least = search.towards(other).least()
         assert find_plan(other).value <= least * WITHIN, objective
+
+
+@pytest.mark.parametrize(("seed", "num_devices"), [(9, 3), (34, 4), (37, 3), (116, 2)])
+def test_latency_is_that_of_the_best_splits_for_steps_and_prompts_at_once(
+    seed: int, num_devices: int
+) -> None:
+    """In the first one the lowest latency of all is beyond the SLO; in the second so is what needs
+    places that bunches of arrivals want; in the others the quickest split of a step is far from
+    that of a prompt.
+    """
+    problem, share = problem_of(seed, num_devices)
+    search = BruteForce(problem)
+    rate = share * search.most_goodput()
+    goal = replace(problem.goal, objective="latency", rate_per_s=rate)
+    search = search.towards(replace(problem, goal=goal))
+    found = find_plan(replace(problem, goal=goal))
+    assert not found.unmet and all(keeps(goal, each) for each in found.at_rate)
+    assert found.value <= search.least() * WITHIN
+
+
+def test_splits_that_are_paired_can_be_had() -> None:
+    """The quickest for a step and the quickest for a prompt are among them; together they take no
+    less than both count for at once."""
+    problem, _ = problem_of(37, 3)
+    goal = replace(problem.goal, objective="latency", rate_per_s=5.0)
+    search = BruteForce(replace(problem, goal=goal))
+    stages = ((tuple(each.name for each in problem.cluster.devices),),)
+    floor_s = search.worked.latencies_s(stages, [5.0])[0]
+    (ways,) = search.group(stages[0][0]).ways
+    count = problem.spec.num_layers
+    own, _, prompt = ways.paired([(1, 1, 0.0, 0.0)], (True, True), count)
+    alone = ways.step(1, 1, (True, True), 0.0)[count]
+    assert own.min() == pytest.approx(alone) and prompt.shape == own.shape
+    assert prompt.min() == pytest.approx(ways.prompt(1, (True, True))[count])
+    assert search.worked.paired_latency_s(stages, 5.0) >= floor_s * (1 - 1e-9)
 
 
 def test_a_rate_that_sixteenths_are_too_coarse_for_is_carried() -> None:

@@ -72,8 +72,9 @@ GOLDEN = {
     "join": "--token --interface --address --name --help",
     "down": "--help",
     "plan": "--cluster --workload --rate --input-tokens --isl --output-tokens --osl "
-    "--max-model-len --slo --objective --cost-unit --precision --kv-cache-precision "
-    "--max-num-seqs --engine --what-if --explain --roles --no-roles --emit --json --output --help",
+    "--max-model-len --slo --objective --cost-unit --precision --max-quality-loss "
+    "--kv-cache-precision --max-num-seqs --engine --what-if --explain --roles --no-roles --emit "
+    "--json --output --help",
     "doctor": "--cluster --plan --model --with --port --all --strict --json --help",
     "replay": "--json --help",
     "models": "--json --help",

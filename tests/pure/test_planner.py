@@ -8,6 +8,7 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -21,13 +22,15 @@ from shoal.core.plan import RankPlan, ReplicaPlan
 from shoal.model.known_shapes import known_shapes, shape_folder
 from shoal.model.spec import read_spec
 from shoal.plan_file import dump_plan, read_plan
+from shoal.planner.bunches import late_wait_s, mean_of
 from shoal.planner.engines import emit
 from shoal.planner.goal import Goal
 from shoal.planner.inventory import Inventory
-from shoal.planner.pipeline import Segment, in_the_way
+from shoal.planner.pipeline import Chain, Segment, in_the_way
 from shoal.planner.profiles import Problem
 from shoal.planner.program import pack
 from shoal.planner.search import Outcome, find_plan
+from shoal.planner.service import quickest
 from shoal.planner.to_plan import to_plan
 from shoal.planner.what_if import changed, left_out, one_more
 
@@ -158,16 +161,50 @@ def test_a_request_waits_for_a_place_the_longer_the_fuller_the_plan(tmp_path: Pa
     cluster = cluster_of(tmp_path, "devices: 1x A100-80-SXM")
     goal = Goal(objective="goodput", max_concurrency=4)
     problem = Problem(shape("llama-3.1-8b"), cluster, goal)
-    most = find_plan(problem).capacity_per_s
-    at = {}
-    for share in (0.3, 0.97):
-        wish = replace(goal, objective="latency", rate_per_s=share * most)
-        at[share] = find_plan(replace(problem, goal=wish))
-        assert not at[share].unmet
-    assert at[0.97].mean("ttft") > at[0.97].mean("tpot") * goal.output_tokens
-    assert at[0.3].mean("ttft") < at[0.97].mean("ttft") / 10
-    wish = replace(goal, objective="latency", rate_per_s=most)
-    assert "at that rate" in find_plan(replace(problem, goal=wish)).unmet[0]
+    planned = find_plan(problem)
+    alone = replace(problem, goal=replace(goal, objective="latency"))
+    chain = Chain(alone, planned.choices[0].chain.segments)
+    most = planned.capacity_per_s * 4 / mean_of(4)  # all places taken, all of the time
+    at = {share: quickest(chain, share * most) for share in (0.12, 0.97)}
+    few, many = at[0.12], at[0.97]
+    assert few is not None and many is not None
+    assert many.ttft_s > many.tpot_s * goal.output_tokens
+    assert few.ttft_s < many.ttft_s / 10
+    assert quickest(chain, 1.01 * most) is None
+
+
+def test_what_is_carried_leaves_places_for_bunches(tmp_path: Path) -> None:
+    """A Poisson number of sequences has a place for 95 % of the time."""
+    for places in (1, 4, 42, 256):
+        mean = mean_of(places)
+        term, within = math.exp(-mean), 0.0
+        for number in range(places + 1):
+            within += term
+            term *= mean / (number + 1)
+        assert within == pytest.approx(0.95, abs=0.03)
+    cluster = cluster_of(tmp_path, "devices: 1x A100-80-SXM")
+    (few, many) = (
+        find_plan(Problem(shape("llama-3.1-8b"), cluster, Goal(max_concurrency=places)))
+        for places in (4, 64)
+    )
+    for found, places in ((few, 4), (many, 64)):
+        (operation,) = (each.operation for each in found.choices)
+        full = places / (256 * operation.tpot_s)
+        assert found.capacity_per_s == pytest.approx(full * mean_of(places) / places)
+        assert found.mean("tpot") <= operation.tpot_s
+
+
+def test_a_late_first_token_counts_and_not_the_mean() -> None:
+    """M/D/1: what 95 % wait less than, against a queue that is gone through."""
+    rng, service_s, busy = Random(1), 1.0, 0.7
+    waits, free_s, now = [], 0.0, 0.0
+    for _ in range(200_000):
+        now += rng.expovariate(busy / service_s)
+        waits.append(max(free_s - now, 0.0))
+        free_s = max(free_s, now) + service_s
+    waits.sort()
+    assert late_wait_s(busy, service_s) == pytest.approx(waits[int(0.95 * len(waits))], rel=0.15)
+    assert late_wait_s(0.04, service_s) == 0.0
 
 
 def test_in_a_pipeline_one_prompt_is_in_the_way_of_all_steps() -> None:
@@ -211,6 +248,28 @@ def test_prompts_alone_keep_the_ttft_that_is_asked_for(tmp_path: Path) -> None:
     assert 0 < found.mean("ttft") <= 0.6
     free = find_plan(Problem(shape("llama-3.1-8b"), cluster, replace(goal, slo=Slo(tpot_s=0.02))))
     assert found.capacity_per_s < free.capacity_per_s
+
+
+ROLES = """
+hosts:
+  - {name: a, devices: 2x H100-SXM nvlink}
+  - {name: b, devices: 4x A100-40-SXM pcie4}
+network: {latency: 5us, bandwidth: %s}
+"""
+
+
+def test_roles_are_taken_at_a_rate_that_only_they_carry_within_the_slo(tmp_path: Path) -> None:
+    """The quickest plan at that rate is late; whole replicas carry less."""
+    spec, slo = shape("llama-3.1-70b"), Slo(ttft_s=1.0, tpot_s=0.05)
+    goal = Goal(slo=slo, may_specialise=True, objective="latency", rate_per_s=2.5)
+    cluster = cluster_of(tmp_path, ROLES % "200Gbit/s")
+    found = find_plan(Problem(spec, cluster, goal))
+    assert not found.unmet
+    assert {each.chain.role for each in found.choices} == {"prefill", "decode"}
+    assert found.mean("ttft") < 1.0 and found.mean("tpot") < 0.05
+    slow = cluster_of(tmp_path, ROLES % "2Gbit/s")
+    most = replace(goal, objective="goodput", rate_per_s=None)
+    assert {e.chain.role for e in find_plan(Problem(spec, slow, most)).choices} == {"any"}
 
 
 def test_the_cheapest_plan_carries_the_rate_with_fewer_devices(tmp_path: Path) -> None:
@@ -321,6 +380,26 @@ def test_emit(tmp_path: Path, engine: str, words: str) -> None:
     assert any(line.startswith("# ") for line in lines)
     with pytest.raises(ConfigError, match="must be one of"):
         emit(to_plan(found.choices, cluster, "m"), "tgi", "m")
+
+
+def test_emit_roles(tmp_path: Path) -> None:
+    path = tmp_path / "roles.yaml"
+    path.write_text(
+        "model: m\nreplicas:\n"
+        "  - {stages: [{devices: [cuda:0]}], role: prefill}\n"
+        "  - {stages: [{devices: [cuda:1]}], role: decode}\n",
+        encoding="utf-8",
+    )
+    plan = read_plan(path).resolve(shape("llama-3.1-8b"), num_cuda=2)
+    *_, door = lines = emit(plan, "sglang", "m")
+    assert [line.split("--disaggregation-mode ")[1].split()[0] for line in lines[1:4:2]] == [
+        "prefill",
+        "decode",
+    ]
+    assert "--prefill http://127.0.0.1:8000 --decode http://127.0.0.1:8001" in door
+    assert any(
+        "role" in line or "only is not expressed" in line for line in emit(plan, "vllm", "m")
+    )
 
 
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str) -> str:

@@ -78,6 +78,8 @@ def doctor(
 ) -> None:
     """Check this machine, a cluster file or a plan against best practice, with remedies."""
     try:
+        if model is not None and plan is None:
+            raise ConfigError("--model is that of a plan; add --plan FILE, or leave it out")
         machine = None if cluster or plan else this_machine(port)
         findings = list(_of_files(cluster, plan, model))
         if machine is not None:

@@ -247,7 +247,14 @@ EnablePrefixCaching = Annotated[
     ),
 ]
 MaxWaiting = Annotated[
-    int, _option("--max-waiting", "Requests that may queue; more get a 429.", _ENGINE, min=1)
+    int | None,
+    _option(
+        "--max-waiting",
+        "Requests that may queue; more get a 429. 256 for each replica by default, 2,048 before "
+        "upstreams.",
+        _ENGINE,
+        min=1,
+    ),
 ]
 NumThreads = Annotated[
     int | None, _option("--num-threads", "CPU threads; all by default.", _ENGINE, min=1)

@@ -15,6 +15,7 @@ import typer
 
 from shoal.cli.model_shape import spec_of
 from shoal.cli.options import Json
+from shoal.cli.wrong_input import engine_of, judges_input, precisions_of, share_of
 from shoal.cluster.cluster_file import read_cluster
 from shoal.core.cluster import Precision
 from shoal.core.errors import ConfigError
@@ -22,6 +23,7 @@ from shoal.core.latency import Slo, parse_slo
 from shoal.core.workload import read_workload
 from shoal.plan_file import dump_plan
 from shoal.planner.engines import emit as emit_for
+from shoal.planner.engines import engine_to_emit
 from shoal.planner.explain import report, text
 from shoal.planner.goal import CostUnit, Goal, lengths_of, objective_of, rate_of
 from shoal.planner.profiles import Problem
@@ -29,7 +31,11 @@ from shoal.planner.search import Outcome, find_plan
 from shoal.planner.to_plan import to_plan
 from shoal.planner.what_if import changed, left_out, one_more, runner_ups
 
+_ANY_BITS: tuple[Precision, ...] = ("bfloat16", "fp8", "int8", "int4")
+"""The best quality first."""
 
+
+@judges_input
 def plan(
     model: Annotated[
         str,
@@ -58,8 +64,17 @@ def plan(
     ] = None,
     cost_unit: Annotated[str, typer.Option(help="of cost: usd, devices or watts")] = "usd",
     precision: Annotated[
-        str, typer.Option(help="of weights, those that may be taken: bfloat16,fp8,int8,int4")
-    ] = "bfloat16",
+        str | None,
+        typer.Option(
+            help="of weights, those that may be taken: bfloat16,fp8,int8,int4; default: bfloat16, "
+            "or all with --max-quality-loss",
+            show_default=False,
+        ),
+    ] = None,
+    max_quality_loss: Annotated[
+        str | None,
+        typer.Option(metavar="SHARE", help="how much higher perplexity may be than in 16 bits: 1%"),
+    ] = None,
     kv_cache_precision: Annotated[str, typer.Option(help="of KV")] = "bfloat16",
     max_num_seqs: Annotated[
         int, typer.Option(min=1, help="requests that a replica takes at once")
@@ -86,6 +101,8 @@ def plan(
     ] = None,
 ) -> None:
     """Find the plan for a model on a cluster, with the reasons; nothing is loaded."""
+    if emit is not None:
+        engine_to_emit(emit)
     goal = _goal(
         Goal(
             rate_per_s=rate,
@@ -94,15 +111,17 @@ def plan(
             max_tokens=max_model_len,
             slo=_slo(slo),
             cost_unit=_cost_unit(cost_unit),
-            precisions=tuple(_precision(each.strip()) for each in precision.split(",")),
-            kv_precision=_precision(kv_cache_precision),
+            precisions=_precisions(precision, max_quality_loss),
+            max_quality_loss=_quality_loss(max_quality_loss),
+            kv_precision=_kv_precision(kv_cache_precision),
             max_concurrency=max_num_seqs,
             may_specialise=roles,
         ),
         workload,
         objective,
     )
-    problem = Problem(spec_of(model), read_cluster(cluster), goal, engine)
+    known = read_cluster(cluster)
+    problem = Problem(spec_of(model), known, goal, engine_of(engine, known))
     found = find_plan(problem)
     made = to_plan(found.choices, problem.cluster, model)
     full = report(
@@ -137,7 +156,7 @@ def _goal(goal: Goal, workload: Path | None, objective: str | None) -> Goal:
             max_tokens=max(goal.max_tokens, longest),
         )
     default = "goodput" if goal.rate_per_s is None else "latency"
-    return replace(goal, objective=objective_of(objective or default))
+    return replace(goal, objective=objective_of(default if objective is None else objective))
 
 
 def _compared(found: Outcome, change: str) -> dict[str, object]:
@@ -165,18 +184,28 @@ def _compared(found: Outcome, change: str) -> dict[str, object]:
 
 
 def _slo(slo: str | None) -> Slo:
-    bounds = parse_slo(slo) if slo else {}
+    bounds = parse_slo(slo) if slo is not None else {}
     if "e2e" in bounds:
         raise ConfigError("--slo e2e is not planned for; give ttft= and tpot=")
     return Slo(ttft_s=bounds.get("ttft"), tpot_s=bounds.get("tpot"))
 
 
-def _precision(name: str) -> Precision:
-    if name not in get_args(Precision):
-        raise ConfigError(
-            f"the precision is {name!r}; it must be one of {', '.join(get_args(Precision))}"
-        )
-    return cast(Precision, name)
+def _precisions(names: str | None, max_quality_loss: str | None) -> tuple[Precision, ...]:
+    """Whoever says what may be lost, and not how, leaves the choice."""
+    if names is None:
+        return _ANY_BITS if max_quality_loss is not None else _ANY_BITS[:1]
+    return precisions_of(names, "--precision")
+
+
+def _quality_loss(share: str | None) -> float | None:
+    return None if share is None else share_of(share, "--max-quality-loss")
+
+
+def _kv_precision(name: str) -> Precision:
+    found = precisions_of(name, "--kv-cache-precision")
+    if len(found) > 1:
+        raise ConfigError(f"--kv-cache-precision is {name!r}; KV is kept in one: name one")
+    return found[0]
 
 
 def _cost_unit(name: str) -> CostUnit:

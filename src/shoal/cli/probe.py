@@ -23,6 +23,7 @@ import typer
 from shoal.cli.options import Json
 from shoal.cli.probe_sites import Place, here_or_cluster, lab_place, probe_cache
 from shoal.cli.probe_steps import Steps
+from shoal.cli.wrong_input import judges_input
 from shoal.cluster.cluster_file import read_cluster
 from shoal.cluster.cluster_writer import Remarks, dump_cluster, warnings_in
 from shoal.cluster.units import text
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 _LEAST_S, _MOST_S = 0.2, 30.0
 
 
+@judges_input
 def probe(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="write the cluster here")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from random import Random
@@ -23,6 +23,7 @@ from shoal.cli.latency_table import goodput_lines, latency_table, policy_table
 from shoal.cli.model_shape import spec_of
 from shoal.cli.options import Batching, TpotTarget
 from shoal.cli.router_options import Collapse, Hedging
+from shoal.cli.wrong_input import engine_of, judges_input
 from shoal.cluster.cluster_file import read_cluster
 from shoal.cluster.helix_placement import read_placement
 from shoal.core.cluster import Cluster
@@ -37,10 +38,14 @@ from shoal.planner.placement import placed_replica
 from shoal.planner.profiles import Problem
 from shoal.policy.routing import policy_named
 from shoal.sim import ReplicaSetup, Simulation, html_page, summarise
-from shoal.sim.faults import drains
+from shoal.sim.faults import Fault, RequestStall, drains
 from shoal.sim.from_plan import Limits, planned_links, precision_of, replica_setups
 
+_MOST_S = 1e9
+"""Thirty years."""
 
+
+@judges_input
 def simulate(
     plan: Annotated[
         Path, typer.Argument(help="plan file: what `shoal plan` writes; or Helix's ilp_sol.ini")
@@ -102,7 +107,7 @@ def simulate(
         output_tokens=output_tokens,
         rng=Random(seed),
     ).stretched(time_scale)
-    bounds = parse_slo(slo) if slo else {}
+    bounds = parse_slo(slo) if slo is not None else {}
     limits = Limits(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
@@ -116,9 +121,11 @@ def simulate(
         engine=engine,
     )
     known = read_cluster(cluster)
+    engine_of(engine, known)
     name, spec, chosen = _read_plan(plan, model, known, limits)
     setups = replica_setups(chosen, spec, known, limits)
-    faults = read_faults(events) if events else ()
+    faults = read_faults(events) if events is not None else ()
+    _check_times(load, faults)
     may_move = any(each.role != "any" for each in setups) or drains(faults)
     links = planned_links(chosen, spec, known, limits) if may_move else None
 
@@ -158,6 +165,18 @@ def simulate(
         typer.echo(text)
     else:
         Console().print(_rendered(report))
+
+
+def _check_times(load: Workload, faults: Sequence[Fault | RequestStall]) -> None:
+    """Of clocks, that still tell a step from the next one."""
+    last_s = max((each.arrival_s for each in load.arrivals), default=0.0)
+    timed = [("an event is", each.at_s) for each in faults if isinstance(each, Fault)]
+    for what, at_s in (("the load lasts", last_s), *timed):
+        if not at_s <= _MOST_S:
+            raise ConfigError(
+                f"{what} until {at_s:g} s; a simulation takes {_MOST_S:g} s at most: check --rate, "
+                "--time-scale and the times in the trace and in --events"
+            )
 
 
 def _read_plan(

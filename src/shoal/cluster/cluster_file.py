@@ -219,6 +219,8 @@ def _between(field: Field) -> Between:
     ends = entries["between"].items(2)
     if len(ends) != 2:
         raise entries["between"].error("between names one end; name two: [a, b]")
+    if ends[0].text() == ends[1].text():
+        raise entries["between"].error(f"between names {ends[0].text()} twice; name two ends")
     return Between(ends[0].text(), ends[1].text(), _link_of(field, entries, "measured"))
 
 

@@ -1,7 +1,8 @@
 """What no way to run a pipeline exceeds, for little work: most pipelines need no closer look.
 
     TPOT    >= path(b)              whatever the layers, and however many batches are in flight
-    rate    <= b / (O x share(b))   share: of the slowest stage, with layers in fractions
+    rate    <= b / (O x share(b))   share: of the slowest stage, with layers in fractions; less what
+                                    is kept for bunches, with as many seats as there may be
     latency >= (O - 1/2) x path(b)  and a prompt's first chunk through the quickest layers; at a
                                     rate b is at least rate x O x path(b) / batches (Little's law)
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from shoal.planner.bunches import mean_of
 from shoal.planner.fill import StageTimes
 from shoal.planner.pipeline import Chain
 from shoal.planner.prompts import MOST_BUSY, prompt_stages
@@ -31,22 +33,24 @@ def ceiling(chain: Chain) -> float:
     goal, num_layers = chain.goal, chain.spec.num_layers
     if chain.role == "prefill":
         stages = _relaxed(prompt_stages(chain))
-        if _path_s(stages, num_layers) is None:
+        way_s = _path_s([(s / k, fixed, most, k) for s, fixed, most, k in stages], num_layers)
+        if way_s is None:
             return 0.0
-        return MOST_BUSY / _slowest_s(stages, num_layers)
+        return MOST_BUSY / way_s
 
     def fits(batch: int) -> bool:
         stages = _relaxed(chain.stages(1, batch))
         path_s = _path_s(stages, num_layers)
         if path_s is None:
             return False
-        return goal.slo.tpot_s is None or path_s + chain.hops.step_s(batch) <= goal.slo.tpot_s
+        return goal.slo.tpot_s is None or path_s + chain.hops_s(batch) <= goal.slo.tpot_s
 
     batch = last(fits, goal.max_concurrency)
     if not batch:
         return 0.0
     share_s = _slowest_s(_relaxed(chain.stages(1, batch)), num_layers)
-    return batch / (goal.output_tokens * share_s)
+    seats = goal.max_concurrency
+    return batch / (goal.output_tokens * share_s) * mean_of(seats) / seats
 
 
 def least_latency_s(chain: Chain, rate_per_s: float) -> float:
@@ -74,7 +78,7 @@ def least_batch(chain: Chain, num_batches: int, rate_per_s: float) -> tuple[int,
         found = _path_s(_relaxed(chain.stages(1, batch)), chain.spec.num_layers)
         if found is None:
             return None
-        path_s = found + chain.hops.step_s(batch)
+        path_s = found + chain.hops_s(batch)
 
 
 def last(holds: Callable[[int], bool], most: int, first: int = 1) -> int:
@@ -95,12 +99,7 @@ def last(holds: Callable[[int], bool], most: int, first: int = 1) -> int:
 
 def _relaxed(stages: Sequence[StageTimes]) -> list[_Relaxed]:
     return [
-        (
-            min(option.layer_s for option in each.options),
-            min(option.fixed_s for option in each.options),
-            each.most_layers,
-            each.num_instances,
-        )
+        (each.least_layer_s, each.least_fixed_s, each.most_layers, each.num_instances)
         for each in stages
     ]
 

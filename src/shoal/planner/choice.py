@@ -34,6 +34,11 @@ class Choice:
     def rate_per_s(self) -> float:
         return self.operation.rate_per_s
 
+    @property
+    def log_loss(self) -> float:
+        """Of quality: ln(perplexity / perplexity in 16 bits)."""
+        return self.chain.limit.loss(self.operation.held)
+
 
 def carried(choices: Sequence[Choice]) -> float:
     """Requests per second: those that are started must also be gone on with."""

@@ -4,7 +4,7 @@
     sglang      even tensor parallelism; stages of equal width (SGLANG_PP_LAYER_PARTITION)
     llama.cpp   layers by --tensor-split over devices of any kind; no sums between them
 
-Flags are those of vLLM 0.14, SGLang 0.5 and llama.cpp of 2025. Knows nothing of how they are
+Flags are those of vLLM 0.32, SGLang 0.5 and llama.cpp of 2026. Knows nothing of how they are
 started.
 """
 
@@ -26,8 +26,7 @@ def emit(plan: Plan, engine: str, model: str) -> list[str]:
     Raises:
         ConfigError: an engine that is not known.
     """
-    if engine not in _ENGINES:
-        raise ConfigError(f"--emit is {engine!r}; it must be one of {', '.join(_ENGINES)}")
+    engine_to_emit(engine)
     lines: list[str] = []
     for index, replica in enumerate(plan.replicas):
         hosts = sorted({r.host for each in replica.instances for r in each.ranks if r.host})
@@ -35,9 +34,30 @@ def emit(plan: Plan, engine: str, model: str) -> list[str]:
             lines.append(f"# replica {index}" + (f", on {', '.join(hosts)}" if hosts else ""))
         lines += _ENGINES[engine](replica, model, 8000 + index)
     if len(plan.replicas) > 1:
-        urls = " ".join(f"http://127.0.0.1:{8000 + i}" for i in range(len(plan.replicas)))
-        lines.append(f"# in front of them, a load balancer over {urls}")
+        lines.append(_in_front(plan, engine))
     return lines
+
+
+def _in_front(plan: Plan, engine: str) -> str:
+    """Of several servers."""
+    urls = [f"http://127.0.0.1:{8000 + index}" for index in range(len(plan.replicas))]
+    if engine == "sglang" and any(each.role != "any" for each in plan.replicas):
+        words = ["python", "-m", "sglang_router.launch_router", "--pd-disaggregation"]
+        for url, replica in zip(urls, plan.replicas, strict=True):
+            # Who takes whole requests can't be told of: it decodes.
+            words += ["--prefill" if replica.role == "prefill" else "--decode", url]
+        return _line([], words)
+    return f"# in front of them, a load balancer over {' '.join(urls)}"
+
+
+def engine_to_emit(engine: str) -> str:
+    """
+    Raises:
+        ConfigError: an engine that is not known.
+    """
+    if engine not in _ENGINES:
+        raise ConfigError(f"--emit is {engine!r}; it must be one of {', '.join(_ENGINES)}")
+    return engine
 
 
 def _vllm(replica: ReplicaPlan, model: str, port: int) -> list[str]:
@@ -57,6 +77,8 @@ def _sglang(replica: ReplicaPlan, model: str, port: int) -> list[str]:
     words = ["python", "-m", "sglang.launch_server", "--model-path", model, "--port", str(port)]
     words += ["--tp-size", str(_width(replica)), "--pp-size", str(len(replica.stages))]
     words += _quantisation(replica)
+    if replica.role != "any":
+        words += ["--disaggregation-mode", replica.role]
     environment = _devices(replica)
     if len(replica.stages) > 1:
         environment.append(f"SGLANG_PP_LAYER_PARTITION={_layers(replica)}")
@@ -80,7 +102,7 @@ def _llama_cpp(replica: ReplicaPlan, model: str, port: int) -> list[str]:
     if any(len(each.ranks) > 1 for each in replica.instances):
         lines.append(
             "# llama.cpp: ranks that share a layer become stages, one after the other: TPOT of one "
-            "request is the sum of all"
+            "request is the sum of all (--split-mode tensor shares layers, by way of trial)"
         )
     if _hosts(replica) > 1:
         words += ["--rpc", "$HOSTS"]
@@ -115,7 +137,7 @@ def _even_limits(replica: ReplicaPlan, engine: str) -> list[str]:
 
 def _common_limits(replica: ReplicaPlan, engine: str) -> list[str]:
     lines = []
-    if replica.role != "any":
+    if replica.role != "any" and engine != "SGLang":
         lines.append(
             f"# {engine}: that this replica is for {replica.role} only is not expressed; it takes "
             "whole requests"

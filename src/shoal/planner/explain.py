@@ -8,27 +8,18 @@ Knows nothing of how a plan is found.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from shoal.core.cluster import Precision
 from shoal.core.split import stacked
 from shoal.planner.choice import Choice
 from shoal.planner.pipeline import Operation, Segment
+from shoal.planner.quality import loss_of, percent
+from shoal.planner.quality_text import bits_line, other_quality, quality_line
 from shoal.planner.search import Outcome
 from shoal.planner.what_if import LeftOut, RunnerUp
 from shoal.policy.cost_model.times import StepTime
-
-QUALITY: Mapping[Precision, str] = {
-    "float32": "as trained",
-    "bfloat16": "as trained",
-    "float16": "as trained, but for numbers beyond 65504",
-    "fp8": "not measured here; `shoal eval MODEL --quantize fp8 --against MODEL` does",
-    "int8": "perplexity +0.9 % (SmolLM2-135M, docs/precision.md); large models lose less",
-    "int4": "perplexity +0.3 % to +19 % (SmolLM2-135M, docs/precision.md); measure it",
-}
-"""What fewer bits cost."""
 
 _UNITS = {"goodput": "requests/s", "latency": "s", "cost": ""}
 
@@ -64,6 +55,8 @@ def report(
         "usd_per_hour": _total(outcome, "usd_per_hour"),
         "watts": _total(outcome, "watts"),
         "error": _error(outcome),
+        "quality_loss": percent(outcome.log_loss),
+        "precisions": list(_precisions(outcome)),
         "replicas": [
             _replica(choice, operation)
             for choice, operation in zip(outcome.choices, outcome.at_rate, strict=True)
@@ -80,6 +73,8 @@ def report(
                 "requests_per_s": each.outcome.capacity_per_s,
                 "ttft_s": each.outcome.mean("ttft"),
                 "tpot_s": each.outcome.mean("tpot"),
+                "quality_loss": percent(each.outcome.log_loss),
+                "keeps_wishes": not each.outcome.unmet,
             }
             for each in others
         ],
@@ -91,6 +86,23 @@ def _total(outcome: Outcome, what: str) -> float | None:
     names = [name for each in outcome.choices for name in each.names]
     values = [getattr(outcome.problem.cluster.device(name), what) for name in names]
     return None if any(each is None for each in values) else float(sum(values))
+
+
+def _precisions(outcome: Outcome) -> Iterator[dict[str, Any]]:
+    """What each of those in use would cost in all layers."""
+    used = {
+        segment.group.variants[number].precision: None
+        for choice in outcome.choices
+        for segment, number in zip(choice.chain.segments, choice.operation.variants, strict=True)
+    }
+    for precision in used:
+        loss = loss_of(outcome.problem.spec, precision)
+        yield {
+            "precision": precision,
+            "quality_loss": percent(loss.log_ratio),
+            "at_most": percent(loss.log_ratio * loss.factor),
+            "source": loss.source,
+        }
 
 
 def _error(outcome: Outcome) -> float:
@@ -107,6 +119,7 @@ def _replica(choice: Choice, operation: Operation) -> dict[str, Any]:
         "role": choice.chain.role,
         "moved_s": choice.chain.moved_s,
         "requests_per_s": choice.rate_per_s,
+        "quality_loss": percent(choice.log_loss),
         "ttft_s": operation.ttft_s,
         "tpot_s": operation.tpot_s,
         "sequences": operation.num_sequences,
@@ -194,6 +207,8 @@ def _summary(found: Mapping[str, Any]) -> list[str]:
         f"({found['tokens_per_s']:,.0f} tokens/s); {load} TTFT {_ms(found['ttft_s'])}, TPOT "
         f"{_ms(found['tpot_s'])} (predicted, +- {found['error']:.0%})"
     ]
+    if found["quality_loss"]:
+        lines.append(quality_line(found))
     if found["usd_per_hour"] is not None and found["requests_per_s"]:
         per_million = found["usd_per_hour"] / found["tokens_per_s"] / 3600 * 1e6
         lines.append(
@@ -204,6 +219,11 @@ def _summary(found: Mapping[str, Any]) -> list[str]:
         lines.append(f"{found['watts']:,.0f} W, {joules:.2g} J an output token when all are busy")
     if found["exact"]:
         lines.append("all plans of these devices were looked at")
+    elif not found["looked_at"]:
+        lines.append(
+            "the plan of least latency misses the SLO at that rate; this is the one that carries "
+            "most within it"
+        )
     else:
         unit = _UNITS[found["objective"]]
         lines.append(
@@ -260,8 +280,7 @@ def _explanation(found: Mapping[str, Any]) -> list[str]:
             if each["summed_bytes_per_token"]:
                 lines.append(_sent(first, index, each))
     lines += [_work(first, each) for (first, _), each in _runs(found["replicas"])]
-    for precision, cost in _precisions(found):
-        lines.append(f"weights in {precision}: {cost}")
+    lines += [bits_line(each) for each in found["precisions"]]
     for source in _constants(found):
         lines.append(f"constants: {source}")
     for each in found["runner_ups"]:
@@ -269,7 +288,7 @@ def _explanation(found: Mapping[str, Any]) -> list[str]:
             f"instead, {each['wish']}: {each['replicas']} x {each['stages'][0]} stages, "
             f"{_change(each['requests_per_s'], found['requests_per_s'])} requests/s, "
             f"{_change(each['tpot_s'], found['tpot_s'])} TPOT, "
-            f"{_change(each['ttft_s'], found['ttft_s'])} TTFT"
+            f"{_change(each['ttft_s'], found['ttft_s'])} TTFT{other_quality(each, found)}"
         )
     for each in found["one_more"]:
         lines.append(f"one more {each['kind']}: {each['requests_per_s']:+.3g} requests/s")
@@ -280,10 +299,8 @@ def _work(first: int, replica: Mapping[str, Any]) -> str:
     """What it has to do at one time."""
     if replica["role"] == "prefill":
         return f"replica {first} starts up to {replica['requests_per_s']:.3g} requests/s"
-    lines = (
-        f"replica {first}: {replica['sequences']} sequences, in {replica['micro_batches']} batches "
-        f"of {replica['batch']}"
-    )
+    batches = "1 batch" if replica["micro_batches"] == 1 else f"{replica['micro_batches']} batches"
+    lines = f"replica {first}: {replica['sequences']} sequences, in {batches} of {replica['batch']}"
     if replica["role"] == "decode":
         lines += f"; KV of a prompt takes {_ms(replica['moved_s'])} to get here"
     return lines
@@ -317,11 +334,6 @@ def _likeness(replica: Mapping[str, Any]) -> list[Any]:
         rate,
         *((s["kind"], s["layers"], s["precision"]) for s in replica["stages"]),
     ]
-
-
-def _precisions(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    used = dict.fromkeys(s["precision"] for each in found["replicas"] for s in each["stages"])
-    return [(each, QUALITY[each]) for each in used]
 
 
 def _constants(found: Mapping[str, Any]) -> list[str]:

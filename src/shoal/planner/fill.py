@@ -15,8 +15,12 @@ devices.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
 
 _CLOSE = 1e-4
 """Limits that are so near to each other give the same layers."""
@@ -39,19 +43,26 @@ class Option:
         return num_layers * self.layer_s + self.fixed_s
 
 
-@dataclass(frozen=True, slots=True)
 class StageTimes:
-    """A stage's options, and the instances that share its work."""
+    """A stage's options, and the instances that share its work.
 
-    options: tuple[Option, ...]
-    num_instances: int = 1
-    _chosen: dict[int, tuple[int | None, float, float]] = field(
-        default_factory=dict, repr=False, compare=False
-    )
+    What the fastest option with room takes is worked out for all counts of layers at once; it never
+    falls with them.
+    """
 
-    @property
-    def most_layers(self) -> int:
-        return max([each.most_layers for each in self.options])
+    def __init__(self, options: Sequence[Option], num_instances: int = 1) -> None:
+        self.options, self.num_instances = tuple(options), num_instances
+        self.most_layers = max([each.most_layers for each in self.options])
+
+    @cached_property
+    def least_layer_s(self) -> float:
+        """Of any option."""
+        return min([each.layer_s for each in self.options])
+
+    @cached_property
+    def least_fixed_s(self) -> float:
+        """Of any option."""
+        return min([each.fixed_s for each in self.options])
 
     def choose(self, num_layers: int) -> int | None:
         """The fastest option that has room; None: there is none."""
@@ -63,29 +74,36 @@ class StageTimes:
 
     def held(self, num_layers: int) -> tuple[int | None, float, float]:
         """The fastest option that has room, its time, and how much longer a token's way takes."""
-        found = self._chosen.get(num_layers)
-        if found is None:
-            fitting = [i for i, each in enumerate(self.options) if each.most_layers >= num_layers]
-            times = [self.options[index].time_s(num_layers) for index in fitting]
-            if times:
-                best = fitting[times.index(min(times))]
-                found = best, min(times), num_layers * self.options[best].late_s
-            else:
-                found = None, math.inf, 0.0
-            self._chosen[num_layers] = found
-        return found
+        if num_layers > self.most_layers:
+            return None, math.inf, 0.0
+        if len(self.options) == 1:
+            own = self.options[0]
+            return 0, own.time_s(num_layers), num_layers * own.late_s
+        chosen, times = self._fastest
+        best = chosen[num_layers]
+        return best, times[num_layers], num_layers * self.options[best].late_s
 
     def within(self, limit_s: float) -> int:
         """Layers that it runs in a time."""
         limit_s *= 1 + _ROUNDING
-        most = 0
-        for each in self.options:
-            left_s = limit_s - each.fixed_s
-            if left_s >= each.layer_s * each.most_layers:
-                most = max(most, each.most_layers)
-            elif left_s > 0:
-                most = max(most, int(left_s / each.layer_s))
-        return most
+        if len(self.options) > 1:
+            return max(bisect_right(self._fastest[1], limit_s) - 1, 0)
+        (own,) = self.options
+        left_s = limit_s - own.fixed_s
+        if left_s >= own.layer_s * own.most_layers:
+            return own.most_layers
+        return int(left_s / own.layer_s) if left_s > 0 else 0
+
+    @cached_property
+    def _fastest(self) -> tuple[list[int], list[float]]:
+        """By layers, from 0 to as many as there is room for: the option, and its time."""
+        rows = [(each.layer_s, each.fixed_s, each.most_layers) for each in self.options]
+        layer_s, fixed_s, room = np.array(rows).T
+        counts = np.arange(max(self.most_layers, 0) + 1)[:, None]
+        times = np.where(room >= counts, counts * layer_s + fixed_s, np.inf)
+        chosen = times.argmin(axis=1)
+        least = np.take_along_axis(times, chosen[:, None], 1)[:, 0]
+        return chosen.tolist(), least.tolist()
 
 
 def fill(

@@ -33,6 +33,8 @@ class Goal:
         max_tokens: of the longest request: an instance must hold the KV of one.
         cost_unit: what "cost" counts.
         precisions: of weights that a stage may have, the best quality first.
+        max_quality_loss: by how much perplexity may be higher than in 16 bits, as a share; None: by
+            as much as the precisions bring (`quality.py`).
         kv_precision: of KV.
         max_concurrency: requests that one replica takes at once.
         may_specialise: some replicas may start requests, and others go on with them.
@@ -49,6 +51,7 @@ class Goal:
     slo: Slo = field(default_factory=Slo)
     cost_unit: CostUnit = "usd"
     precisions: tuple[Precision, ...] = ("bfloat16",)
+    max_quality_loss: float | None = None
     kv_precision: Precision = "bfloat16"
     max_concurrency: int = 256
     may_specialise: bool = False
@@ -63,6 +66,11 @@ class Goal:
         if self.rate_per_s is not None and not 0 < self.rate_per_s < math.inf:
             raise ConfigError(
                 f"the rate is {self.rate_per_s:g} requests/s; it must be a number of more than 0"
+            )
+        if self.max_quality_loss is not None and not 0 <= self.max_quality_loss <= 1:
+            raise ConfigError(
+                f"max quality loss is {self.max_quality_loss:.1%} of perplexity; it must be from 0 "
+                "to 100 %"
             )
         if self.kv_precision == "int4":
             raise ConfigError("KV is not kept in int4; take bfloat16, fp8 or int8")

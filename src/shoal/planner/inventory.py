@@ -2,7 +2,8 @@
 
     sort    devices that are nearly alike, on hosts that are nearly alike: a probe finds no two the
             same; each counts as the least of its sort
-    form    so many devices of each sort, on one host: what a tensor-parallel group is taken from
+    form    so many devices of each sort, on one host or each of several: what a tensor-parallel
+            group is taken from
 
 Knows nothing of models.
 """
@@ -19,18 +20,28 @@ from shoal.core.cluster import Cluster, Device
 Sort = Hashable
 
 _SIZES = (1, 2, 4, 8, 16)
+_NUM_HOSTS = (2, 4)
+"""Over which a group may be spread; it has all devices of a sort on each of them."""
+_MOST_SPREAD = 8
+"""Devices of a group that is on several hosts."""
 _STEP = math.log(1.05)
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """`counts` of each sort, by its number among `Inventory.sorts`; all on one host."""
+    """`counts` of each sort, by its number among `Inventory.sorts`, on each of so many hosts."""
 
     counts: tuple[tuple[int, int], ...]
+    num_hosts: int = 1
 
     @property
     def num_devices(self) -> int:
-        return sum(count for _, count in self.counts)
+        return sum(count for _, count in self.uses)
+
+    @property
+    def uses(self) -> tuple[tuple[int, int], ...]:
+        """Of each sort, on all hosts."""
+        return tuple((sort, count * self.num_hosts) for sort, count in self.counts)
 
 
 class Inventory:
@@ -41,9 +52,11 @@ class Inventory:
         sorts: dict[Sort, int] = {}
         shapes = _host_shapes(cluster)
         members: dict[int, list[Device]] = {}
+        self._sort_of: dict[str, int] = {}
         for each in cluster.devices:
             sort = sorts.setdefault((shapes[each.host], rough_kind(each)), len(sorts))
             members.setdefault(sort, []).append(each)
+            self._sort_of[each.name] = sort
         for sort, own in members.items():
             for each in _levelled(own):
                 self._hosts.setdefault(each.host, {}).setdefault(sort, []).append(each)
@@ -64,8 +77,12 @@ class Inventory:
         return self._examples[sort]
 
     def forms(self) -> tuple[Form, ...]:
-        """Worth looking at: powers of two of one sort, all of a host's of one, all of a host."""
+        """Worth looking at: powers of two of one sort, all of a host's of one, all of a host; and
+        all of one sort on several hosts."""
         found: dict[Form, None] = {}
+        alike = Counter(
+            (sort, len(free)) for host in self._hosts.values() for sort, free in host.items()
+        )
         for host in self._hosts.values():
             for sort, free in host.items():
                 sizes = {size for size in _SIZES if size <= len(free)} | {len(free)}
@@ -74,32 +91,39 @@ class Inventory:
             if len(host) > 1:
                 everything = ((sort, len(free)) for sort, free in host.items())
                 found[Form(tuple(sorted(everything)))] = None
+        for (sort, count), num in alike.items():
+            for hosts in _NUM_HOSTS:
+                if hosts <= num and hosts * count <= _MOST_SPREAD:
+                    found[Form(((sort, count),), hosts)] = None
         return tuple(found)
 
     def take(self, forms: Sequence[Form]) -> list[list[Device]] | None:
         """Devices for groups of these forms, largest first, on as few hosts; None: not enough."""
-        taken: list[tuple[Form, list[Device]]] = []
+        taken: list[Device] = []
         order = sorted(range(len(forms)), key=lambda index: -forms[index].num_devices)
         groups: list[list[Device]] = [[] for _ in forms]
         last = ""
         for index in order:
-            host = self._host_for(forms[index], last)
-            if host is None:
-                for form, devices in taken:
-                    self._give_back(form, devices)
-                return None
-            last = host
-            own = self._hosts[host]
-            devices = [own[sort].pop(0) for sort, n in forms[index].counts for _ in range(n)]
-            taken.append((forms[index], devices))
-            groups[index] = devices
+            used: list[str] = []
+            while len(used) < forms[index].num_hosts:
+                host = self._host_for(forms[index], last, used)
+                if host is None:
+                    self._give_back(taken)
+                    return None
+                last = host
+                used.append(host)
+                own = self._hosts[host]
+                devices = [own[sort].pop(0) for sort, n in forms[index].counts for _ in range(n)]
+                taken += devices
+                groups[index] += devices
         return groups
 
     def peek(self, forms: Sequence[Form]) -> list[list[Device]] | None:
         """What `take` would give, which stays free."""
         groups = self.take(forms)
-        for form, devices in zip(forms, groups or (), strict=False):
-            self._give_back(form, devices)
+        if groups is not None:
+            order = sorted(range(len(forms)), key=lambda index: -forms[index].num_devices)
+            self._give_back([device for index in order for device in groups[index]])
         return groups
 
     def free(self) -> Iterator[Device]:
@@ -107,19 +131,19 @@ class Inventory:
             for devices in host.values():
                 yield from devices
 
-    def _give_back(self, form: Form, devices: Sequence[Device]) -> None:
-        start = 0
-        for sort, count in form.counts:
-            own = devices[start : start + count]
-            self._hosts[own[0].host][sort][:0] = own
-            start += count
+    def _give_back(self, taken: Sequence[Device]) -> None:
+        """In the order in which they were taken."""
+        for device in reversed(taken):
+            self._hosts[device.host][self._sort_of[device.name]].insert(0, device)
 
-    def _host_for(self, form: Form, last: str) -> str | None:
+    def _host_for(self, form: Form, last: str, used: Sequence[str]) -> str | None:
         """The last one used, if it has them; else the fullest that is just enough."""
 
         def fits(host: str) -> bool:
             free = self._hosts[host]
-            return all(len(free.get(sort, ())) >= count for sort, count in form.counts)
+            return host not in used and all(
+                len(free.get(sort, ())) >= count for sort, count in form.counts
+            )
 
         if last and fits(last):
             return last

@@ -20,14 +20,14 @@ from dataclasses import replace
 from shoal.planner.ceiling import least_latency_s
 from shoal.planner.chains import Bench, Names
 from shoal.planner.choice import Choice, moved
-from shoal.planner.pipeline import Chain
-from shoal.planner.service import quickest, quickest_polished
+from shoal.planner.pipeline import Chain, Operation
+from shoal.planner.service import peak, quickest, quickest_polished
 
 SIXTEENTHS = 16
 _WORTH = 1e-3
 """A device that gains less than that is left out."""
-_NEAR = 1.25
-"""Pipelines that take as much longer may be the quickest with other layers."""
+_NEAR, _NUM_POLISHED = 1.25, 8
+"""Pipelines that take as much longer may be the quickest with other layers; so many of them."""
 
 _Kinds = tuple[int, ...]
 """Devices by their kind, in order: those that are alike are not told apart."""
@@ -39,10 +39,13 @@ class LatencySearch:
     Args:
         names: of the devices.
         rate_per_s: of requests; 0: one that is alone.
+        within_slo: replicas that do not keep it are none.
     """
 
-    def __init__(self, bench: Bench, names: Names, rate_per_s: float) -> None:
-        self.bench, self.rate_per_s = bench, rate_per_s
+    def __init__(
+        self, bench: Bench, names: Names, rate_per_s: float, *, within_slo: bool = False
+    ) -> None:
+        self.bench, self.rate_per_s, self.within_slo = bench, rate_per_s, within_slo
         self._alike: dict[object, list[str]] = {}
         for each in names:
             self._alike.setdefault(bench.key([each]), []).append(each)
@@ -105,7 +108,8 @@ class LatencySearch:
         return found
 
     def _closely(self, kinds: _Kinds, units: int) -> tuple[float, Choice | None]:
-        choice = quickest_of(self._by_floor(kinds), units / SIXTEENTHS * self.rate_per_s)
+        rate_per_s = units / SIXTEENTHS * self.rate_per_s
+        choice = quickest_of(self._by_floor(kinds), rate_per_s, within_slo=self.within_slo)
         if choice is None:
             return math.inf, None
         return choice.operation.latency_s(choice.chain.goal.output_tokens), choice
@@ -129,25 +133,49 @@ class LatencySearch:
             yield replace(choice, chain=chain, share=units / SIXTEENTHS)
 
 
-def quickest_of(timed: Sequence[tuple[float, Chain]], rate_per_s: float) -> Choice | None:
+def quickest_of(
+    timed: Sequence[tuple[float, Chain]], rate_per_s: float, *, within_slo: bool = False
+) -> Choice | None:
     """The least latency at a rate; those that cannot be quicker than what was found are not looked
     at.
 
     Args:
         timed: pipelines and what none of them can be below, the least first.
+        within_slo: those that do not keep it, with places for bunches of arrivals, are none.
     """
-    best_s, best = math.inf, None
+
+    def is_carried(chain: Chain, operation: Operation) -> bool:
+        if not within_slo:
+            return True
+        most = peak(chain, operation.held)
+        return most is not None and most.rate_per_s >= rate_per_s
+
+    output_tokens, best_s = 0.0, math.inf
+    found: list[Choice] = []
     for least_s, chain in timed:
         if least_s >= best_s:
             break
         if least_latency_s(chain, rate_per_s) >= best_s:
             continue
-        found, output_tokens = quickest(chain, rate_per_s), chain.goal.output_tokens
-        if found is not None and found.latency_s(output_tokens) < best_s * _NEAR:
-            found = quickest_polished(chain, rate_per_s, found)
-        if found is not None and found.latency_s(output_tokens) < best_s:
-            best_s, best = found.latency_s(output_tokens), Choice(chain, found)
-    return best
+        operation = quickest(chain, rate_per_s, within_slo=within_slo)
+        output_tokens = chain.goal.output_tokens
+        if operation is not None and is_carried(chain, operation):
+            found.append(Choice(chain, operation))
+            best_s = min(best_s, operation.latency_s(output_tokens))
+
+    def latency_s(choice: Choice) -> float:
+        return choice.operation.latency_s(output_tokens)
+
+    near = sorted((each for each in found if latency_s(each) < best_s * _NEAR), key=latency_s)
+
+    def polished(choice: Choice) -> Choice:
+        operation = quickest_polished(
+            choice.chain, rate_per_s, choice.operation, within_slo=within_slo
+        )
+        is_better = is_carried(choice.chain, operation)
+        return replace(choice, operation=operation) if is_better else choice
+
+    return min(map(polished, near[:_NUM_POLISHED]), key=latency_s, default=None)
 
 
 def _parts_of(kinds: _Kinds, first: _Kinds = ()) -> list[_Kinds]:

@@ -10,8 +10,11 @@
                         lengths that are spread exponentially
     TPOT                max(sum of t_s with what is in the way + hops,  M max of t_s / instances)
     rate                M b / (O TPOT)                                    (Little's law)
+                        of what is carried, not of M b but of as many as these are seats enough for
+                        (`bunches.py`), so that TPOT holds while bunches of arrivals are there
     TTFT                wait + prompt through all stages + half a step that was under way
-    wait                rho P / 2 (1 - rho), P: a prompt on the slowest stage, rho = rate P (M/D/1)
+    wait                rho P / 2 (1 - rho), P: a prompt on the slowest stage, rho = rate P (M/D/1);
+                        within a SLO, not the mean counts but what 95 % wait less than
 
 With one stage the first is TPOT = decode + B x prefill / O, as in `policy/cost_model/serving.py`.
 Prompts go through stages in chunks, so that only one chunk passes them one by one. Knows nothing of
@@ -28,9 +31,12 @@ from dataclasses import dataclass
 
 from shoal.core.cluster import Cluster, Link
 from shoal.core.plan import Role
-from shoal.planner.fill import Option, StageTimes, fill, periods
+from shoal.planner.bits import Limit, within
+from shoal.planner.bunches import late_wait_s, mean_of
+from shoal.planner.fill import Option, StageTimes, periods
 from shoal.planner.goal import Goal
 from shoal.planner.profiles import Group, Problem
+from shoal.planner.quality import log_limit
 from shoal.policy.cost_model.transport import message_s
 
 Fixed = tuple[tuple[int, ...], tuple[int, ...]] | None
@@ -75,6 +81,7 @@ class Operation:
         layers, variants: of each stage, and which of its group's variants it is.
         num_micro_batches, batch: sequences are decoded in so many batches of that size.
         tpot_s, ttft_s: means.
+        late_ttft_s: what 95 % of requests get their first token before.
         rate_per_s: requests.
     """
 
@@ -84,6 +91,7 @@ class Operation:
     batch: int
     tpot_s: float
     ttft_s: float
+    late_ttft_s: float
     rate_per_s: float
 
     @property
@@ -121,6 +129,15 @@ class Chain:
         last = len(self.segments) - 1
         self.ends = tuple((index == 0, index == last) for index in range(len(self.segments)))
         self.num_chunks = max(1.0, self.goal.input_tokens / CHUNK_TOKENS)
+        most = self.goal.max_quality_loss
+        self.limit = Limit(self.losses, math.inf if most is None else log_limit(most))
+        self._hops_s: dict[int, float] = {}
+        self._stages: dict[tuple[int, int], list[StageTimes]] = {}
+
+    @property
+    def losses(self) -> tuple[tuple[float, ...], ...]:
+        """Of quality, in each stage, with each of its variants (`Limit`)."""
+        return tuple(each.group.losses for each in self.segments)
 
     def acting(self, role: Role, moved_s: float = 0.0) -> Chain:
         """The same for a part of every request.
@@ -130,6 +147,7 @@ class Chain:
         """
         other = copy(self)
         other.role, other.moved_s = role, moved_s
+        other._stages = {}
         return other
 
     def micro_batch_counts(self) -> Iterator[int]:
@@ -147,14 +165,13 @@ class Chain:
             arrivals_per_s: for which requests wait; None: as many as are carried.
         """
         stages = self.stages(num_micro_batches, batch)
-        hops_s = self.hops.step_s(batch)
-        layers = fill(stages, self.spec.num_layers, num_micro_batches, hops_s)
-        if layers is None:
+        hops_s = self.hops_s(batch)
+        found = within(stages, self.spec.num_layers, num_micro_batches, hops_s, self.limit)
+        if found is None:
             return None
-        chosen = [each.choose(n) for n, each in zip(layers, stages, strict=True)]
-        variants = tuple(index for index in chosen if index is not None)
-        batches = (num_micro_batches, batch)
-        return self._operation(stages, layers, variants, batches, arrivals_per_s)
+        if self.limit.most < math.inf:
+            stages = _held(stages, found[1])
+        return self._operation(stages, *found, (num_micro_batches, batch), arrivals_per_s)
 
     def at(
         self,
@@ -165,21 +182,62 @@ class Chain:
         arrivals_per_s: float | None = None,
     ) -> Operation | None:
         """The same with layers and variants that are given."""
-        stages = [
-            StageTimes((stage.options[variant],), stage.num_instances)
-            for stage, variant in zip(self.stages(num_micro_batches, batch), variants, strict=True)
-        ]
+        stages = self.holding(variants, num_micro_batches, batch)
         if any(n > each.most_layers for n, each in zip(layers, stages, strict=True)):
+            return None
+        if not self.limit.allows((layers, variants)):
             return None
         batches = (num_micro_batches, batch)
         return self._operation(stages, layers, variants, batches, arrivals_per_s)
 
     def stages(self, num_micro_batches: int, batch: int) -> list[StageTimes]:
         """Times and room of each, with so many sequences."""
-        return [
-            self._stage(segment, ends, num_micro_batches, batch)
-            for segment, ends in zip(self.segments, self.ends, strict=True)
-        ]
+        found = self._stages.get((num_micro_batches, batch))
+        if found is None:
+            found = [
+                self._stage(segment, ends, num_micro_batches, batch)
+                for segment, ends in zip(self.segments, self.ends, strict=True)
+            ]
+            self._stages[num_micro_batches, batch] = found
+        return found
+
+    def holding(
+        self, variants: Sequence[int], num_micro_batches: int, batch: int
+    ) -> list[StageTimes]:
+        """The same with one variant in each."""
+        found = []
+        for segment, ends, variant in zip(self.segments, self.ends, variants, strict=True):
+            place = ends, num_micro_batches, batch, segment.num_instances, self.role
+            known = segment.group.stage_times.get((*place, variant))
+            if known is None:
+                every = segment.group.stage_times.get(place)
+                option = (
+                    every.options[variant]
+                    if every is not None
+                    else self._option(segment, variant, ends, (num_micro_batches, batch))
+                )
+                known = StageTimes((option,), segment.num_instances)
+                segment.group.stage_times[*place, variant] = known
+            found.append(known)
+        return found
+
+    def has_room(
+        self, layers: Sequence[int], variants: Sequence[int], num_micro_batches: int, batch: int
+    ) -> bool:
+        """For the KV of so many sequences beside these layers."""
+        for number, segment in enumerate(self.segments):
+            held = -(-num_micro_batches * batch // segment.num_instances)
+            variant = segment.group.variants[variants[number]]
+            if layers[number] > variant.most_layers(held, *self.ends[number]):
+                return False
+        return True
+
+    def hops_s(self, batch: int) -> float:
+        """Of a step's messages from stage to stage."""
+        found = self._hops_s.get(batch)
+        if found is None:
+            found = self._hops_s[batch] = self.hops.step_s(batch)
+        return found
 
     def _stage(
         self, segment: Segment, ends: tuple[bool, bool], num_micro_batches: int, batch: int
@@ -194,20 +252,26 @@ class Chain:
     def _times(
         self, segment: Segment, ends: tuple[bool, bool], num_micro_batches: int, batch: int
     ) -> StageTimes:
-        num_sequences = -(-num_micro_batches * batch // segment.num_instances)
+        batches = num_micro_batches, batch
+        variants = range(len(segment.group.variants))
+        options = tuple(self._option(segment, each, ends, batches) for each in variants)
+        return StageTimes(options, segment.num_instances)
+
+    def _option(
+        self, segment: Segment, variant: int, ends: tuple[bool, bool], batches: tuple[int, int]
+    ) -> Option:
+        num_micro_batches, batch = batches
         prompts = batch / self.goal.output_tokens if self.role == "any" else 0.0
         sharing = max(num_micro_batches / segment.num_instances, 1.0)
         late = in_the_way(prompts, self.goal.input_tokens, sharing) - prompts
-        options = tuple(
-            Option(
-                layer_s=each.layer_s(batch) + prompts * each.prompt_layer_s,
-                fixed_s=each.end_s(batch) if ends[1] else each.step_s,
-                most_layers=each.most_layers(num_sequences, *ends),
-                late_s=late * each.prompt_layer_s,
-            )
-            for each in segment.group.variants
+        num_sequences = -(-num_micro_batches * batch // segment.num_instances)
+        own = segment.group.variants[variant]
+        return Option(
+            layer_s=own.layer_s(batch) + prompts * own.prompt_layer_s,
+            fixed_s=own.end_s(batch) if ends[1] else own.step_s,
+            most_layers=own.most_layers(num_sequences, *ends),
+            late_s=late * own.prompt_layer_s,
         )
-        return StageTimes(options, segment.num_instances)
 
     def _operation(
         self,
@@ -218,18 +282,19 @@ class Chain:
         arrivals_per_s: float | None,
     ) -> Operation | None:
         num_micro_batches, batch = batches
-        hops_s = self.hops.step_s(batch)
+        hops_s = self.hops_s(batch)
         path_s, slowest_s = periods(stages, layers, num_micro_batches, hops_s)
         output_tokens = self.goal.output_tokens
         tpot_s = max(path_s, slowest_s) + self.moved_s / max(output_tokens - 1, 1.0)
-        rate = num_micro_batches * batch / (output_tokens * tpot_s)
+        seats = num_micro_batches * batch
+        rate = (mean_of(seats) if arrivals_per_s is None else seats) / (output_tokens * tpot_s)
         if self.moved_s:
             rate = min(rate, 1 / self.moved_s)
         arrivals = rate if arrivals_per_s is None else min(rate, arrivals_per_s)
-        ttft_s: float | None = 0.0
+        ttfts_s: tuple[float, float] | None = (0.0, 0.0)
         if self.role == "any":
-            ttft_s = self.ttft_s(layers, variants, arrivals, path_s - hops_s)
-        if ttft_s is None:
+            ttfts_s = self.ttft_s(layers, variants, arrivals, path_s - hops_s)
+        if ttfts_s is None:
             return None
         return Operation(
             layers=layers,
@@ -237,30 +302,37 @@ class Chain:
             num_micro_batches=num_micro_batches,
             batch=batch,
             tpot_s=tpot_s,
-            ttft_s=ttft_s,
+            ttft_s=ttfts_s[0],
+            late_ttft_s=ttfts_s[1],
             rate_per_s=rate,
         )
 
     def ttft_s(
         self, layers: tuple[int, ...], variants: tuple[int, ...], rate: float, step_s: float
-    ) -> float | None:
-        """With steps of that length in the way; None: prompts alone are more than the slowest stage
-        can do."""
+    ) -> tuple[float, float] | None:
+        """Mean, and late (`Operation`), with steps of that length in the way; None: prompts alone
+        are more than the slowest stage can do."""
         found = [
             segment.group.variants[variant]
             for segment, variant in zip(self.segments, variants, strict=True)
         ]
         prompts = [n * each.prompt_layer_s for n, each in zip(layers, found, strict=True)]
-        slowest_s = max(
-            t / each.num_instances for t, each in zip(prompts, self.segments, strict=True)
-        )
+        shared = [t / each.num_instances for t, each in zip(prompts, self.segments, strict=True)]
+        # Prompts follow each other through a pipeline that has nothing but them (`prompts.py`).
+        slowest_s = sum(shared) if self.role == "prefill" else max(shared)
         busy = rate * slowest_s
         if busy >= 1.0:
             return None
         through_s = sum(prompts) / self.num_chunks + max(prompts) * (1 - 1 / self.num_chunks)
         wait_s = busy * slowest_s / (2 * (1 - busy))
         chunk = min(self.goal.input_tokens, CHUNK_TOKENS)
-        return wait_s + through_s + found[-1].end_s(1) + self.hops.step_s(chunk) + step_s / 2
+        alone_s = through_s + found[-1].end_s(1) + self.hops.step_s(chunk) + step_s / 2
+        return alone_s + wait_s, alone_s + late_wait_s(busy, slowest_s)
+
+
+def _held(stages: Sequence[StageTimes], variants: Sequence[int]) -> list[StageTimes]:
+    parts = zip(stages, variants, strict=True)
+    return [StageTimes((each.options[v],), each.num_instances) for each, v in parts]
 
 
 def in_the_way(prompts: float, input_tokens: float, num_sharing: float) -> float:

@@ -10,7 +10,6 @@ of pipelines.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +21,8 @@ from shoal.core.step import BLOCK_SIZE
 from shoal.planner.fill import StageTimes
 from shoal.planner.formats import numbers_for
 from shoal.planner.goal import Goal
-from shoal.planner.splits import GRANULE, RankRates, Units, balanced
+from shoal.planner.quality import loss_of
+from shoal.planner.splits import GRANULE, Load, Prompt, RankRates, quick_splits
 from shoal.policy.cost_model.constants import constants_for
 from shoal.policy.cost_model.loads import StepLoad, windows_of
 from shoal.policy.cost_model.memory import activation_bytes, kv_token_bytes, weight_bytes
@@ -31,12 +31,12 @@ from shoal.policy.cost_model.times import InstanceCost, Rates, StepTime
 
 _BATCHES = (1, 2, 4, 6, 8, 16, 64)
 """At which ranks are balanced: from bound by memory to bound by arithmetic."""
-_MIXED_BATCH, _MORE_PROMPTS = 1, (0.0, 0.25, 4.0)
+_PROMPTS = (0.3, 1.0, 3.0)
 """Where prompts count less or more than by their number: for TTFT, and while a queue waits."""
 _LAYER_SHARES = (0.0, 1.0, 0.75, 0.5, 0.35, 0.25)
 """Of the model's layers, for which ranks must have room; 0: room does not count."""
-_COMPARED = (1, 4, 16, 64, 256)
-"""Batches at which a split may be better than another."""
+_COMPARED = (1, 2, 4, 8, 16, 64)
+"""Batches at which a split may be better than another, beside the most there may be."""
 _STEP_TOKENS = 2048
 _STEP_SAMPLES = 64
 """Of the largest Step, for which activations need room."""
@@ -76,10 +76,16 @@ class Variant:
 
     Args:
         devices: in the order of ranks.
+        alike: another one with the same split of the vocabulary.
     """
 
     def __init__(
-        self, problem: Problem, devices: Sequence[Device], split: Split, numbers: Numbers
+        self,
+        problem: Problem,
+        devices: Sequence[Device],
+        split: Split,
+        numbers: Numbers,
+        alike: Variant | None = None,
     ) -> None:
         spec, cluster = problem.spec, problem.cluster
         self.problem, self.split, self.numbers = problem, split, numbers
@@ -100,11 +106,12 @@ class Variant:
         for each in self._rooms:
             if each not in self._unlike:
                 self._unlike.append(each)
+        self.log_loss = loss_of(spec, self.precision).log_ratio
         self.step_s = self.cost.step_s
         prompt = self.cost.time(problem.prompt())
         self.prompt_layer_s = (prompt.total_s - self.step_s) / self._num_layers
         self._layer_s: dict[int, float] = {}
-        self._end_s: dict[int, float] = {}
+        self._end_s: dict[int, float] = alike._end_s if alike else {}
 
     @property
     def precision(self) -> Precision:
@@ -113,7 +120,8 @@ class Variant:
     def layer_s(self, batch: int) -> float:
         """Of a decode step, for each layer."""
         if batch not in self._layer_s:
-            self._layer_s[batch] = self.layer_time(batch).total_s
+            total_s = self.cost.time(self.problem.decode(batch)).total_s
+            self._layer_s[batch] = (total_s - self.step_s) / self._num_layers
         return self._layer_s[batch]
 
     def layer_time(self, batch: int) -> StepTime:
@@ -139,7 +147,7 @@ class Variant:
     def qualities(self) -> tuple[float, ...]:
         """What should be little: times of a layer, and what it takes of the room there is."""
         most = self.problem.goal.max_concurrency
-        times = [self.layer_s(batch) for batch in _COMPARED if batch <= most]
+        times = [self.layer_s(batch) for batch in (*(n for n in _COMPARED if n < most), most)]
         rooms = [
             -self.most_layers(count, end, end) for count in (1, 16, most) for end in (False, True)
         ]
@@ -219,6 +227,7 @@ class Group:
         )
         # What pipelines work out of the variants, by batch and place; the same for all alike.
         self.stage_times: dict[Hashable, StageTimes] = alike.stage_times if alike else {}
+        self.losses = tuple(each.log_loss for each in self.variants)
 
     def on(self, devices: Sequence[Device]) -> Group:
         """The same on other devices that are alike."""
@@ -242,7 +251,10 @@ def _variants(problem: Problem, devices: Sequence[Device]) -> Iterator[Variant]:
         numbers = numbers_for(devices, precision, problem.goal.kv_precision)
         if numbers is None:
             continue
-        every = [Variant(problem, devices, s, numbers) for s in _splits(problem, devices, numbers)]
+        every: list[Variant] = []
+        for split in _splits(problem, devices, numbers):
+            alike = every[0] if every and every[0].split.vocab == split.vocab else None
+            every.append(Variant(problem, devices, split, numbers, alike))
         yield from _undominated(every)
 
 
@@ -268,59 +280,56 @@ def _splits(problem: Problem, devices: Sequence[Device], numbers: Numbers) -> It
         Rates.of(each, constants_for(problem.cluster, each, engine, numbers.precision), numbers)
         for each in devices
     ]
-    alike = len({(rate, each.memory_bytes) for rate, each in zip(rates, devices, strict=True)}) == 1
-    rooms = list(_free_bytes(problem, devices, numbers))
-    seen: set[Split] = set()
-    for units, fractions in _units(problem, numbers):
-        for fraction, room in itertools.product((0.0,) if alike else fractions, rooms):
-            num_layers = fraction * spec.num_layers
-            ranks = [
-                RankRates(
-                    bytes_per_s=rate.bytes_per_s,
-                    flops_per_s=rate.flops_per_s,
-                    attention_flops_per_s=rate.attention_flops_per_s,
-                    most_bytes=own / num_layers if num_layers else math.inf,
-                )
-                for rate, own in zip(rates, room, strict=True)
-            ]
-            step_bytes = 3.0 * _STEP_TOKENS * numbers.activation_bytes
-            column_bytes = step_bytes / num_layers if num_layers else 0.0
-            found = balanced(spec, ranks, replace(units, column_bytes=column_bytes))
-            if found is not None and found not in seen and _all_work(found):
-                seen.add(found)
-                yield found
-                if alike and _is_even(found):
-                    return
-
-
-def _units(problem: Problem, numbers: Numbers) -> Iterator[tuple[Units, Sequence[float]]]:
-    """What parts of a layer take, and shares of the layers for which there must be room: in steps
-    from those bound by memory to those bound by arithmetic; with fewer prompts in them and more;
-    and in a prompt."""
-    spec, goal = problem.spec, problem.goal
-    head_bytes = 2.0 * spec.head_dim * numbers.kv_bytes
-    pair_flops = 2.0 * (spec.head_dim + spec.value_dim)
-    weight_bytes = _layer_bytes(spec, numbers) / _layer_weights(spec)
-
-    def step(batch: int, prompts: float, *, decodes: bool = True) -> Units:
-        return Units(
-            weight_bytes=weight_bytes,
-            kv_read_bytes=decodes * head_bytes * goal.context_tokens * batch,
-            kv_kept_bytes=head_bytes * problem.kept_tokens(batch),
-            column_bytes=0.0,
-            num_tokens=decodes * batch,
-            prompt_tokens=prompts * goal.input_tokens,
-            head_flops=prompts * pair_flops * goal.input_tokens * goal.input_tokens / 2,
-            num_reads=float(decodes),
+    ranks = [
+        RankRates(
+            bytes_per_s=each.bytes_per_s,
+            flops_per_s=each.flops_per_s,
+            attention_flops_per_s=each.attention_flops_per_s,
+            layer_s=each.layer_s,
         )
+        for each in rates
+    ]
+    weight_bytes = _layer_bytes(spec, numbers) / _layer_weights(spec)
+    tokens = problem.goal.input_tokens
+    prompt = Prompt(
+        num_tokens=tokens,
+        kv_read_bytes=_head_bytes(spec, numbers) * tokens,
+        head_flops=_pair_flops(spec) * tokens * tokens / 2,
+    )
+    alike = len({(rate, each.memory_bytes) for rate, each in zip(rates, devices, strict=True)}) == 1
+    if alike:
+        (free, *_) = _loads(problem, devices, numbers)
+        found = quick_splits(spec, ranks, weight_bytes, prompt, [free])
+        if found and _is_even(found[0]):
+            yield found[0]
+            return
+    loads = _loads(problem, devices, numbers)
+    yield from quick_splits(spec, ranks, weight_bytes, prompt, loads)
 
+
+def _loads(problem: Problem, devices: Sequence[Device], numbers: Numbers) -> list[Load]:
+    """From those bound by memory to those bound by arithmetic, with shares of the model's layers
+    for which there must be room."""
+    spec, goal = problem.spec, problem.goal
+    head_bytes = _head_bytes(spec, numbers)
+    step_bytes = 3.0 * _STEP_TOKENS * numbers.activation_bytes
+    rooms, found = list(_free_bytes(problem, devices, numbers)), []
     for batch in (each for each in _BATCHES if each <= goal.max_concurrency):
         prompts = batch / goal.output_tokens
-        yield step(batch, prompts), _LAYER_SHARES
-        if batch == _MIXED_BATCH:
-            for more in _MORE_PROMPTS:
-                yield step(batch, more * prompts), _LAYER_SHARES[:1]
-    yield step(1, 1.0, decodes=False), _LAYER_SHARES[:2]
+        for share in _LAYER_SHARES:
+            num_layers = share * spec.num_layers
+            for room in rooms if share else [[math.inf] * len(devices)]:
+                load = Load(
+                    num_tokens=batch,
+                    kv_read_bytes=head_bytes * goal.context_tokens * batch,
+                    kv_kept_bytes=head_bytes * problem.kept_tokens(batch),
+                    head_flops=_pair_flops(spec) * goal.context_tokens * batch,
+                    column_bytes=step_bytes / num_layers if share else 0.0,
+                    most_bytes=tuple(each / (num_layers or 1.0) for each in room),
+                    prompts=(*(n * prompts for n in _PROMPTS), prompts + 1 / goal.output_tokens),
+                )
+                found.append(load)
+    return found
 
 
 def _is_even(split: Split) -> bool:
@@ -352,11 +361,14 @@ def _free_bytes(
         yield free
 
 
-def _all_work(split: Split) -> bool:
-    """A rank that has nothing is better left out."""
-    if split.experts:
-        return True
-    return all(len(heads) or len(ffn) for heads, ffn in zip(split.heads, split.ffn, strict=True))
+def _head_bytes(spec: ModelSpec, numbers: Numbers) -> float:
+    """Of a token's KV, in a layer, of one KV head."""
+    return 2.0 * spec.head_dim * numbers.kv_bytes
+
+
+def _pair_flops(spec: ModelSpec) -> float:
+    """Of attention, for a query head and a position."""
+    return 2.0 * (spec.head_dim + spec.value_dim)
 
 
 def _layer_bytes(spec: ModelSpec, numbers: Numbers) -> float:

@@ -12,8 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 _NOTHING = 1e-12
 _MAX_PIVOTS = 2_000
+
+Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,88 +31,75 @@ class Packing:
 
 
 def pack(
-    values: Sequence[float], uses: Sequence[Sequence[float]], stock: Sequence[float]
+    values: Sequence[float] | Array,
+    uses: Sequence[Sequence[float]] | Array,
+    stock: Sequence[float],
 ) -> Packing:
     """
     Args:
-        values: of each column, at least 0.
+        values: of each column.
         uses: of each column, how much it takes of each resource; more than 0 of one at least.
         stock: of each resource.
     """
-    rows = [
-        [float(use[index]) for use in uses] + [float(index == other) for other in range(len(stock))]
-        for index in range(len(stock))
-    ]
-    right = [float(each) for each in stock]
-    gains = [*values, *(0.0 for _ in stock)]
-    basis = [len(values) + index for index in range(len(stock))]
+    num_columns, num_rows = len(values), len(stock)
+    columns = np.array(uses, dtype=float).reshape(num_columns, num_rows).T
+    rows = np.hstack([columns, np.eye(num_rows)])
+    right = np.array(stock, dtype=float)
+    gains = np.concatenate([np.array(values, dtype=float), np.zeros(num_rows)])
+    basis = list(range(num_columns, num_columns + num_rows))
+    worth = _NOTHING * max(1.0, float(np.abs(gains).max(initial=0.0)))
     for pivots in range(_MAX_PIVOTS):
-        entering = _entering(gains, by_index=pivots > _MAX_PIVOTS // 2)
-        if entering is None:
+        by_index = pivots > _MAX_PIVOTS // 2  # Bland's rule ends where the steepest goes round
+        entering = int(np.argmax(gains > worth)) if by_index else int(np.argmax(gains))
+        if gains[entering] <= worth:
             break
-        leaving = _leaving(rows, right, basis, entering)
-        assert leaving is not None, "every column takes something"
-        _pivot(rows, right, gains, leaving, entering)
-        basis[leaving] = entering
-    counts = [0.0] * len(gains)
-    for row, column in enumerate(basis):
-        counts[column] = right[row]
-    prices = _raised([max(-gain, 0.0) for gain in gains[len(values) :]], values, uses)
-    bound = sum(price * each for price, each in zip(prices, stock, strict=True))
-    return Packing(tuple(counts[: len(values)]), prices, bound)
+        _pivot(rows, right, gains, _leaving(rows[:, entering], right, basis), entering, basis)
+    counts = np.zeros(len(gains))
+    counts[basis] = right
+    prices = _raised(np.maximum(-gains[num_columns:], 0.0), np.array(values, dtype=float), columns)
+    return Packing(
+        tuple(counts[:num_columns].tolist()),
+        tuple(prices.tolist()),
+        float(prices @ np.array(stock, dtype=float)),
+    )
 
 
-def _entering(gains: Sequence[float], *, by_index: bool) -> int | None:
-    """The column that gains most; by index (Bland) once that may go in circles."""
-    if by_index:
-        return next((index for index, gain in enumerate(gains) if gain > _NOTHING), None)
-    best = max(range(len(gains)), key=gains.__getitem__)
-    return best if gains[best] > _NOTHING else None
-
-
-def _leaving(
-    rows: list[list[float]], right: list[float], basis: list[int], entering: int
-) -> int | None:
+def _leaving(column: Array, right: Array, basis: Sequence[int]) -> int:
+    """The row that bounds a column first; of equal ones that of the first column."""
     ratios = [
-        (right[index] / row[entering], basis[index], index)
-        for index, row in enumerate(rows)
-        if row[entering] > _NOTHING
+        (right[index] / own, basis[index], index)
+        for index, own in enumerate(column.tolist())
+        if own > _NOTHING
     ]
-    return min(ratios)[2] if ratios else None
+    assert ratios, "every column takes something"
+    return min(ratios)[2]
 
 
 def _pivot(
-    rows: list[list[float]], right: list[float], gains: list[float], leaving: int, entering: int
+    rows: Array, right: Array, gains: Array, leaving: int, entering: int, basis: list[int]
 ) -> None:
-    scale = rows[leaving][entering]
-    rows[leaving] = pivot = [each / scale for each in rows[leaving]]
+    scale = rows[leaving, entering]
+    rows[leaving] /= scale
     right[leaving] /= scale
-    for index, row in enumerate(rows):
-        factor = row[entering]
-        if index != leaving and factor:
-            rows[index] = [a - factor * b for a, b in zip(row, pivot, strict=True)]
-            right[index] = max(right[index] - factor * right[leaving], 0.0)
-    factor = gains[entering]
-    gains[:] = [a - factor * b for a, b in zip(gains, pivot, strict=True)]
+    factors = rows[:, entering].copy()
+    factors[leaving] = 0.0
+    rows -= np.outer(factors, rows[leaving])
+    right -= factors * right[leaving]
+    np.maximum(right, 0.0, out=right)
+    gains -= gains[entering] * rows[leaving]
+    basis[leaving] = entering
 
 
-def _raised(
-    prices: Sequence[float], values: Sequence[float], uses: Sequence[Sequence[float]]
-) -> tuple[float, ...]:
+def _raised(prices: Array, values: Array, columns: Array) -> Array:
     """Prices at which no column is worth more than what it takes."""
-    scale = 1.0
-    for value, use in zip(values, uses, strict=True):
-        cost = sum(price * each for price, each in zip(prices, use, strict=True))
-        if value > cost * scale:
-            if cost <= _NOTHING:
-                # None of what it takes has a price yet: all of that is priced by this column.
-                return _raised(
-                    [
-                        max(p, value / sum(use) if each else 0.0)
-                        for p, each in zip(prices, use, strict=True)
-                    ],
-                    values,
-                    uses,
-                )
-            scale = value / cost
-    return tuple(price * scale for price in prices)
+    costs = prices @ columns
+    free = (costs <= _NOTHING) & (values > _NOTHING)
+    if free.any():
+        # None of what these take has a price yet: all of that is priced by them.
+        for column in np.flatnonzero(free):
+            use = columns[:, column]
+            prices = np.where(use > 0, np.maximum(prices, values[column] / use.sum()), prices)
+        costs = prices @ columns
+    over = values > costs
+    scale = float((values[over] / costs[over]).max(initial=1.0))
+    return prices * scale

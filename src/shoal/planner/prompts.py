@@ -1,11 +1,13 @@
 """A replica that only starts requests: prompts up to the first token, then KV moves away.
 
-    rate    rho / P        P: a prompt on the slowest stage
+    rate    rho / P        P: a prompt on all stages, one after another
     TTFT    as any replica's, without a step in the way
     moved   KV of a prompt over the slowest link to any device outside: as if it were sent after
             the first token. Live, most of it is sent while the prompt is computed
 
-Layers are shared out so that the slowest stage is quickest. Knows nothing of who decodes.
+Prompts hardly overlap on the stages of such a replica: nothing but whole prompts, one or two to a
+Step, is in them (simulated: two stages queue like one server of their sum). So layers are shared
+out so that the way through all of them is shortest. Knows nothing of who decodes.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from shoal.core.split import Range, shards, split_by_weights
-from shoal.planner.fill import Option, StageTimes, fill
+from shoal.planner.bits import within
+from shoal.planner.fill import Option, StageTimes
 from shoal.planner.formats import numbers_for
 from shoal.planner.pipeline import Chain, Fixed, Operation
 from shoal.planner.profiles import Problem
@@ -39,10 +42,10 @@ def starting(chain: Chain, rate_per_s: float | None, fixed: Fixed = None) -> Ope
         return None
     layers, variants = found
     parts = zip(chain.segments, layers, variants, strict=True)
-    slowest_s = max(
+    way_s = sum(
         n * each.group.variants[v].prompt_layer_s / each.num_instances for each, n, v in parts
     )
-    low, high = 0.0, MOST_BUSY / slowest_s
+    low, high = 0.0, MOST_BUSY / way_s
     limit_s = chain.goal.slo.ttft_s
     if limit_s is not None and not _is_within(chain, found, high, limit_s):
         if not _is_within(chain, found, 0.0, limit_s):
@@ -55,8 +58,8 @@ def starting(chain: Chain, rate_per_s: float | None, fixed: Fixed = None) -> Ope
         high = low
     if rate_per_s is not None and rate_per_s > high * (1 + 1e-9):
         return None
-    ttft_s = chain.ttft_s(layers, variants, high if rate_per_s is None else rate_per_s, 0.0)
-    if ttft_s is None:
+    ttfts_s = chain.ttft_s(layers, variants, high if rate_per_s is None else rate_per_s, 0.0)
+    if ttfts_s is None:
         return None
     return Operation(
         layers=layers,
@@ -64,7 +67,8 @@ def starting(chain: Chain, rate_per_s: float | None, fixed: Fixed = None) -> Ope
         num_micro_batches=len(chain.segments),
         batch=1,
         tpot_s=0.0,
-        ttft_s=ttft_s,
+        ttft_s=ttfts_s[0],
+        late_ttft_s=ttfts_s[1],
         rate_per_s=high,
     )
 
@@ -86,19 +90,14 @@ def moved_s(problem: Problem, names: Collection[str]) -> float:
 def _is_within(
     chain: Chain, found: tuple[tuple[int, ...], tuple[int, ...]], rate: float, limit_s: float
 ) -> bool:
-    ttft_s = chain.ttft_s(*found, rate, 0.0)
-    return ttft_s is not None and ttft_s <= limit_s
+    ttfts_s = chain.ttft_s(*found, rate, 0.0)
+    return ttfts_s is not None and ttfts_s[1] <= limit_s
 
 
 def prompt_layers(chain: Chain) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Layers and variants of each stage with which prompts go through fastest."""
+    """Layers and variants of each stage with which a prompt goes through fastest."""
     stages = prompt_stages(chain)
-    many = 2 * sum(each.num_instances for each in stages)  # so many that only the slowest counts
-    layers = fill(stages, chain.spec.num_layers, many, 0.0)
-    if layers is None:
-        return None
-    chosen = (each.choose(n) for n, each in zip(layers, stages, strict=True))
-    return layers, tuple(each for each in chosen if each is not None)
+    return within(stages, chain.spec.num_layers, 1, 0.0, chain.limit)
 
 
 def prompt_stages(chain: Chain) -> list[StageTimes]:

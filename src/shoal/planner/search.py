@@ -7,7 +7,7 @@ for people beyond the reasons it gives.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -20,13 +20,18 @@ from shoal.planner.choice import Choice, carried, share_of
 from shoal.planner.formats import numbers_for
 from shoal.planner.goal import Goal
 from shoal.planner.large import LargeSearch
+from shoal.planner.more_bits import likeness, with_more_bits
 from shoal.planner.pipeline import Operation
 from shoal.planner.profiles import Problem
+from shoal.planner.quality import log_limit, loss_of, percent
 from shoal.planner.service import keeps, peak, quickest
 from shoal.planner.small import MOST_DEVICES, SmallSearch
 from shoal.policy.cost_model.memory import kv_token_bytes, weight_bytes
 from shoal.policy.cost_model.numbers import Numbers
 
+_MOST_MIXED = 4
+"""Devices up to which stages may be in fewer bits than all layers could be within a limit."""
+_LEAST_LOSS, _MORE_LOSS = 1e-4, 1.5
 _FEWER_BITS: tuple[Precision, ...] = ("fp8", "int8", "int4")
 
 
@@ -96,6 +101,11 @@ class Outcome:
         return total / weights
 
     @property
+    def log_loss(self) -> float:
+        """Of the replica that loses most quality (`quality.py`)."""
+        return max(each.log_loss for each in self.choices)
+
+    @property
     def left_out(self) -> tuple[str, ...]:
         """Devices of no replica."""
         used = {name for each in self.choices for name in each.names}
@@ -108,14 +118,27 @@ def find_plan(problem: Problem) -> Outcome:
         ConfigError: the model fits these devices in no precision that they have kernels for.
     """
     found = _search(problem)
-    if found is not None:
-        return found
-    return _nearest(problem)
+    if found is None:
+        return _nearest(problem)
+    return _within_slo(problem, found) if found.unmet else found
+
+
+def _within_slo(problem: Problem, quickest: Outcome) -> Outcome:
+    """Who wants low latency gets the lowest there is within the SLO; where nothing keeps it, the
+    plan that carries most if that one does, or else the lowest latency of all."""
+    if problem.goal.objective != "latency" or problem.goal.slo == Slo():
+        return quickest
+    most = _search(_with(problem, replace(problem.goal, objective="goodput")))
+    if most is None or most.unmet:
+        return quickest
+    return replace(most, problem=problem, bound=0.0, is_exact=False)
 
 
 def _search(problem: Problem) -> Outcome | None:
-    goal = problem.goal
     devices = problem.cluster.devices
+    if len(devices) > _MOST_MIXED:
+        problem = _with(problem, replace(problem.goal, precisions=_always_allowed(problem)))
+    goal = problem.goal
     if len(devices) <= MOST_DEVICES:
         small = SmallSearch(problem, Bench(problem, devices), [d.name for d in devices])
         ways = {"goodput": small.most_goodput, "latency": small.quickest, "cost": small.cheapest}
@@ -140,7 +163,7 @@ def _outcome(
     if not choices:
         return None
     goal = problem.goal
-    full = tuple(_at_its_most(each) for each in choices)
+    full = with_more_bits([_at_its_most(each) for each in choices], goal)
     total = carried(full)
     unmet: tuple[str, ...] = ()
     rate = goal.rate_per_s
@@ -151,14 +174,14 @@ def _outcome(
         )
         rate = None
     at_rate: list[Operation] = []
+    served: dict[Hashable, Operation] = {}
+    flow = rate or (0.0 if goal.objective == "latency" else total)
     for each in full:
-        operation, role = each.operation, each.chain.role
-        if rate is not None or goal.objective == "latency" or role != "any":
-            flow = total if rate is None and role != "any" else rate or 0.0
-            own = flow * share_of(each, full)
-            fixed = (operation.layers, operation.variants)
-            operation = quickest(each.chain, own, fixed) or operation
-        at_rate.append(operation)
+        own = flow * share_of(each, full)
+        key = likeness(each), each.operation, own
+        if key not in served:
+            served[key] = _serving(each, own)
+        at_rate.append(served[key])
     if not unmet and not all(keeps(goal, each) for each in at_rate):
         tpot_s, ttft_s = max(o.tpot_s for o in at_rate), max(o.ttft_s for o in at_rate)
         unmet = (
@@ -173,6 +196,13 @@ def _outcome(
         is_exact=is_exact,
         unmet=unmet,
     )
+
+
+def _serving(choice: Choice, rate_per_s: float) -> Operation:
+    """At a rate, within the SLO where that can be."""
+    chain, held = choice.chain, choice.operation.held
+    kept = quickest(chain, rate_per_s, held, within_slo=True)
+    return kept or quickest(chain, rate_per_s, held) or choice.operation
 
 
 def _at_its_most(choice: Choice) -> Choice:
@@ -194,10 +224,15 @@ def _nearest(problem: Problem) -> Outcome:
         quick = _search(_with(problem, free))
         if quick is not None:
             return replace(quick, unmet=_missed_slo(goal, quick))
+    if goal.max_quality_loss is not None:
+        freer = _with_more_loss(problem)
+        if freer is not None:
+            return freer
     lower = tuple(each for each in _FEWER_BITS if each not in goal.precisions)
     for count in range(1, len(lower) + 1):
         precisions = (*goal.precisions, *lower[:count])
-        found = _search(_with(problem, replace(goal, precisions=precisions, slo=Slo())))
+        wish = replace(goal, precisions=precisions, slo=Slo(), max_quality_loss=None)
+        found = _search(_with(problem, wish))
         if found is not None:
             reason = f"{_shortage(problem)}; with weights in {lower[count - 1]} it fits"
             return replace(found, unmet=(reason, *found.unmet))
@@ -205,6 +240,34 @@ def _nearest(problem: Problem) -> Outcome:
         f"{_shortage(problem)}, and fewer bits do not help ({', '.join(_FEWER_BITS)}); add "
         "devices, or take a smaller model"
     )
+
+
+def _always_allowed(problem: Problem) -> tuple[Precision, ...]:
+    """Precisions that keep the limit of quality even in all layers; if there are any."""
+    goal = problem.goal
+    if goal.max_quality_loss is None:
+        return goal.precisions
+    most = log_limit(goal.max_quality_loss)
+    kept = (p for p in goal.precisions if loss_of(problem.spec, p).log_ratio <= most)
+    return tuple(kept) or goal.precisions
+
+
+def _with_more_loss(problem: Problem) -> Outcome | None:
+    """In the precisions that were asked for, with about as little more loss as there can be."""
+    goal = problem.goal
+    assert goal.max_quality_loss is not None, "there is a limit"
+    most = max(goal.max_quality_loss, _LEAST_LOSS)
+    while most < 1:
+        most = min(most * _MORE_LOSS, 1.0)
+        found = _search(_with(problem, replace(goal, max_quality_loss=most, slo=Slo())))
+        if found is not None:
+            reason = (
+                f"perplexity at most {goal.max_quality_loss:.2%} higher: there is no memory for so "
+                f"many bits; the nearest is {percent(found.log_loss):.2%} higher; raise "
+                "--max-quality-loss, or add devices"
+            )
+            return replace(found, unmet=(reason, *found.unmet))
+    return None
 
 
 def _with(problem: Problem, goal: Goal) -> Problem:

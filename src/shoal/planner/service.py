@@ -33,11 +33,15 @@ def peak(chain: Chain, fixed: Fixed = None) -> Operation | None:
     return best
 
 
-def quickest(chain: Chain, rate_per_s: float, fixed: Fixed = None) -> Operation | None:
+def quickest(
+    chain: Chain, rate_per_s: float, fixed: Fixed = None, *, within_slo: bool = False
+) -> Operation | None:
     """The least mean latency at a rate; None: the rate is too high.
 
-    The SLO is not asked: who wants low latency gets the lowest there is. Where latency is the
-    objective, a request also waits for a place.
+    Where latency is the objective, a request also waits for a place.
+
+    Args:
+        within_slo: None where that is not kept.
     """
     if chain.role == "prefill":
         return starting(chain, rate_per_s, fixed)
@@ -50,27 +54,36 @@ def quickest(chain: Chain, rate_per_s: float, fixed: Fixed = None) -> Operation 
         if best is not None and each.latency_s(output_tokens) >= best.latency_s(output_tokens):
             break
         served = _waiting(chain, each, rate_per_s) if waits else each
-        if served is not None and (
-            best is None or served.latency_s(output_tokens) < best.latency_s(output_tokens)
-        ):
+        if served is None or (within_slo and not keeps(chain.goal, served)):
+            continue
+        if best is None or served.latency_s(output_tokens) < best.latency_s(output_tokens):
             best = served
+    if best is None and fixed is None and within_slo and chain.goal.slo.ttft_s is not None:
+        held = prompt_layers(chain)
+        return quickest(chain, rate_per_s, held, within_slo=True) if held is not None else None
     return best
 
 
 def peak_polished(chain: Chain, found: Operation) -> Operation:
     """As `peak` found it, with layers and splits for the SLO of TTFT, too."""
-    if chain.goal.slo.ttft_s is None or chain.role != "any":
+    is_limited = chain.goal.slo.ttft_s is not None or chain.limit.most < math.inf
+    if not is_limited or chain.role != "any":
         return found
     return polished(chain, found, lambda held: peak(chain, held), lambda each: -each.rate_per_s)
 
 
-def quickest_polished(chain: Chain, rate_per_s: float, found: Operation) -> Operation:
+def quickest_polished(
+    chain: Chain, rate_per_s: float, found: Operation, *, within_slo: bool = False
+) -> Operation:
     """As `quickest` found it, with layers and splits for prompts and the wait, too."""
     count, waits = found.num_micro_batches, rate_per_s > 0 and chain.goal.objective == "latency"
 
     def work(held: Held) -> Operation | None:
         served = _smallest(chain, count, rate_per_s, held)
-        return _waiting(chain, served, rate_per_s) if served is not None and waits else served
+        if served is not None and waits:
+            served = _waiting(chain, served, rate_per_s)
+        is_late = within_slo and served is not None and not keeps(chain.goal, served)
+        return None if is_late else served
 
     return polished(chain, found, work, lambda each: each.latency_s(chain.goal.output_tokens))
 
@@ -79,7 +92,7 @@ def keeps(goal: Goal, operation: Operation) -> bool:
     """Whether it is within the SLO."""
     slo = goal.slo
     tpot = slo.tpot_s is None or operation.tpot_s <= slo.tpot_s * (1 + _SLACK)
-    return tpot and (slo.ttft_s is None or operation.ttft_s <= slo.ttft_s * (1 + _SLACK))
+    return tpot and (slo.ttft_s is None or operation.late_ttft_s <= slo.ttft_s * (1 + _SLACK))
 
 
 def _largest(chain: Chain, count: int, fixed: Fixed) -> Operation | None:
@@ -119,19 +132,15 @@ def _waiting(chain: Chain, found: Operation, rate_per_s: float) -> Operation | N
     """
     count, fixed = found.num_micro_batches, (found.layers, found.variants)
     most = chain.goal.max_concurrency // count
-
-    def has_room(batch: int) -> bool:
-        stages = zip(chain.stages(count, batch), *fixed, strict=True)
-        return all(n <= each.options[variant].most_layers for each, n, variant in stages)
-
-    full = _at(chain, count, last(has_room, most), fixed, rate_per_s)
+    fullest = last(lambda batch: chain.has_room(*fixed, count, batch), most)
+    full = _at(chain, count, fullest, fixed, rate_per_s)
     assert full is not None, "what was found has room"
     busy, places = rate_per_s / full.rate_per_s, full.num_sequences
     if busy >= 1.0:
         return None
     residence_s = full.latency_s(chain.goal.output_tokens)
     wait_s = residence_s * busy ** (math.sqrt(2 * (places + 1)) - 1) / (places * (1 - busy))
-    return replace(found, ttft_s=found.ttft_s + wait_s)
+    return replace(found, ttft_s=found.ttft_s + wait_s, late_ttft_s=found.late_ttft_s + wait_s)
 
 
 def _at(

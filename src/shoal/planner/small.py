@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 
+from shoal.core.latency import Slo
 from shoal.core.plan import Role
 from shoal.planner.ceiling import ceiling
 from shoal.planner.chains import Bench, Names
@@ -28,6 +29,7 @@ from shoal.planner.service import peak, peak_polished, quickest
 
 MOST_DEVICES = 6
 
+_ROUNDING = 1e-9
 _WORTH_RATE = 1e-3
 """Gains below that are none: fewer devices are better then."""
 _NUM_POLISHED = 4
@@ -64,16 +66,23 @@ class SmallSearch:
             found = self._best_of(names)
             rate = carried(found)
             price = sum(goal.price(self.bench.devices[n]) for each in found for n in each.names)
-            if rate >= goal.rate_per_s and (best is None or (price, -rate) < best[:2]):
+            is_enough = rate * (1 + _ROUNDING) >= goal.rate_per_s
+            if is_enough and (best is None or (price, -rate) < best[:2]):
                 best = price, -rate, found
         return best[2] if best else ()
 
     def quickest(self) -> tuple[Choice, ...]:
-        """The least mean latency at the goal's rate; empty: nothing carries it."""
-        rate_per_s = self.problem.goal.rate_per_s or 0.0
-        found = LatencySearch(self.bench, self.names, rate_per_s).found()
-        if found or not rate_per_s:
-            return found
+        """The least mean latency at the goal's rate, within the SLO if anything keeps it; empty:
+        nothing carries the rate."""
+        goal = self.problem.goal
+        rate_per_s = goal.rate_per_s or 0.0
+        for within_slo in (True, False) if goal.slo != Slo() else (False,):
+            search = LatencySearch(self.bench, self.names, rate_per_s, within_slo=within_slo)
+            found = search.found()
+            if found:
+                return found
+        if not rate_per_s:
+            return ()
         # Near the most there is, sixteenths are too coarse: each takes as much as it carries.
         most = self._in_role(self.names, "any")
         served = (

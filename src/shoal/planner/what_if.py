@@ -15,18 +15,21 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from shoal.core.cluster import Cluster, Device
+from shoal.core.cluster import Cluster, Device, Precision
 from shoal.core.errors import ConfigError
 from shoal.core.latency import Slo
 from shoal.planner.chains import Bench
 from shoal.planner.choice import Choice
 from shoal.planner.formats import numbers_for
+from shoal.planner.goal import Goal
 from shoal.planner.inventory import rough_kind
 from shoal.planner.pipeline import Chain, Operation, Segment
 from shoal.planner.profiles import Problem
 from shoal.planner.search import Outcome, find_plan
 from shoal.planner.service import peak
 from shoal.planner.small import MOST_DEVICES
+
+_FEWER_BITS: tuple[Precision, ...] = ("int8", "int4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,19 +196,39 @@ def runner_ups(outcome: Outcome) -> Iterator[RunnerUp]:
         ("most requests per second, no SLO", replace(goal, objective="goodput", slo=Slo())),
         ("most requests per second", replace(goal, objective="goodput")),
         ("replicas for prompts only (--roles)", replace(goal, may_specialise=True)),
+        *_other_bits(goal),
     )
     seen = {_shape(outcome)}
     for wish, other in wishes:
         if other == goal or (other.may_specialise and goal.objective == "latency"):
             continue
-        found = find_plan(replace(problem, goal=other))
+        try:
+            found = find_plan(replace(problem, goal=other))
+        except ConfigError:
+            continue  # there is no room for so many bits
         if _shape(found) not in seen:
             seen.add(_shape(found))
             yield RunnerUp(wish, found)
 
 
+def _other_bits(goal: Goal) -> Iterator[tuple[str, Goal]]:
+    """The most bits of those that are allowed; and fewer than are, to see what they would bring."""
+    most = goal.precisions[:1]
+    if len(goal.precisions) > 1:
+        yield f"all weights in {most[0]}", replace(goal, precisions=most, max_quality_loss=None)
+    fewer = tuple(each for each in _FEWER_BITS if each not in goal.precisions)
+    if fewer:
+        wish = replace(goal, precisions=(*goal.precisions, *fewer), max_quality_loss=None)
+        yield f"with --precision {','.join(wish.precisions)}", wish
+
+
 def _shape(outcome: Outcome) -> tuple[object, ...]:
     return tuple(
-        (each.chain.role, each.operation.layers, tuple(s.group.names for s in each.chain.segments))
+        (
+            each.chain.role,
+            each.operation.layers,
+            tuple(s.group.names for s in each.chain.segments),
+            each.log_loss,
+        )
         for each in outcome.choices
     )

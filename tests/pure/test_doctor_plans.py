@@ -224,6 +224,7 @@ def test_a_group_on_the_cpus_of_one_host_sums_in_shared_memory(tmp_path: Path) -
         (PAIR, plan(stage("0-32", "z.0")), [], 2),
         (PAIR, None, ["--with", "other.json"], 2),
         (None, GOOD, [], 2),
+        (PAIR, None, ["--model", "llama-3.1-8b"], 2),
     ],
 )
 def test_exit_code(
@@ -236,7 +237,9 @@ def test_exit_code(
     code: int,
 ) -> None:
     monkeypatch.setenv("SHOAL_CACHE", str(tmp_path / "nothing was probed"))
-    command = ["shoal", "doctor", "--json", "--model", "llama-3.1-8b", *more]
+    command = ["shoal", "doctor", "--json", *more]
+    if plan_text is not None:
+        command += ["--model", "llama-3.1-8b"]
     for flag, text in (("--cluster", cluster), ("--plan", plan_text)):
         if text is not None:
             (tmp_path / f"{flag}.yaml").write_text(text)

@@ -343,7 +343,7 @@ def test_a_lab_without_speeds_is_refused_before_anything_starts(tmp_path: Path) 
     (tmp_path / "lab.yaml").write_text("stages: [{devices: [{device: cpu, host: a}]}]\n")
     command = [sys.executable, "-m", "shoal", "probe", "--lab", str(tmp_path / "lab.yaml")]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (2, "")
     assert "hosts have no speeds of their own" in done.stderr
 
 

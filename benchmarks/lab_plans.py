@@ -6,7 +6,7 @@
     probe --lab     the cluster file: all that the planner knows of the lab's throttles
     plan            one for latency at a rate, one for goodput
     lab up, bench   each plan and each split by hand: mean E2E at the rate, and requests per second
-                    when as many as may run at once always do
+                    of a crowd that comes all at once
     again           the plans, the even split and the best by hand, several times
 
 A split by hand may beat a plan by no more than 5 %, or than the live runs differ.
@@ -37,10 +37,10 @@ links:
 """1.4 cores together: of two, the rest is for the server and the load."""
 NUM_LAYERS = 30
 SHRINK, LONGEST = 4, (256, 64)
-RUNNING = 12
-"""Requests at one time, where throughput is measured."""
+RUNNING = 32
+"""Sequences of a replica at one time."""
 _TOLERANCE = 0.05
-_PART = 4
+_PART = 2
 """Of the crowd, as a divisor: what the sweep is measured with."""
 EVEN = "even: 10/10/10"
 PLANNED = {"latency": "planned for latency", "goodput": "planned for goodput"}
@@ -175,13 +175,12 @@ def _measured(
 ) -> dict[str, list[float]]:
     """Mean seconds of a request in the calm load, and requests per second of the crowd."""
     latency, rate = [], []
-    with session.up(lab, plan) as url:
+    with session.up(lab, plan, "--max-num-seqs", str(RUNNING)) as url:
         for number in range(times):
             # Of other prompts each time: what was computed once is kept.
             seed = ("--seed", str(number))
             calm = session.bench(url, loads[0], args.vocab_size, *seed)
-            flags = ("--max-concurrency", str(RUNNING), *seed)
-            crowd = session.bench(url, loads[1], args.vocab_size, *flags)
+            crowd = session.bench(url, loads[1], args.vocab_size, *seed)
             for report in (calm, crowd):
                 if report["requests"]["succeeded"] != report["requests"]["planned"]:
                     sys.exit(f"not all requests succeeded: {report['requests']}")

@@ -40,7 +40,7 @@ SHRINK, LONGEST = 4, (256, 64)
 RUNNING = 32
 """Sequences of a replica at one time."""
 _TOLERANCE = 0.05
-_PART = 2
+_PART = 3
 """Of the crowd, as a divisor: what the sweep is measured with."""
 EVEN = "even: 10/10/10"
 PLANNED = {"latency": "planned for latency", "goodput": "planned for goodput"}
@@ -175,7 +175,9 @@ def _measured(
 ) -> dict[str, list[float]]:
     """Mean seconds of a request in the calm load, and requests per second of the crowd."""
     latency, rate = [], []
-    with session.up(lab, plan, "--max-num-seqs", str(RUNNING)) as url:
+    # As who plans by a cluster file serves by it: the router knows how fast replicas should be.
+    told = ("--max-num-seqs", str(RUNNING), "--cluster", str(session.folder / "cluster.yaml"))
+    with session.up(lab, plan, *told) as url:
         for number in range(times):
             # Of other prompts each time: what was computed once is kept.
             seed = ("--seed", str(number))

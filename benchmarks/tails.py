@@ -86,7 +86,9 @@ def _fleet(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     fleet = tails_fleet.fleet(folder)
     traces = str(args.trace).split(",")
     measure = _policies if args.what == "fleet" else _stalls
-    return {"traces": {name: _on_trace(fleet, Path(name), args, measure) for name in traces}}
+    return {
+        "traces": {Path(each).name: _on_trace(fleet, Path(each), args, measure) for each in traces}
+    }
 
 
 Run = Callable[..., list[dict[str, Any]]]

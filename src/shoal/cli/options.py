@@ -267,7 +267,8 @@ Cluster = Annotated[
     Path | None,
     _option(
         "--cluster",
-        "Plan for these devices; what `shoal probe` kept, if it found several.",
+        "Plan for these devices; what `shoal probe` kept, if it found several. With --plan: how "
+        "fast they are, for a router to begin with.",
         _ENGINE,
         metavar="FILE",
     ),

@@ -135,7 +135,7 @@ def serve(
             activation_format=activation_format,
             expert_redeal=expert_redeal,
         )
-        if cluster is not None and not parallelism.is_open:
+        if cluster is not None and file is None and not parallelism.is_open:
             raise ConfigError(
                 "--cluster stands beside flags that say what runs where; remove it, or them"
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shoal.core.cluster import Device, Precision
-from shoal.policy.cost_model.numbers import Numbers
+from shoal.policy.cost_model.numbers import Numbers, computed_in
 
 
 def numbers_for(devices: Sequence[Device], precision: Precision, kv: Precision) -> Numbers | None:
@@ -39,7 +39,6 @@ def numbers_for(devices: Sequence[Device], precision: Precision, kv: Precision) 
         weights=kept,
         activations=activations,
         kv=kv if kv == "int8" or kv == "fp8" else activations,
-        # The compiled kernels round what integer weights are multiplied with.
-        compute="int8" if packed and kept in ("int8", "int4") else None,
+        compute=computed_in(kept, packed=packed),
         packed=packed,
     )

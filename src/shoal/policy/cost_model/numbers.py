@@ -83,6 +83,12 @@ class Numbers:
         return kept
 
 
+def computed_in(kept: Precision, *, packed: bool) -> Precision | None:
+    """`Numbers.compute` of weights: the compiled kernels round what integer weights are multiplied
+    with."""
+    return "int8" if packed and kept in ("int8", "int4") else None
+
+
 def granule(kept: Kept, whole_columns: int) -> int:
     """Where a matrix may be cut along its columns."""
     if kept in _PAIR_BYTES:

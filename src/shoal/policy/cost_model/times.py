@@ -25,7 +25,7 @@ from shoal.policy.cost_model.constants import constants_for
 from shoal.policy.cost_model.layers import MeasuredLayers, measured_layers
 from shoal.policy.cost_model.loads import StepLoad
 from shoal.policy.cost_model.memory import kv_token_bytes, weight_bytes
-from shoal.policy.cost_model.numbers import Numbers
+from shoal.policy.cost_model.numbers import Numbers, computed_in
 from shoal.policy.cost_model.transport import GroupLinks, message_s
 from shoal.policy.cost_model.work import ShardWork, shard_work
 
@@ -341,14 +341,16 @@ def numbers_of(instance: InstancePlan, default: Numbers) -> Numbers:
     numbers = default
     match instance.dtype:
         case "float32" | "bfloat16" | "float16" as floats:
+            kv = numbers.kv if numbers.kv in ("int8", "fp8") else floats
             numbers = replace(
-                numbers, weights=floats, tables=None, activations=floats, kv=floats, compute=None
+                numbers, weights=floats, tables=None, activations=floats, kv=kv, compute=None
             )
     match instance.quantize:
         case "int8" | "int4" | "fp8" as kept:
-            return replace(numbers, weights=kept, tables=None)
+            compute = computed_in(kept, packed=numbers.packed)
+            return replace(numbers, weights=kept, tables=None, compute=compute)
         case "none":
-            return replace(numbers, weights=numbers.activations, tables=None)
+            return replace(numbers, weights=numbers.activations, tables=None, compute=None)
     return numbers
 
 

@@ -36,7 +36,7 @@ _FORMS_OF_A_SORT = 3
 _MOST_FORMS = 48
 _SPARE_STAGES = 2
 """Pipelines of one form: so many stages more than the fewest that hold the model."""
-_MOST_STAGES = 32
+MOST_STAGES = 32
 _DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
 """Stages of pipelines that prices are asked for."""
 _BATCHES = (1, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256)
@@ -126,7 +126,7 @@ class Columns:
         return found
 
     def _made(self, stages: Stages) -> Column | None:
-        if len(stages) > min(self.problem.spec.num_layers, _MOST_STAGES):
+        if len(stages) > min(self.problem.spec.num_layers, MOST_STAGES):
             return None
         uses = [0] * len(self.stock)
         for form, instances in stages:
@@ -163,7 +163,7 @@ class Columns:
         layers, rooms = self.problem.spec.num_layers, (self._room(first), self._room(second))
         if not all(rooms):
             return
-        for count in range(1, min(-(-layers // rooms[0]), _MOST_STAGES) + 1):
+        for count in range(1, min(-(-layers // rooms[0]), MOST_STAGES) + 1):
             left = max(layers - count * rooms[0], 1)
             others = -(-left // rooms[1])
             for spare in (0, 1):

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from shoal.core.cluster import Device
 from shoal.planner.chains import Bench
 from shoal.planner.choice import Choice
-from shoal.planner.columns import Column, Columns
+from shoal.planner.columns import MOST_STAGES, Column, Columns
 from shoal.planner.inventory import Inventory
 from shoal.planner.pipeline import Chain, Segment
 from shoal.planner.profiles import Problem
@@ -31,7 +31,6 @@ from shoal.planner.spread import Spread
 _MOST_ROUNDS = 12
 """Of columns for the program's prices; and of those for what is left over."""
 _MOST_LEFT_ROUNDS = 3
-_MOST_STAGES = 32
 _WHOLE = 1e-6
 
 
@@ -201,7 +200,7 @@ class LargeSearch:
             return list(SmallSearch(alike, bench, names).most_goodput())
         groups = [bench.group([name]) for name in names]
         usable = [Segment((each,)) for each in groups if each.variants]
-        if not usable or len(usable) > min(self.problem.spec.num_layers, _MOST_STAGES):
+        if not usable or len(usable) > min(self.problem.spec.num_layers, MOST_STAGES):
             return []
         chain = Chain(self.problem, usable, thorough=False)
         found = peak(chain)

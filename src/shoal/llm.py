@@ -86,9 +86,13 @@ class LLM:
         **options: Any,
     ) -> None:
         # First of all, so that a wrong one does not wait for a download to be told.
-        engine_options = EngineOptions(model_path="", **{"max_waiting": _NO_LIMIT, **options})
+        file = read_plan(Path(plan)) if isinstance(plan, str | Path) else plan
+        defaults: dict[str, Any] = {"max_waiting": _NO_LIMIT}
+        if file is not None and file.max_num_seqs is not None:
+            defaults["max_num_seqs"] = file.max_num_seqs
+        engine_options = EngineOptions(model_path="", **{**defaults, **options})
         parallelism = Parallelism(
-            file=read_plan(Path(plan)) if isinstance(plan, str | Path) else plan,
+            file=file,
             tensor_parallel_size=tensor_parallel_size,
             pipeline_parallel_size=pipeline_parallel_size,
             kv_split=kv_split,

@@ -10,6 +10,7 @@ import pytest
 
 from shoal.cluster import catalogue
 from shoal.cluster.cluster_file import read_cluster
+from shoal.cluster.device_fields import DeviceDraft
 from shoal.core.cluster import Between, Cluster, Device, Host, Link
 from shoal.core.errors import ConfigError
 
@@ -121,6 +122,16 @@ MEASURED = "{kind: new, memory: 24GB, bandwidth: 1000GB/s, flops: {bfloat16: 165
             "devices: L4\nlinks: [{between: [local, x], latency: 1us, bandwidth: 1GB/s}]",
             "'x' is nei",
         ),
+        (
+            "hosts:\n- {name: a, devices: L4}\n- {name: b, devices: L4}\nlinks:\n"
+            "- {between: [a, b], latency: 1us, bandwidth: 1GB/s}\n"
+            "- {between: [b, a], latency: 1us, bandwidth: 2GB/s}",
+            "two links join a and b",
+        ),
+        (
+            "devices: L4\nlinks: [{between: [local, local], latency: 1us, bandwidth: 1GB/s}]",
+            "a link joins 'local' to itself",
+        ),
         ("devices: L4\ndisk: 3GB", ":2: disk is '3GB'; it must be a rate with its unit"),
         (
             "devices: L4\nnetwork: {latency: 20, bandwidth: 1GB/s}",
@@ -157,6 +168,14 @@ MEASURED = "{kind: new, memory: 24GB, bandwidth: 1000GB/s, flops: {bfloat16: 165
             "which bandwidth says; check both units",
         ),
         ("devices: L4\nconstants: [{kind: T4}]", ":2: constants have no engine"),
+        ("devices: L4 # \x01", "may not be in YAML; remove it"),
+        ('devices: "\\U00110000"', ":1: an escape in quotes is no character"),
+        ('devices: "\\ud800"', "text without control characters"),
+        ('devices: "L4\\0"', "text without control characters"),
+        (
+            "devices: 2x L4 pcie4\nall_reduce: {\u00b2: {1KiB: 2us}}",
+            "all_reduce has '\u00b2' ranks",
+        ),
     ],
 )
 def test_refusals_say_where_and_how(tmp_path: Path, text: str, complaint: str) -> None:
@@ -256,8 +275,11 @@ def test_helix_files_that_are_broken(tmp_path: Path) -> None:
         read_cluster(_helix(tmp_path, _helix_links({(0, 7): 1000})))
     with pytest.raises(ConfigError, match="has type 'H900'"):
         read_cluster(_helix(tmp_path, "", HELIX.replace("type=L4", "type=H900")))
-    with pytest.raises(ConfigError, match="must be a product such as"):
-        read_cluster(_helix(tmp_path, "[Link-0-1]\nbandwidth=fast\n"))
+    with pytest.raises(ConfigError, match="has type 'T4x\u00b2'"):
+        read_cluster(_helix(tmp_path, "", HELIX.replace("T4x2", "T4x\u00b2")))
+    for rate in ("fast", "9" * 400 + " * mbps"):
+        with pytest.raises(ConfigError, match="must be a product such as"):
+            read_cluster(_helix(tmp_path, f"[Link-0-1]\nbandwidth={rate}\n"))
     with pytest.raises(ConfigError, match=r"is no \.ini file"):
         read_cluster(_helix(tmp_path, "[[[\nx"))
     path = _helix(tmp_path, "")
@@ -287,3 +309,15 @@ def test_a_cluster_made_in_code_is_checked() -> None:
 
 def _renamed(device: Device, name: str, place: str = "cuda:0") -> Device:
     return catalogue.kind(device.kind).device(name, device.host, place)
+
+
+def test_too_many_devices_are_counted_before_they_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(*_: object) -> None:
+        pytest.fail("a device was made")
+
+    monkeypatch.setattr(DeviceDraft, "device", made)
+    hosts = "".join(f"- {{name: h{n}, devices: 1024x L4 pcie4}}\n" for n in range(5))
+    found = _refused(tmp_path, f"hosts:\n{hosts}network: {{latency: 1us, bandwidth: 1GB/s}}\n")
+    assert "the cluster has 5120 devices; 4096 at most" in found

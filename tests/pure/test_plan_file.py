@@ -147,7 +147,7 @@ STAGE = "stages: [{layers: 0-30, devices: [cpu, cpu], split: %s}]"
         ("model: m", 1, "no key stages"),
         ("stages: []", 1, "stages is an empty list"),
         ("model: m\nstags: []", 2, "unknown key 'stags'; did you mean stages?"),
-        ("colour: red", 1, "unknown key 'colour'; use one of model, replicas, stages, routes"),
+        ("colour: red", 1, "unknown key 'colour'; use one of model, max_num_seqs, replicas"),
         ("model: a\nmodel: b", 2, "model stands there twice (first in line 1); remove one"),
         ("stages:\n- &a {devices: cpu}\n- *a", 2, "anchors and aliases"),
         ("model: !!python/object/apply:os.system ['true']", 1, "tags (!) are not read"),

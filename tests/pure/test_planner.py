@@ -375,11 +375,11 @@ def test_the_plan_file_is_read_back(tmp_path: Path) -> None:
 def test_emit(tmp_path: Path, engine: str, words: str) -> None:
     cluster = cluster_of(tmp_path, MIXED)
     found = find_plan(Problem(shape("llama-3.1-70b"), cluster, Goal(max_concurrency=16)))
-    lines = emit(to_plan(found.choices, cluster, "m"), engine, "m")
+    lines = emit(to_plan(found.choices, cluster, "m"), engine, "m", shape("llama-3.1-70b"))
     assert words in lines[-1]
     assert any(line.startswith("# ") for line in lines)
     with pytest.raises(ConfigError, match="must be one of"):
-        emit(to_plan(found.choices, cluster, "m"), "tgi", "m")
+        emit(to_plan(found.choices, cluster, "m"), "tgi", "m", shape("llama-3.1-70b"))
 
 
 def test_emit_roles(tmp_path: Path) -> None:
@@ -390,15 +390,16 @@ def test_emit_roles(tmp_path: Path) -> None:
         "  - {stages: [{devices: [cuda:1]}], role: decode}\n",
         encoding="utf-8",
     )
-    plan = read_plan(path).resolve(shape("llama-3.1-8b"), num_cuda=2)
-    *_, door = lines = emit(plan, "sglang", "m")
+    spec = shape("llama-3.1-8b")
+    plan = read_plan(path).resolve(spec, num_cuda=2)
+    *_, door = lines = emit(plan, "sglang", "m", spec)
     assert [line.split("--disaggregation-mode ")[1].split()[0] for line in lines[1:4:2]] == [
         "prefill",
         "decode",
     ]
     assert "--prefill http://127.0.0.1:8000 --decode http://127.0.0.1:8001" in door
     assert any(
-        "role" in line or "only is not expressed" in line for line in emit(plan, "vllm", "m")
+        "role" in line or "only is not expressed" in line for line in emit(plan, "vllm", "m", spec)
     )
 
 

@@ -224,7 +224,9 @@ def _bring_up(
     hosts, has_namespaces = make_hosts(network_of(folder.path), lab, namespaces)
     settings = links.first_settings(replicas, lab.links, hosts, has_namespaces=has_namespaces)
     folder.write_settings(settings)
-    folder.plan.write_text(dump_plan(Plan(replicas=tuple(replicas))), "utf-8")
+    most = lab.plan.max_num_seqs if lab.plan is not None else None
+    plan = Plan(replicas=tuple(replicas), max_num_seqs=most)
+    folder.plan.write_text(dump_plan(plan), "utf-8")
     process = server.start(folder, model, port, flags)
     record = Record(
         server_pid=process.pid,

@@ -202,7 +202,13 @@ MaxModelLen = Annotated[
     int | None, _option("--max-model-len", "Prompt and output tokens at most.", _ENGINE, min=1)
 ]
 MaxNumSeqs = Annotated[
-    int, _option("--max-num-seqs", "Sequences running at once at most.", _ENGINE, min=1)
+    int | None,
+    _option(
+        "--max-num-seqs",
+        "Sequences running at once at most; default: the plan's, or 64.",
+        _ENGINE,
+        min=1,
+    ),
 ]
 MaxNumBatchedTokens = Annotated[
     int | None, _option("--max-num-batched-tokens", "Tokens in one step at most.", _ENGINE, min=1)

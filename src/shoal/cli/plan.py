@@ -31,6 +31,7 @@ from shoal.planner.search import Outcome, find_plan
 from shoal.planner.to_plan import to_plan
 from shoal.planner.what_if import changed, left_out, one_more, runner_ups
 
+_INPUT_TOKENS, _OUTPUT_TOKENS = 1024.0, 256.0
 _ANY_BITS: tuple[Precision, ...] = ("bfloat16", "fp8", "int8", "int4")
 """The best quality first."""
 
@@ -50,11 +51,21 @@ def plan(
     ] = None,
     rate: Annotated[float | None, typer.Option(help="requests per second to carry")] = None,
     input_tokens: Annotated[
-        float, typer.Option("--input-tokens", "--isl", help="of a request, on average")
-    ] = 1024,
+        float | None,
+        typer.Option(
+            "--input-tokens",
+            "--isl",
+            help="of a request, on average; the trace's, or 1024",
+        ),
+    ] = None,
     output_tokens: Annotated[
-        float, typer.Option("--output-tokens", "--osl", help="of a request, on average")
-    ] = 256,
+        float | None,
+        typer.Option(
+            "--output-tokens",
+            "--osl",
+            help="of a request, on average; the trace's, or 256",
+        ),
+    ] = None,
     max_model_len: Annotated[
         int, typer.Option(min=0, help="of the longest request: its KV must fit")
     ] = 0,
@@ -103,12 +114,10 @@ def plan(
     """Find the plan for a model on a cluster, with the reasons; nothing is loaded."""
     if emit is not None:
         engine_to_emit(emit)
-    goal = _goal(
-        Goal(
-            rate_per_s=rate,
-            input_tokens=input_tokens,
-            output_tokens=output_tokens,
-            max_tokens=max_model_len,
+    load = _load(workload, rate, input_tokens, output_tokens, max_model_len)
+    goal = _towards(
+        replace(
+            load,
             slo=_slo(slo),
             cost_unit=_cost_unit(cost_unit),
             precisions=_precisions(precision, max_quality_loss),
@@ -117,7 +126,6 @@ def plan(
             max_concurrency=max_num_seqs,
             may_specialise=roles,
         ),
-        workload,
         objective,
     )
     known = read_cluster(cluster)
@@ -130,11 +138,11 @@ def plan(
         list(one_more(found)) if explain else (),
         list(runner_ups(found)) if explain else (),
     )
-    full["what_if"] = [_compared(found, each) for each in what_if or ()]
+    full["what_if"] = [_compared(problem, found, each) for each in what_if or ()]
     if output is not None:
         _write(output, dump_plan(made))
     if emit is not None:
-        print("\n".join(emit_for(made, emit, model)))
+        print("\n".join(emit_for(made, emit, model, problem.spec)))
     elif as_json:
         print(json.dumps({"model": model, **full, "plan": dump_plan(made)}, indent=2))
     else:
@@ -143,27 +151,40 @@ def plan(
             print(each["text"])
 
 
-def _goal(goal: Goal, workload: Path | None, objective: str | None) -> Goal:
-    """With what the trace says, where flags don't, and the objective that fits."""
+def _load(
+    workload: Path | None,
+    rate: float | None,
+    input_tokens: float | None,
+    output_tokens: float | None,
+    max_tokens: int,
+) -> Goal:
+    """What comes: as the flags say, and the trace where they don't."""
+    longest = 0
     if workload is not None:
         trace = read_workload(workload, Random(0))
         mean_input, mean_output, longest = lengths_of(trace)
-        goal = replace(
-            goal,
-            rate_per_s=goal.rate_per_s or rate_of(trace),
-            input_tokens=mean_input,
-            output_tokens=mean_output,
-            max_tokens=max(goal.max_tokens, longest),
-        )
+        rate = rate_of(trace) if rate is None else rate
+        input_tokens = mean_input if input_tokens is None else input_tokens
+        output_tokens = mean_output if output_tokens is None else output_tokens
+    return Goal(
+        rate_per_s=rate,
+        input_tokens=_INPUT_TOKENS if input_tokens is None else input_tokens,
+        output_tokens=_OUTPUT_TOKENS if output_tokens is None else output_tokens,
+        max_tokens=max(max_tokens, longest),
+    )
+
+
+def _towards(goal: Goal, objective: str | None) -> Goal:
+    """With the objective, or the one that fits."""
     default = "goodput" if goal.rate_per_s is None else "latency"
     return replace(goal, objective=objective_of(default if objective is None else objective))
 
 
-def _compared(found: Outcome, change: str) -> dict[str, object]:
-    """A plan for the changed cluster, beside the one found."""
-    problem = replace(found.problem, cluster=changed(found.problem.cluster, change))
+def _compared(problem: Problem, found: Outcome, change: str) -> dict[str, object]:
+    """A plan of the changed cluster for what was asked for, beside the one found."""
+    other_problem = replace(problem, cluster=changed(problem.cluster, change))
     try:
-        other = find_plan(problem)
+        other = find_plan(other_problem)
     except ConfigError as error:
         return {"change": change, "possible": False, "text": f"what if {change}: {error}"}
     rate = other.capacity_per_s / found.capacity_per_s - 1

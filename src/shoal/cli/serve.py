@@ -44,7 +44,7 @@ def serve(
     pipeline_parallel_size: options.PipelineParallelSize = 1,
     kv_split: options.KVSplit = "heads",
     max_model_len: options.MaxModelLen = None,
-    max_num_seqs: options.MaxNumSeqs = 64,
+    max_num_seqs: options.MaxNumSeqs = None,
     max_num_batched_tokens: options.MaxNumBatchedTokens = None,
     batching: options.Batching = "even",
     tpot_target: options.TpotTarget = None,
@@ -73,7 +73,7 @@ def serve(
     )
     from shoal.cli.terminal import find_model
     from shoal.core.latency import Slo
-    from shoal.core.options import EngineOptions
+    from shoal.core.options import MAX_NUM_SEQS, EngineOptions
     from shoal.plan_file import Parallelism
     from shoal.policy.routing import policy_named
 
@@ -123,7 +123,7 @@ def serve(
             kv_cache_dtype=kv_cache_dtype,
             kernels=kernels,
             max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
+            max_num_seqs=max_num_seqs or (file and file.max_num_seqs) or MAX_NUM_SEQS,
             max_num_batched_tokens=max_num_batched_tokens,
             batching=batching,
             tpot_target_s=tpot_target or (bounds.tpot_s if bounds is not None else None),

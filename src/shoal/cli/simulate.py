@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from random import Random
@@ -30,9 +30,10 @@ from shoal.core.cluster import Cluster
 from shoal.core.errors import ConfigError
 from shoal.core.latency import Slo, parse_slo
 from shoal.core.model_spec import ModelSpec
+from shoal.core.options import MAX_NUM_SEQS
 from shoal.core.plan import Plan
 from shoal.core.workload import Workload
-from shoal.plan_file import read_plan
+from shoal.plan_file import PlanFile, read_plan
 from shoal.planner.goal import Goal
 from shoal.planner.placement import placed_replica
 from shoal.planner.profiles import Problem
@@ -41,8 +42,8 @@ from shoal.sim import ReplicaSetup, Simulation, html_page, summarise
 from shoal.sim.faults import Fault, RequestStall, drains
 from shoal.sim.from_plan import Limits, planned_links, precision_of, replica_setups
 
-_MOST_S = 1e9
-"""Thirty years."""
+_MOST_S = 30 * 86400.0
+"""Thirty days: routers look at their replicas four times a second, all of the time."""
 
 
 @judges_input
@@ -79,7 +80,9 @@ def simulate(
     engine: Annotated[
         str, typer.Option(help="whose constants the cost model takes: shoal, vllm, ...")
     ] = "shoal",
-    max_num_seqs: Annotated[int, typer.Option(min=1, help="as of `shoal serve`")] = 64,
+    max_num_seqs: Annotated[
+        int | None, typer.Option(min=1, help="as of `shoal serve`; default: the plan's, or 64")
+    ] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(min=1)] = None,
     batching: Batching = "even",
     tpot_target: TpotTarget = None,
@@ -108,8 +111,9 @@ def simulate(
         rng=Random(seed),
     ).stretched(time_scale)
     bounds = parse_slo(slo) if slo is not None else {}
+    file = None if plan.suffix == ".ini" else read_plan(plan)
     limits = Limits(
-        max_num_seqs=max_num_seqs,
+        max_num_seqs=max_num_seqs or (file and file.max_num_seqs) or MAX_NUM_SEQS,
         max_num_batched_tokens=max_num_batched_tokens,
         batching=batching,
         tpot_target_s=tpot_target or bounds.get("tpot"),
@@ -122,7 +126,7 @@ def simulate(
     )
     known = read_cluster(cluster)
     engine_of(engine, known)
-    name, spec, chosen = _read_plan(plan, model, known, limits)
+    name, spec, chosen = _chosen(file, plan, model, known, limits)
     setups = replica_setups(chosen, spec, known, limits)
     faults = read_faults(events) if events is not None else ()
     _check_times(load, faults)
@@ -147,7 +151,9 @@ def simulate(
         summary = summarise(records, setups, simulation.stats(), bounds)
         summary["hedges"] = asdict(simulation.hedges)
         summary["kv_moved"] = asdict(simulation.kv_moved)
-        return _report(summary, load, setups, f"{name} by {plan}")
+        report = _report(summary, load, setups, f"{name} by {plan}")
+        report["notes"] += _idle(chosen)
+        return report
 
     policies = [each.strip() for each in router_policy.split(",")]
     for each in policies:
@@ -174,16 +180,15 @@ def _check_times(load: Workload, faults: Sequence[Fault | RequestStall]) -> None
     for what, at_s in (("the load lasts", last_s), *timed):
         if not at_s <= _MOST_S:
             raise ConfigError(
-                f"{what} until {at_s:g} s; a simulation takes {_MOST_S:g} s at most: check --rate, "
+                f"{what} until {at_s:g} s; a simulation takes 30 days at most: check --rate, "
                 "--time-scale and the times in the trace and in --events"
             )
 
 
-def _read_plan(
-    path: Path, model: str | None, cluster: Cluster, limits: Limits
+def _chosen(
+    file: PlanFile | None, path: Path, model: str | None, cluster: Cluster, limits: Limits
 ) -> tuple[str, ModelSpec, Plan]:
-    """A plan, or a placement of Helix: with its model's name and shapes."""
-    file = None if path.suffix == ".ini" else read_plan(path)
+    """A plan, or (no plan file) a placement of Helix: with its model's name and shapes."""
     name = model or (file.model if file else None)
     if name is None:
         wanted = "add `model:` there, or give --model" if file else "give --model"
@@ -206,7 +211,22 @@ def _report(
         notes = [f"all {len(notes)} replicas: times may be off by {setups[0].cost.error:.0%}"]
     if left := summary["requests"]["never_ended"]:
         notes.append(f"{left} requests had not ended when the simulation did")
+    if later := summary["requests"]["not_come"]:
+        notes.append(f"{later} more requests were to come after that; they are not counted")
     return {"title": title, "workload": load.name, **summary, "notes": notes}
+
+
+def _idle(plan: Plan) -> Iterator[str]:
+    """Instances that are told of, as nothing comes to them."""
+    for index, replica in enumerate(plan.replicas):
+        used = {hop.instance for route in replica.routes for hop in route}
+        idle = [each.ranks[0] for n, each in enumerate(replica.instances) if n not in used]
+        if idle:
+            names = ", ".join(" ".join(filter(None, (each.host, each.device))) for each in idle[:8])
+            yield (
+                f"replica-{index}: {len(idle)} of {len(replica.instances)} instances are in no "
+                f"route and do nothing ({names}{', ...' * (len(idle) > 8)})"
+            )
 
 
 def _rendered(report: Mapping[str, Any]) -> RenderableType:

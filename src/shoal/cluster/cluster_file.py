@@ -23,6 +23,7 @@ One host needs no more than `devices: 2x RTX-4090 pcie4`. Devices are called a.0
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast, get_args
@@ -74,14 +75,14 @@ def read_cluster(path: Path) -> Cluster:
     root = read_fields(path)
     entries = root.entries((*_HOST_KEYS, *_CLUSTER_KEYS))
     hosts = _hosts(entries, root)
+    num_devices = sum(draft.count for _, _, drafts, _ in hosts for draft in drafts)
+    if num_devices > MAX_DEVICES:
+        raise root.error(f"the cluster has {num_devices} devices; {MAX_DEVICES} at most")
     devices: list[Device] = []
     made: list[Host] = []
     for place, name, drafts, given in hosts:
-        own = _named(drafts, name)
         made.append(_host(place, name, drafts, given))
-        devices += own
-    if len(devices) > MAX_DEVICES:
-        raise root.error(f"the cluster has {len(devices)} devices; {MAX_DEVICES} at most")
+        devices += _named(drafts, name)
     network = _link(entries["network"], "network") if "network" in entries else None
     links = entries["links"].items(MAX_LINKS, least=0) if "links" in entries else []
     sums = entries["sums"].items(MAX_TABLES, least=0) if "sums" in entries else []
@@ -219,8 +220,6 @@ def _between(field: Field) -> Between:
     ends = entries["between"].items(2)
     if len(ends) != 2:
         raise entries["between"].error("between names one end; name two: [a, b]")
-    if ends[0].text() == ends[1].text():
-        raise entries["between"].error(f"between names {ends[0].text()} twice; name two ends")
     return Between(ends[0].text(), ends[1].text(), _link_of(field, entries, "measured"))
 
 
@@ -260,7 +259,7 @@ def _tables(field: Field) -> list[AllReduceTable]:
     found = []
     for name, each in field.entries().items():
         ranks, _, custom = name.partition(" ")
-        is_count = ranks.isdigit() and 2 <= int(ranks) <= MAX_DEVICES
+        is_count = re.fullmatch("[0-9]{1,5}", ranks) and 2 <= int(ranks) <= MAX_DEVICES
         if custom not in ("", "custom") or not is_count:
             raise each.error(f"all_reduce has {name!r} ranks; it must be a whole number from 2 on")
         found.append(
@@ -309,15 +308,15 @@ def _constants(field: Field, devices: Sequence[Device]) -> Constants:
         engine=entries["engine"].choice(_ENGINES),
         precision=cast(Precision, entries["precision"].choice(get_args(Precision))),
         eta=entries["eta"].number(0.005, 5.0),
-        layer_s=time_s(entries["layer"], 1e-10, 0.1),
+        layer_s=time_s(entries["layer"], 0.0, 0.1),
         mfu=entries["mfu"].number(0.005, 5.0),
         error=entries["error"].number(0.0, 10.0) if "error" in entries else _FITTED_ERROR,
         bandwidth_bytes_per_s=like.bandwidth_bytes_per_s,
         flops_per_s=like.flops_per_s("bfloat16"),
         source=entries["source"].text() if "source" in entries else f"{field.file}:{field.line}",
         device=like.name if "device" in entries else "",
-        step_s=time_s(entries["step"], 1e-10, 1.0) if "step" in entries else 0.0,
-        row_s=time_s(entries["row"], 1e-10, 0.1) if "row" in entries else 0.0,
+        step_s=time_s(entries["step"], 0.0, 1.0) if "step" in entries else 0.0,
+        row_s=time_s(entries["row"], 0.0, 0.1) if "row" in entries else 0.0,
         attention=entries["attention"].number(5e-5, 5.0) if "attention" in entries else None,
     )
 

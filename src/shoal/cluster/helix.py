@@ -31,6 +31,9 @@ _UNITS = {
     **{"KB": 1e3, "MB": 1e6, "GB": 1e9},
     **{"Sec": 1.0, "MilliSec": 1e-3, "MicroSec": 1e-6},
 }
+_MOST = 1e9
+"""Of a number before its unit."""
+_SHOWN = 60
 _PROFILES = "machine_profiles.ini"
 
 
@@ -60,7 +63,9 @@ def read_helix(path: Path) -> Cluster:
         name, kind = f"n{found[1]}", parser.get(section, "type", fallback="")
         if kind not in profiles:
             known = ", ".join(profiles)
-            raise ConfigError(f"{path}: [{section}] has type {kind!r}; {_PROFILES} has {known}")
+            raise ConfigError(
+                f"{path}: [{section}] has type {kind[:_SHOWN]!r}; {_PROFILES} has {known[:400]}"
+            )
         own, host = _machine(path, section, name, kind, profiles[kind])
         hosts.append(host)
         devices += own
@@ -86,9 +91,10 @@ def _machine(
 ) -> tuple[list[Device], Host]:
     """A machine of one GPU, or (T4x2) of several."""
     model, _, count = kind.partition("x")
-    if model not in _KINDS or not (count or "1").isdigit() or int(count or 1) not in range(1, 17):
+    is_count = re.fullmatch("[0-9]{1,2}", count or "1") and int(count or 1) in range(1, 17)
+    if model not in _KINDS or not is_count:
         raise ConfigError(
-            f"{path}: [{section}] has type {kind!r}; of these, {', '.join(_KINDS)} are known, and "
+            f"{path}: [{section}] has type {kind[:_SHOWN]!r}; {', '.join(_KINDS)} are known, and "
             "several as T4x2"
         )
     known, number = catalogue.kind(_KINDS[model]), int(count or 1)
@@ -149,9 +155,9 @@ def _value(path: Path, parser: configparser.ConfigParser, section: str, key: str
     """A product such as `10 * gbps`."""
     written = parser.get(section, key, fallback="")
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *\* *([A-Za-z]+)", written)
-    if not found or found[2] not in _UNITS or not float(found[1]) > 0:
+    if not found or found[2] not in _UNITS or not 0 < float(found[1]) < _MOST:
         raise ConfigError(
-            f"{path}: {key} of [{section}] is {written!r}; it must be a product such as "
+            f"{path}: {key} of [{section}] is {written[:_SHOWN]!r}; it must be a product such as "
             f"10 * gbps, with one of {', '.join(_UNITS)}"
         )
     return float(found[1]) * _UNITS[found[2]]
@@ -175,6 +181,6 @@ def parse_ini(path: Path) -> configparser.ConfigParser:
             f"{path}: {reason}; a Helix cluster needs its own file and {_PROFILES} beside it"
         ) from error
     except configparser.Error as error:
-        problem = " ".join(str(error).split())
+        problem = " ".join(str(error).split())[:400]
         raise ConfigError(f"{path} is no .ini file: {problem}; mend it") from error
     return parser

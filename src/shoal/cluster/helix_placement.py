@@ -28,12 +28,12 @@ def read_placement(path: Path, cluster: Cluster) -> list[tuple[Device, Range]]:
         raise ConfigError(f"{path} has no section [Solution]; give Helix's ilp_sol.ini")
     offset = parser.get("Settings", "offset", fallback="0")
     if not re.fullmatch(r"[0-9]{1,5}", offset):
-        raise ConfigError(f"{path}: offset is {offset!r}; it must be a whole number")
+        raise ConfigError(f"{path}: offset is {offset[:40]!r}; it must be a whole number")
     found: dict[str, Range] = {}
     for key, written in parser.items("Solution"):
         node = re.fullmatch(r"compute_node_([0-9]{1,5})", key)
         if not node or int(node[1]) < int(offset):
-            raise ConfigError(f"{path}: {key} is no compute_node_N with N of {offset} at least")
+            raise ConfigError(f"{path}: {key[:40]} is no compute_node_N, N from {offset} on")
         found[f"n{int(node[1]) - int(offset)}"] = _layers(path, key, written)
     devices = []
     for host, layers in found.items():

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -324,7 +325,17 @@ class Cluster:
             places.add((device.host, device.device))
 
     def _check_links(self) -> None:
+        if len(self._links) < len(self.links):
+            twice = Counter(frozenset((each.a, each.b)) for each in self.links).most_common(1)[0][0]
+            raise ConfigError(
+                f"two links join {' and '.join(sorted(twice))}; leave the one that holds"
+            )
         for each in self.links:
+            if each.a == each.b:
+                raise ConfigError(
+                    f"a link joins {each.a!r} to itself; name two hosts or two devices, or say "
+                    "`link:` of the host"
+                )
             for end in (each.a, each.b):
                 if end not in self._devices and end not in self._hosts:
                     raise ConfigError(

@@ -8,6 +8,8 @@ from typing import Literal
 from shoal.core.errors import ConfigError
 
 MAX_STEPS_IN_FLIGHT = 16
+MAX_NUM_SEQS = 64
+"""Of an engine, where neither a plan nor a flag says it."""
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["auto", "none", "int8", "int4", "fp8"]
@@ -53,7 +55,7 @@ class EngineOptions:
     kv_cache_dtype: KVCacheDType = "auto"
     kernels: Kernels = "auto"
     max_model_len: int | None = None
-    max_num_seqs: int = 64
+    max_num_seqs: int = MAX_NUM_SEQS
     max_num_batched_tokens: int | None = None
     max_waiting: int = 256
     kv_cache_memory_bytes: int | None = None

@@ -130,10 +130,16 @@ class ReplicaPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What `serve` runs. `model`: as it is named on the command line; None: any."""
+    """What `serve` runs.
+
+    Attributes:
+        model: as it is named on the command line; None: any.
+        max_num_seqs: requests that each replica takes at once; None: as the engine's options say.
+    """
 
     replicas: tuple[ReplicaPlan, ...]
     model: str | None = None
+    max_num_seqs: int | None = None
 
 
 def default_routes(stages: tuple[StagePlan, ...]) -> tuple[Route, ...]:

@@ -28,6 +28,9 @@ HASH_BLOCK_TOKENS = 512
 """Prompt tokens that one of an arrival's `block_hashes` stands for (Mooncake's)."""
 
 _MOONCAKE_TICK_S = 3.0
+_MOST_S, _MOST_TOKENS = 1e12, 2**31 - 1
+"""Times since 1970 in seconds are below."""
+_SHOWN = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,8 +134,8 @@ def parse_workload(name: str, lines: Iterable[str], rng: Random) -> Workload:
         read = read or _reader_of(name, row)
         try:
             arrivals.append(_checked(read(row, rng)))
-        except (KeyError, TypeError, ValueError) as error:
-            what = f"no {error}" if isinstance(error, KeyError) else str(error)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            what = f"no {error}" if isinstance(error, KeyError) else str(error)[:_SHOWN]
             raise ConfigError(f"{name}, line {line}: {what}; mend or remove the row") from error
     if not arrivals:
         raise ConfigError(f"{name} holds no arrivals; give a trace with at least one row")
@@ -144,7 +147,16 @@ def parse_workload(name: str, lines: Iterable[str], rng: Random) -> Workload:
 
 def _csv_rows(name: str, header: str, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(lines, fieldnames=[field.strip() for field in header.split(",")])
-    for row in reader:
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise ConfigError(
+                f"{name}, line {reader.line_num + 1}: {error}; a quote before it may have no "
+                "second one: mend or remove the row"
+            ) from error
         # A short row has None values, a long one a None key.
         if None in row or None in row.values():
             raise ConfigError(
@@ -162,7 +174,7 @@ def _json_rows(
         if text.strip():
             try:
                 row = json.loads(text)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ConfigError(
                     f"{name}, line {line}: not JSON ({error}); mend or remove the row"
                 ) from error
@@ -231,12 +243,17 @@ def _own(row: Mapping[str, Any], _: Random) -> Arrival:
 
 
 def _checked(arrival: Arrival) -> Arrival:
-    if not abs(arrival.arrival_s) < float("inf"):
-        raise ValueError(f"arrival is at {arrival.arrival_s} s; it must be a finite time")
+    if not abs(arrival.arrival_s) < _MOST_S:
+        raise ValueError(
+            f"arrival is at {arrival.arrival_s} s; it must be a finite time, below {_MOST_S:g} s"
+        )
     if arrival.prompt_tokens < 1 and arrival.prompt is None:
         raise ValueError(f"prompt of {arrival.prompt_tokens} tokens; it needs at least 1")
     if arrival.output_tokens < 1:
         raise ValueError(f"output of {arrival.output_tokens} tokens; it needs at least 1")
+    for what, length in (("prompt", arrival.prompt_tokens), ("output", arrival.output_tokens)):
+        if length > _MOST_TOKENS:
+            raise ValueError(f"{what} of more than {_MOST_TOKENS:,} tokens; no model takes that")
     return arrival
 
 

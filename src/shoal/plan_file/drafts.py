@@ -1,6 +1,7 @@
 """A plan file as it is written: checked for what can be checked without the model.
 
     model: smollm2-135m
+    max_num_seqs: 64                            # requests that a replica takes at once
     stages:                                     # or replicas: [{stages: ..., role: prefill}, ...]
       - layers: 0-4
         devices: [cpu, cpu]                     # one rank each
@@ -28,8 +29,9 @@ from shoal.core.split import Range
 from shoal.plan_file.experts import ExpertsDraft, draft_experts
 from shoal.plan_file.fields import Field
 
-PLAN_KEYS = ("model", "replicas", "stages", "routes", "role")
+PLAN_KEYS = ("model", "max_num_seqs", "replicas", "stages", "routes", "role")
 MAX_REPLICAS, MAX_STAGES, MAX_INSTANCES, MAX_RANKS, MAX_ROUTES = 4096, 128, 32, 64, 256
+MAX_SEQS = 65536
 
 _REPLICA_KEYS = ("stages", "routes", "role")
 _MEMORY_KEYS = ("kv_cache_memory", "weights_memory")
@@ -192,7 +194,7 @@ def _rank(place: Field) -> RankPlan:
 def _device(place: Field) -> str:
     name = place.text()
     if not re.fullmatch(r"cpu|cuda|cuda:[0-9]{1,3}", name):
-        raise place.error(f"device is {name!r}; it must be cpu, cuda or cuda:N")
+        raise Field(place.file, "device", place.node).wrong("cpu, cuda or cuda:N")
     return name
 
 

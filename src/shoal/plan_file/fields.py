@@ -22,6 +22,8 @@ from shoal.core.split import Range
 MAX_FILE_BYTES = 1 << 20
 _MAX_DEPTH = 16
 _SHOWN = 60
+_UNWRITABLE = "[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]"
+"""In double quotes YAML can say what no file name or terminal takes."""
 
 
 def read_fields(path: Path) -> Field:
@@ -39,17 +41,24 @@ def read_fields(path: Path) -> Field:
         raise ConfigError(f"{path}: {reason}; give a readable YAML file") from error
     if len(data) > MAX_FILE_BYTES:
         raise ConfigError(f"{path} is larger than {MAX_FILE_BYTES} bytes; give a smaller file")
-    loader = _Loader(text, str(path))
+    try:
+        loader = _Loader(text, str(path))
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigError(
+            f"{path}:{line}: the character {text[error.position]!r} may not be in YAML; remove it"
+        ) from error
     try:
         node: yaml.Node | None = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         problem = error.problem or error.context
         raise ConfigError(f"{path}:{line}: {problem}; mend the YAML there") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}; mend it") from error
-    finally:
-        loader.dispose()
+    except (ValueError, OverflowError) as error:
+        # An escape such as "\U00110000".
+        raise ConfigError(
+            f"{path}:{loader.line + 1}: an escape in quotes is no character; mend it"
+        ) from error
     if node is None:
         raise ConfigError(f"{path} is empty; write at least a key and its value")
     return Field(str(path), "the file", node)
@@ -178,6 +187,8 @@ class Field:
     def text(self) -> str:
         if not isinstance(self.node, yaml.ScalarNode) or not self.node.value:
             raise self.wrong("text")
+        if re.search(_UNWRITABLE, self.node.value):
+            raise self.wrong("text without control characters")
         return str(self.node.value)
 
     def choice(self, values: Sequence[str]) -> str:

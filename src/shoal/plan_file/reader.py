@@ -13,7 +13,7 @@ from pathlib import Path
 from shoal.core.errors import ConfigError
 from shoal.core.model_spec import ModelSpec
 from shoal.core.plan import Plan
-from shoal.plan_file.drafts import PLAN_KEYS, ReplicaDraft, draft_replicas
+from shoal.plan_file.drafts import MAX_SEQS, PLAN_KEYS, ReplicaDraft, draft_replicas
 from shoal.plan_file.even import require_device
 from shoal.plan_file.fields import Field, read_fields
 from shoal.plan_file.resolve import resolve_replica
@@ -21,10 +21,11 @@ from shoal.plan_file.resolve import resolve_replica
 
 @dataclass(frozen=True, slots=True)
 class PlanFile:
-    """A plan file that is well-formed; `model` as it names one."""
+    """A plan file that is well-formed; `model` and `max_num_seqs` as it names them."""
 
     model: str | None
     drafts: tuple[ReplicaDraft, ...]
+    max_num_seqs: int | None = None
 
     def resolve(self, spec: ModelSpec, *, num_cuda: int | None = None) -> Plan:
         """The Plan for a model.
@@ -40,6 +41,7 @@ class PlanFile:
         return Plan(
             replicas=tuple(resolve_replica(draft, spec) for draft in self.drafts),
             model=self.model,
+            max_num_seqs=self.max_num_seqs,
         )
 
     def _require_devices(self, num_cuda: int) -> None:
@@ -66,4 +68,5 @@ def read_plan(path: Path) -> PlanFile:
 def plan_of(entries: Mapping[str, Field], root: Field) -> PlanFile:
     """The plan in a file that may hold more than one (a lab's)."""
     model = entries["model"].text() if "model" in entries else None
-    return PlanFile(model, draft_replicas(entries, root))
+    most = entries["max_num_seqs"].integer(1, MAX_SEQS) if "max_num_seqs" in entries else None
+    return PlanFile(model, draft_replicas(entries, root), most)

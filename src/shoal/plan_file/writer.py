@@ -15,7 +15,8 @@ _UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
 
 def dump_plan(plan: Plan) -> str:
     """YAML that `read_plan` makes the same Plan of."""
-    content: dict[str, Any] = {"model": plan.model} if plan.model is not None else {}
+    named = {"model": plan.model, "max_num_seqs": plan.max_num_seqs}
+    content: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     replicas = [_replica(replica) for replica in plan.replicas]
     content |= replicas[0] if len(replicas) == 1 else {"replicas": replicas}
     return yaml.safe_dump(

@@ -15,8 +15,9 @@ import itertools
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 
-from shoal.core.cluster import Device
+from shoal.core.cluster import Cluster, Device
 from shoal.planner.inventory import device_kind
+from shoal.planner.joins import sums_among
 from shoal.planner.pipeline import Chain, Segment
 from shoal.planner.profiles import Group, Problem
 
@@ -35,7 +36,7 @@ class Bench:
     def __init__(self, problem: Problem, devices: Sequence[Device]) -> None:
         self.problem = problem
         self.devices = {each.name: each for each in devices}
-        linked = {end for each in problem.cluster.links for end in (each.a, each.b)}
+        linked = _linked(problem.cluster)
         crowd = Counter(each.host for each in problem.cluster.devices)
         self._kinds = {each.name: _kind(each, linked, crowd[each.host]) for each in devices}
         self._groups: dict[Names, Group] = {}
@@ -47,10 +48,10 @@ class Bench:
 
     def _likeness(self, names: Sequence[str]) -> Hashable:
         """The same for groups that take as long, wherever they are: devices and their links."""
-        cluster = self.problem.cluster
-        pairs = itertools.combinations(names, 2)
-        links = sorted(repr(cluster.link(a, b)) for a, b in pairs)
-        return tuple(sorted(repr(device_kind(self.devices[each])) for each in names)), *links
+        cluster, devices = self.problem.cluster, [self.devices[each] for each in names]
+        kinds = sorted(repr(device_kind(each)) for each in devices)
+        links = sorted(repr(cluster.link(a, b)) for a, b in itertools.combinations(names, 2))
+        return tuple(kinds), tuple(links), tuple(sums_among(cluster, devices))
 
     def group(self, names: Sequence[str]) -> Group:
         own = tuple(sorted(names))
@@ -129,6 +130,15 @@ def partitions(names: Names) -> Iterator[tuple[Names, ...]]:
             left = tuple(each for each in rest if each not in others)
             for blocks in partitions(left):
                 yield ((first, *others), *blocks)
+
+
+def _linked(cluster: Cluster) -> set[str]:
+    """Hosts and devices with links or sums that others do not have."""
+    found = {end for each in cluster.links for end in (each.a, each.b)}
+    for table in cluster.all_reduce:
+        if len(table.hosts) < len(cluster.hosts):
+            found |= set(table.hosts)
+    return found
 
 
 def _kind(device: Device, linked: set[str], num_on_host: int) -> Hashable:

@@ -11,14 +11,14 @@ of.
 
                and the cheapest that hold all layers are worked out closely
 
-Groups are made once for each form and moved to the devices they are taken from. Knows nothing of
-how many of a column there will be.
+Groups are made once for each form and moved to the devices they are taken from, anew where those
+are joined otherwise. Knows nothing of how many of a column there will be.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +27,7 @@ import numpy.typing as npt
 from shoal.core.cluster import Device
 from shoal.planner.choice import Choice
 from shoal.planner.inventory import Form, Inventory
+from shoal.planner.joins import joined
 from shoal.planner.pipeline import Chain, Segment
 from shoal.planner.profiles import Group, Problem, Variant
 from shoal.planner.service import peak
@@ -57,7 +58,7 @@ Stages = tuple[tuple[Form, int], ...]
 class Column:
     """A replica that could be had often, and one made of the first devices.
 
-    `uses`: devices of each sort.
+    `uses`: of each resource of the stock.
     """
 
     stages: Stages
@@ -65,18 +66,27 @@ class Column:
     choice: Choice
 
     @property
+    def num_devices(self) -> int:
+        return sum(form.num_devices * instances for form, instances in self.stages)
+
+    @property
     def rate_per_s(self) -> float:
         return self.choice.rate_per_s
 
 
 class Columns:
-    """Attributes: stock: devices of each sort."""
+    """
+    Attributes:
+        stock: what there is of each resource (`inventory.py`); the first `num_sorts` are devices.
+    """
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self._scratch = Inventory(problem.cluster)
         self.stock = self._scratch.stock()
+        self.num_sorts = len(self._scratch.sorts)
         self._groups: dict[Form, Group] = {}
+        self._joined: dict[tuple[Form, Hashable], Group] = {}
         self._known: dict[Stages, Column | None] = {}
         self.forms = tuple(each for each in self._scratch.forms() if self._group(each).variants)
         self._tables = int(problem.spec.num_layers * 0.05) + 1
@@ -85,6 +95,10 @@ class Columns:
         """Name of a device of a sort."""
         return self._scratch.example(sort).name
 
+    def uses(self, form: Form) -> tuple[tuple[int, int], ...]:
+        """What a group takes of each resource."""
+        return self._scratch.uses(form)
+
     def column(self, stages: Stages) -> Column | None:
         """None: there are not enough devices, or it keeps no SLO."""
         if stages not in self._known:
@@ -92,11 +106,20 @@ class Columns:
         return self._known[stages]
 
     def taken(self, column: Column, inventory: Inventory) -> Choice | None:
-        """One more replica of a column; None: there are not enough devices."""
+        """One more replica of a column, with the links that its devices have; None: there are not
+        enough devices, or over their links it keeps no SLO."""
         taken = inventory.take([form for form, n in column.stages for _ in range(n)])
         if taken is None:
             return None
-        return Choice(self._chain(column.stages, taken), column.choice.operation)
+        chain, example = self._chain(column.stages, taken, self._on), column.choice
+        stages = zip(chain.segments, example.chain.segments, strict=True)
+        if all(a.group.variants is b.group.variants for a, b in stages):
+            return Choice(chain, example.operation)
+        found = peak(chain)
+        if found is None:
+            inventory.give_back([device for group in taken for device in group])
+            return None
+        return Choice(chain, found)
 
     def at_first(self) -> list[Column]:
         pure = [each for form in self.forms for each in self._pure(form)]
@@ -130,24 +153,29 @@ class Columns:
             return None
         uses = [0] * len(self.stock)
         for form, instances in stages:
-            for sort, count in form.uses:
-                uses[sort] += count * instances
+            for resource, count in self.uses(form):
+                uses[resource] += count * instances
         if any(use > n for use, n in zip(uses, self.stock, strict=True)):
             return None
         taken = self._scratch.peek([form for form, n in stages for _ in range(n)])
         if taken is None:
             return None
-        chain = self._chain(stages, taken)
+        chain = self._chain(stages, taken, self._like)
         found = peak(chain)
         return None if found is None else Column(stages, tuple(uses), Choice(chain, found))
 
-    def _chain(self, stages: Stages, taken: Sequence[Sequence[Device]]) -> Chain:
-        """The weaker stages first: the head is on the last."""
-        spare = iter(taken)
-        segments = [
-            Segment(tuple(self._group(form).on(next(spare)) for _ in range(instances)))
-            for form, instances in stages
-        ]
+    def _chain(
+        self,
+        stages: Stages,
+        taken: Sequence[Sequence[Device]],
+        made: Callable[[Form, Sequence[Device]], Group],
+    ) -> Chain:
+        """The weaker stages first: the head is on the last. Of instances the slowest counts."""
+        spare, segments = iter(taken), []
+        for form, instances in stages:
+            groups = [made(form, next(spare)) for _ in range(instances)]
+            groups.sort(key=lambda each: -each.variants[0].layer_s(1))
+            segments.append(Segment(tuple(groups)))
         segments.sort(key=lambda each: _strength(each.group))
         return Chain(self.problem, segments, thorough=False)
 
@@ -178,9 +206,9 @@ class Columns:
         density = dict.fromkeys(self.forms, 0.0)
         for column in pure:
             form = column.stages[0][0]
-            density[form] = max(density[form], column.rate_per_s / sum(column.uses))
+            density[form] = max(density[form], column.rate_per_s / column.num_devices)
         best: list[Form] = []
-        for sort in range(len(self.stock)):
+        for sort in range(self.num_sorts):
             own_forms = [each for each in self.forms if [s for s, _ in each.counts] == [sort]]
             # Those that hold no model by themselves: the largest first.
             own_forms.sort(key=lambda each: (-density[each], -each.num_devices))
@@ -190,10 +218,24 @@ class Columns:
 
     def _group(self, form: Form) -> Group:
         if form not in self._groups:
-            taken = self._scratch.peek([form])
-            assert taken is not None, "a form is of devices that there are"
-            self._groups[form] = Group(self.problem, taken[0])
+            group = Group(self.problem, self._scratch.typical(form))
+            self._groups[form] = self._joined[form, self._links(group.devices)] = group
         return self._groups[form]
+
+    def _like(self, form: Form, devices: Sequence[Device]) -> Group:
+        """Devices as if they were joined as is typical of the form."""
+        return self._group(form).on(devices)
+
+    def _on(self, form: Form, devices: Sequence[Device]) -> Group:
+        """Devices as they are joined."""
+        self._group(form)
+        key = form, self._links(devices)
+        if key not in self._joined:
+            self._joined[key] = Group(self.problem, devices)
+        return self._joined[key].on(devices)
+
+    def _links(self, devices: Sequence[Device]) -> Hashable:
+        return joined(self.problem.cluster, devices)
 
     def variants(self, form: Form) -> Sequence[Variant]:
         return self._group(form).variants
@@ -214,9 +256,10 @@ class _Pricing:
         self.most_layers = self.num_layers + self.num_layers // 16 + 1
         self.items: list[tuple[Form, int, int, float]] = []
         for form in columns.forms:
-            copies = min(stock[sort] // count for sort, count in form.uses)
+            uses = columns.uses(form)
+            copies = min(stock[each] // count for each, count in uses)
             for instances in range(1, min(_MOST_INSTANCES, copies) + 1):
-                price = sum(prices[sort] * count for sort, count in form.uses) * instances
+                price = sum(prices[each] * count for each, count in uses) * instances
                 self.items.append((form, instances, copies // instances, price))
 
     def pipelines(self) -> dict[Stages, float]:
@@ -286,8 +329,8 @@ class _Pricing:
     def _is_in_stock(self, stages: Stages) -> bool:
         left = list(self.stock)
         for form, instances in stages:
-            for sort, count in form.uses:
-                left[sort] -= count * instances
+            for resource, count in self.columns.uses(form):
+                left[resource] -= count * instances
         return min(left) >= 0
 
 

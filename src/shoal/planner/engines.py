@@ -12,15 +12,20 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from shoal.core.errors import ConfigError
-from shoal.core.plan import InstancePlan, Plan, ReplicaPlan
-from shoal.core.split import Range
+from shoal.core.model_spec import ModelSpec
+from shoal.core.plan import InstancePlan, Plan, RankPlan, ReplicaPlan
+from shoal.core.split import Range, cut
 
 _QUANTISED = {"fp8": "fp8", "int8": "compressed-tensors", "int4": "awq"}
+_MADE_LIKE_THAT = ("int8", "int4")
+"""Checkpoints have these precisions; weights in fp8 are made of any while they are loaded."""
+_FIRST_PORT = 8000
 
 
-def emit(plan: Plan, engine: str, model: str) -> list[str]:
+def emit(plan: Plan, engine: str, model: str, spec: ModelSpec) -> list[str]:
     """Lines of a shell script; what can't be expressed stands there as comments.
 
     Raises:
@@ -29,18 +34,35 @@ def emit(plan: Plan, engine: str, model: str) -> list[str]:
     engine_to_emit(engine)
     lines: list[str] = []
     for index, replica in enumerate(plan.replicas):
-        hosts = sorted({r.host for each in replica.instances for r in each.ranks if r.host})
+        hosts = _host_names(replica)
         if len(plan.replicas) > 1 or hosts:
             lines.append(f"# replica {index}" + (f", on {', '.join(hosts)}" if hosts else ""))
-        lines += _ENGINES[engine](replica, model, 8000 + index)
+        lines += _ENGINES[engine](_Wanted(replica, model, spec, _FIRST_PORT + index))
     if len(plan.replicas) > 1:
         lines.append(_in_front(plan, engine))
     return lines
 
 
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """One server."""
+
+    replica: ReplicaPlan
+    model: str
+    spec: ModelSpec
+    port: int
+
+    @property
+    def address(self) -> list[str]:
+        """Flags; on a host that has a name others come to it by that."""
+        hosts = _host_names(self.replica)
+        return [*(("--host", hosts[0]) if hosts else ()), "--port", str(self.port)]
+
+
 def _in_front(plan: Plan, engine: str) -> str:
     """Of several servers."""
-    urls = [f"http://127.0.0.1:{8000 + index}" for index in range(len(plan.replicas))]
+    hosts = [(*_host_names(each), "127.0.0.1")[0] for each in plan.replicas]
+    urls = [f"http://{host}:{_FIRST_PORT + index}" for index, host in enumerate(hosts)]
     if engine == "sglang" and any(each.role != "any" for each in plan.replicas):
         words = ["python", "-m", "sglang_router.launch_router", "--pd-disaggregation"]
         for url, replica in zip(urls, plan.replicas, strict=True):
@@ -60,79 +82,151 @@ def engine_to_emit(engine: str) -> str:
     return engine
 
 
-def _vllm(replica: ReplicaPlan, model: str, port: int) -> list[str]:
-    words = ["vllm", "serve", model, "--port", str(port)]
-    words += ["--tensor-parallel-size", str(_width(replica))]
-    words += ["--pipeline-parallel-size", str(len(replica.stages))]
-    words += _quantisation(replica)
-    environment = _devices(replica)
-    if len(replica.stages) > 1:
-        environment.append(f"VLLM_PP_LAYER_PARTITION={_layers(replica)}")
-    if _hosts(replica) > 1:
+def _vllm(wanted: _Wanted) -> list[str]:
+    groups = _Groups("vLLM", wanted)
+    words = ["vllm", "serve", wanted.model, *wanted.address]
+    words += ["--tensor-parallel-size", str(groups.width)]
+    words += ["--pipeline-parallel-size", str(len(groups.layers))]
+    words += _quantisation(wanted.replica)
+    environment = groups.devices()
+    if len(groups.layers) > 1:
+        environment.append(f"VLLM_PP_LAYER_PARTITION={groups.partition}")
+    if _num_hosts(wanted.replica) > 1:
         words += ["--distributed-executor-backend", "ray"]
-    return [*_even_limits(replica, "vLLM"), _line(environment, words)]
+    return [*groups.limits(), _line(environment, words)]
 
 
-def _sglang(replica: ReplicaPlan, model: str, port: int) -> list[str]:
-    words = ["python", "-m", "sglang.launch_server", "--model-path", model, "--port", str(port)]
-    words += ["--tp-size", str(_width(replica)), "--pp-size", str(len(replica.stages))]
+def _sglang(wanted: _Wanted) -> list[str]:
+    groups, replica = _Groups("SGLang", wanted), wanted.replica
+    words = ["python", "-m", "sglang.launch_server", "--model-path", wanted.model, *wanted.address]
+    words += ["--tp-size", str(groups.width), "--pp-size", str(len(groups.layers))]
     words += _quantisation(replica)
+    words += [] if groups.stages else ["--device", "cpu"]
     if replica.role != "any":
         words += ["--disaggregation-mode", replica.role]
-    environment = _devices(replica)
-    if len(replica.stages) > 1:
-        environment.append(f"SGLANG_PP_LAYER_PARTITION={_layers(replica)}")
-    if (hosts := _hosts(replica)) > 1:
+    environment = groups.devices()
+    if len(groups.layers) > 1:
+        environment.append(f"SGLANG_PP_LAYER_PARTITION={groups.partition}")
+    if (hosts := _num_hosts(replica)) > 1:
         words += ["--nnodes", str(hosts), "--node-rank", "$RANK", "--dist-init-addr", "$HEAD:5000"]
-    return [*_even_limits(replica, "SGLang"), _line(environment, words)]
+    return [*groups.limits(), _line(environment, words)]
 
 
-def _llama_cpp(replica: ReplicaPlan, model: str, port: int) -> list[str]:
-    """One device for each share of the layers; a group's devices get parts of its own."""
-    shares = []
+def _llama_cpp(wanted: _Wanted) -> list[str]:
+    """One GPU for each share of the layers; a group's GPUs get parts of its own."""
+    replica, model = wanted.replica, wanted.model
+    shares: list[tuple[RankPlan, float]] = []
     for stage in replica.stages:
         instance = stage.instances[0]
         whole = sum(len(each) for each in instance.split.ffn) or 1
         shares += [
-            f"{len(instance.layers) * len(columns) / whole:.2f}" for columns in instance.split.ffn
+            (rank, len(instance.layers) * len(columns) / whole)
+            for rank, columns in zip(instance.ranks, instance.split.ffn, strict=True)
         ]
-    words = ["llama-server", "-m", f"{model}.gguf", "--port", str(port), "-ngl", "999"]
-    words += ["--split-mode", "layer", "--tensor-split", ",".join(shares)]
+    on_gpus = [(rank, own) for rank, own in shares if rank.device != "cpu"]
+    is_all = len(on_gpus) == len(shares)
+    num_layers = 999 if is_all else round(sum(own for _, own in on_gpus))
+    words = ["llama-server", "-m", model if model.endswith(".gguf") else f"{model}.gguf"]
+    words += [*wanted.address, "-ngl", str(num_layers)]
+    if on_gpus:
+        split = ",".join(f"{own:.2f}" for _, own in on_gpus)
+        words += ["--split-mode", "layer", "--tensor-split", split]
     lines = _common_limits(replica, "llama.cpp")
+    if not is_all and on_gpus:
+        lines.append("# llama.cpp: CPUs have the first layers, whatever the plan says")
     if any(len(each.ranks) > 1 for each in replica.instances):
         lines.append(
             "# llama.cpp: ranks that share a layer become stages, one after the other: TPOT of one "
             "request is the sum of all (--split-mode tensor shares layers, by way of trial)"
         )
-    if _hosts(replica) > 1:
+    if _num_hosts(replica) > 1:
         words += ["--rpc", "$HOSTS"]
         lines.append("# llama.cpp: start rpc-server on every other host, and list them in HOSTS")
-    if any(each.quantize for each in replica.instances):
+    if any(each.quantize or each.dtype != "bfloat16" for each in replica.instances):
         lines.append("# llama.cpp: precision is the GGUF file's: convert it with llama-quantize")
-    return [*lines, _line(_devices(replica), words)]
+    return [*lines, _line(_visible(replica, [rank for rank, _ in on_gpus]), words)]
 
 
-_ENGINES: Mapping[str, Callable[[ReplicaPlan, str, int], list[str]]] = {
+_ENGINES: Mapping[str, Callable[[_Wanted], list[str]]] = {
     "vllm": _vllm,
     "sglang": _sglang,
     "llama.cpp": _llama_cpp,
 }
 
 
-def _even_limits(replica: ReplicaPlan, engine: str) -> list[str]:
-    lines = _common_limits(replica, engine)
-    widths = {len(each.ranks) for each in replica.instances}
-    if len(widths) > 1:
-        lines.append(
-            f"# {engine}: stages of {', '.join(map(str, sorted(widths)))} devices can't be mixed; "
-            f"all have {_width(replica)} here, which leaves devices out or asks for more"
+class _Groups:
+    """A replica's GPUs as groups that are all of one width, which is how some engines have them.
+
+    Attributes:
+        stages: the first instance of each that has GPUs.
+        width: ranks of each.
+        layers: of each; those of CPUs are shared out over the others.
+    """
+
+    def __init__(self, engine: str, wanted: _Wanted) -> None:
+        self.engine, self.replica, self.spec = engine, wanted.replica, wanted.spec
+        firsts = [stage.instances[0] for stage in wanted.replica.stages]
+        self.stages = [each for each in firsts if _gpus(each)]
+        self._num_cpus = sum(len(each.ranks) - len(_gpus(each)) for each in firsts)
+        self._widths = [len(_gpus(each)) for each in self.stages] or [1]
+        self.width = max(n for n in range(1, min(self._widths) + 1) if self._divides(n))
+        sizes = [max(len(each.layers), 1) for each in self.stages] or [1]
+        self.layers = [len(each) for each in cut(self.spec.num_layers, sizes)]
+
+    @property
+    def partition(self) -> str:
+        return ",".join(map(str, self.layers))
+
+    def devices(self) -> list[str]:
+        return _visible(
+            self.replica, [r for each in self.stages for r in _gpus(each)[: self.width]]
         )
-    if any(_is_uneven(each) for each in replica.instances):
-        lines.append(
-            f"# {engine}: heads and FFN columns are split evenly, so the slowest device of a group "
-            "sets its pace, and the smallest its memory"
+
+    def limits(self) -> list[str]:
+        """What of the plan is not expressed."""
+        lines = _common_limits(self.replica, self.engine)
+        if self._num_cpus and self.stages:
+            lines.append(
+                f"# {self.engine}: ranks on CPUs ({self._num_cpus}) are left out; the GPUs have "
+                "what was theirs, if there is memory for it"
+            )
+        elif self._num_cpus:
+            lines.append(f"# {self.engine}: this takes its build for CPUs, which are one rank")
+        if len(set(self._widths)) > 1:
+            shown = ", ".join(map(str, sorted(set(self._widths))))
+            lines.append(
+                f"# {self.engine}: stages of {shown} devices can't be mixed; all have {self.width} "
+                "here, which leaves devices out"
+            )
+        elif self.width < min(self._widths):
+            spec = self.spec
+            lines.append(
+                f"# {self.engine}: {spec.num_heads} heads, {spec.num_kv_heads} of KV, and "
+                f"{spec.ffn_size} FFN columns can't be shared by {min(self._widths)} ranks evenly; "
+                f"{self.width} are left of each group"
+            )
+        if any(_is_uneven(each) for each in self.stages):
+            lines.append(
+                f"# {self.engine}: heads and FFN columns are split evenly, so a group's slowest "
+                "device sets its pace, and the smallest its memory"
+            )
+        made = [each for each in _MADE_LIKE_THAT if _QUANTISED[each] in _quantisation(self.replica)]
+        if made:
+            lines.append(
+                f"# {self.engine}: name a checkpoint in {made[0]} ({_QUANTISED[made[0]]}); others "
+                "are not rounded while they are loaded"
+            )
+        return lines
+
+    def _divides(self, num_ranks: int) -> bool:
+        """Whether heads and columns can be shared evenly; KV heads may be repeated as well."""
+        kv_heads = self.spec.num_kv_heads
+        shares_kv = kv_heads % num_ranks == 0 or num_ranks % kv_heads == 0
+        return (
+            shares_kv
+            and self.spec.num_heads % num_ranks == 0
+            and self.spec.ffn_size % num_ranks == 0
         )
-    return lines
 
 
 def _common_limits(replica: ReplicaPlan, engine: str) -> list[str]:
@@ -153,6 +247,10 @@ def _common_limits(replica: ReplicaPlan, engine: str) -> list[str]:
     return lines
 
 
+def _gpus(instance: InstancePlan) -> tuple[RankPlan, ...]:
+    return tuple(each for each in instance.ranks if each.device != "cpu")
+
+
 def _is_uneven(instance: InstancePlan) -> bool:
     def sizes(ranges: tuple[Range, ...]) -> int:
         lengths = [len(each) for each in ranges]
@@ -161,36 +259,31 @@ def _is_uneven(instance: InstancePlan) -> bool:
     return sizes(instance.split.heads) > 0 or sizes(instance.split.ffn) > 32
 
 
-def _width(replica: ReplicaPlan) -> int:
-    """Ranks of most stages; of equally many, the fewer."""
-    widths = [len(stage.instances[0].ranks) for stage in replica.stages]
-    return min(widths, key=lambda each: (-widths.count(each), each))
+def _host_names(replica: ReplicaPlan) -> list[str]:
+    """In the order of stages."""
+    ranks = (rank for each in replica.instances for rank in each.ranks)
+    return list(dict.fromkeys(rank.host for rank in ranks if rank.host is not None))
 
 
-def _layers(replica: ReplicaPlan) -> str:
-    return ",".join(str(len(stage.instances[0].layers)) for stage in replica.stages)
+def _num_hosts(replica: ReplicaPlan) -> int:
+    return max(len(_host_names(replica)), 1)
 
 
-def _hosts(replica: ReplicaPlan) -> int:
-    return len({rank.host for each in replica.instances for rank in each.ranks})
-
-
-def _devices(replica: ReplicaPlan) -> list[str]:
+def _visible(replica: ReplicaPlan, ranks: list[RankPlan]) -> list[str]:
     """Which of one host's GPUs; on several hosts each sees its own."""
-    if _hosts(replica) > 1:
+    if _num_hosts(replica) > 1:
         return []
-    ranks = [rank.device for stage in replica.stages for rank in stage.instances[0].ranks]
-    numbers = [each.partition(":")[2] or "0" for each in ranks if each.startswith("cuda")]
-    return [f"CUDA_VISIBLE_DEVICES={','.join(numbers)}"] if numbers else []
+    return [f"CUDA_VISIBLE_DEVICES={','.join(r.device.partition(':')[2] or '0' for r in ranks)}"]
 
 
 def _quantisation(replica: ReplicaPlan) -> list[str]:
     kept = {each.quantize for each in replica.instances} - {None}
     found = next((each for each in ("fp8", "int8", "int4") if each in kept), None)
-    if found is None:
-        dtypes = {each.dtype for each in replica.instances}
-        return ["--dtype", "float16"] if "float16" in dtypes else []
-    return ["--quantization", _QUANTISED[found]]
+    if found is not None:
+        return ["--quantization", _QUANTISED[found]]
+    dtypes = {each.dtype for each in replica.instances}
+    taken = next((each for each in ("float16", "float32") if each in dtypes), None)
+    return [] if taken is None else ["--dtype", taken]
 
 
 def _line(environment: list[str], words: list[str]) -> str:

@@ -47,6 +47,7 @@ def report(
         "looked_at": outcome.num_looked_at,
         "unmet": list(outcome.unmet),
         "rate_per_s": goal.rate_per_s,
+        "arriving_per_s": outcome.flow_per_s,
         "requests_per_s": outcome.capacity_per_s,
         "tokens_per_s": outcome.capacity_per_s * goal.output_tokens,
         "ttft_s": outcome.mean("ttft"),
@@ -198,10 +199,9 @@ def text(found: Mapping[str, Any], *, explained: bool) -> list[str]:
 
 
 def _summary(found: Mapping[str, Any]) -> list[str]:
-    num = len(found["replicas"])
-    rate = found["rate_per_s"]
-    carries = rate is not None and rate <= found["requests_per_s"] * (1 + 1e-9)
-    load = f"at {rate:.3g} requests/s" if carries else "then"
+    num, arriving = len(found["replicas"]), found["arriving_per_s"]
+    load = "then" if arriving == found["requests_per_s"] else f"at {arriving:.3g} requests/s"
+    load = load if arriving else "of one request alone"
     lines = [
         f"{num} replica{'s' * (num != 1)}, up to {found['requests_per_s']:.3g} requests/s "
         f"({found['tokens_per_s']:,.0f} tokens/s); {load} TTFT {_ms(found['ttft_s'])}, TPOT "
@@ -226,9 +226,10 @@ def _summary(found: Mapping[str, Any]) -> list[str]:
         )
     else:
         unit = _UNITS[found["objective"]]
+        far = "not known how far" if found["gap"] is None else f"at most {found['gap']:.1%}"
         lines.append(
-            f"at most {found['gap']:.1%} from the best mix of the {found['looked_at']} kinds of "
-            f"replicas looked at (bound {found['bound']:.3g} {unit})".replace(" )", ")")
+            f"{far} from the best mix of the {found['looked_at']} kinds of replicas looked at "
+            f"(bound {found['bound']:.3g} {unit})".replace(" )", ")")
         )
     return lines
 

@@ -21,16 +21,18 @@ from shoal.planner.chains import Bench
 from shoal.planner.choice import Choice
 from shoal.planner.columns import MOST_STAGES, Column, Columns
 from shoal.planner.inventory import Inventory
-from shoal.planner.pipeline import Chain, Segment
+from shoal.planner.pipeline import Chain, Operation, Segment
 from shoal.planner.profiles import Problem
 from shoal.planner.program import Packing, pack
-from shoal.planner.service import peak
+from shoal.planner.service import peak, quickest
 from shoal.planner.small import MOST_DEVICES, SmallSearch
 from shoal.planner.spread import Spread
 
 _MOST_ROUNDS = 12
 """Of columns for the program's prices; and of those for what is left over."""
 _MOST_LEFT_ROUNDS = 3
+_MOST_WORTHS = 16
+"""Of a request, each eight times the one before."""
 _WHOLE = 1e-6
 
 
@@ -46,13 +48,14 @@ class Found:
 class LargeSearch:
     """
     Attributes:
-        prices: of one more device of each sort, in requests/s; once goodput was looked for.
+        prices: of one more of each resource of the stock, in requests/s; once goodput was looked
+            for.
     """
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self._made = Columns(problem)
-        self.stock = self._made.stock
+        self.stock, self.num_sorts = self._made.stock, self._made.num_sorts
         self.columns = self._made.at_first()
         self.prices: tuple[float, ...] = ()
 
@@ -76,19 +79,7 @@ class LargeSearch:
         packing = self._packed(self.stock, _MOST_ROUNDS)
         if packing is None or packing.bound < goal.rate_per_s:
             return Found((), 0.0, len(self.columns))
-        # So much a request is worth that all are carried.
-        worth = 2 * max(self._price(each) / each.rate_per_s for each in self.columns)
-        uses = [(*each.uses, each.rate_per_s) for each in self.columns]
-        while True:
-            values = [worth * each.rate_per_s - self._price(each) for each in self.columns]
-            program = pack(values, uses, (*self.stock, goal.rate_per_s))
-            carried = sum(
-                n * each.rate_per_s for n, each in zip(program.counts, self.columns, strict=True)
-            )
-            if carried >= goal.rate_per_s * (1 - _WHOLE) or worth > 1e12:
-                break
-            worth *= 8
-        least = worth * goal.rate_per_s - program.bound
+        program, least = self._least_price(goal.rate_per_s)
         inventory, choices, left = Inventory(self.problem.cluster), [], goal.rate_per_s
         for column, count in zip(self.columns, program.counts, strict=True):
             for _ in range(int(count + _WHOLE)):
@@ -102,6 +93,22 @@ class LargeSearch:
         least = max(least, min(map(self._price, self.columns)))  # one whole replica at least
         return Found(tuple(choices), least, len(self.columns))
 
+    def _least_price(self, rate_per_s: float) -> tuple[Packing, float]:
+        """How many of each column carry a rate, in fractions, and what that costs: the least there
+        is. A request is worth so much that all are carried."""
+        dearest = max(map(self._price, self.columns)) or 1.0
+        rates = [each.rate_per_s / rate_per_s for each in self.columns]
+        prices = [self._price(each) / dearest for each in self.columns]
+        uses = [(*each.uses, own) for each, own in zip(self.columns, rates, strict=True)]
+        worths = [2 / min(rates) * 8**index for index in range(_MOST_WORTHS)]
+        for worth in worths:
+            values = [worth * own - price for own, price in zip(rates, prices, strict=True)]
+            program = pack(values, uses, (*self.stock, 1.0))
+            carried = sum(n * own for n, own in zip(program.counts, rates, strict=True))
+            if carried >= 1 - _WHOLE or worth == worths[-1]:
+                return program, max(worth - program.bound, 0.0) * dearest
+        raise AssertionError("the last one is taken as it is")
+
     def quickest(self) -> Found:
         """The least mean latency at the goal's rate."""
         packing = self._packed(self.stock, _MOST_ROUNDS)
@@ -112,8 +119,18 @@ class LargeSearch:
         for column, operation, share in spread.found():
             choice = self._made.taken(column, inventory)
             if choice is not None:
-                choices.append(replace(choice, operation=operation, share=share))
+                is_like = choice.operation is column.choice.operation
+                served = operation if is_like else self._served(choice, share)
+                choices.append(replace(choice, operation=served, share=share))
+        shared = sum(each.share or 0.0 for each in choices)
+        if shared < 1 - _WHOLE:  # not all of them could be taken: the others do their part
+            choices = [replace(each, share=(each.share or 0.0) / shared) for each in choices]
         return Found(tuple(choices), spread.bound_s, len(self.columns))
+
+    def _served(self, choice: Choice, share: float) -> Operation:
+        """At its share of the rate, over the links that it has."""
+        rate_per_s = (self.problem.goal.rate_per_s or 0.0) * share
+        return quickest(choice.chain, rate_per_s) or choice.operation
 
     def example(self, sort: int) -> str:
         """Name of a device of a sort."""
@@ -170,7 +187,8 @@ class LargeSearch:
         with the best price."""
         choices: list[Choice] = []
         priced = sorted(self.columns, key=lambda each: self._price(each) / each.rate_per_s)
-        while left > _WHOLE:
+        assert self.problem.goal.rate_per_s is not None, "asked for by price only"
+        while left > _WHOLE * self.problem.goal.rate_per_s:
             enough = sorted((c for c in priced if c.rate_per_s >= left), key=self._price)
             more = None
             for column in (*enough, *priced):

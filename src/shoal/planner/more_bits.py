@@ -13,7 +13,7 @@ from dataclasses import replace
 from shoal.planner.bits import Held, richer
 from shoal.planner.choice import Choice, carried, share_of
 from shoal.planner.goal import Goal
-from shoal.planner.service import peak, quickest
+from shoal.planner.service import keeps, peak, quickest
 
 
 def with_more_bits(choices: Sequence[Choice], goal: Goal) -> tuple[Choice, ...]:
@@ -35,10 +35,12 @@ def with_more_bits(choices: Sequence[Choice], goal: Goal) -> tuple[Choice, ...]:
 
 def _richer(choice: Choice, goal: Goal, rate_per_s: float) -> Held:
     chain = choice.chain
+    now = quickest(chain, rate_per_s, choice.operation.held)
+    is_kept = now is not None and keeps(goal, now)
 
     def worth(held: Held) -> float | None:
         if goal.objective == "latency":
-            served = quickest(chain, rate_per_s, held)
+            served = quickest(chain, rate_per_s, held, within_slo=is_kept)
             return None if served is None else 1 / served.latency_s(goal.output_tokens)
         most = peak(chain, held)
         return None if most is None else most.rate_per_s

@@ -3,14 +3,16 @@
     A  0-4 ──── B  4-9 ──┬── D  9-12        a route is a chain of parts: each device that it comes
       └── C  3-7 (4-7) ──┴── B (7-9) ...    to runs what is left of its layers, to their end
 
-Of all chains those are taken that carry most together, by a linear program over what devices can
-do; of equal ones the shorter. Knows nothing of how layers were given.
+Those chains are taken that carry most together, by a linear program over what devices can do; of
+equal ones the shorter. Of all the chains there are, it gets to know those that its prices ask for:
+the cheapest through each device, by dynamic programming over layers. Knows nothing of how layers
+were given.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from shoal.core.cluster import Device
 from shoal.core.errors import ConfigError
@@ -23,7 +25,8 @@ _LEAST_SHARE = 0.05
 """Of all that is carried, for a route to be worth having."""
 _HOP_COST = 1e-3
 """Of a chain's worth, for each hop."""
-_MOST_CHAINS = 4096
+_WORTH = 1e-7
+"""Of a chain, for which it is taken in."""
 _BATCH = 16
 """Sequences in a Step, at which devices are compared."""
 
@@ -55,7 +58,8 @@ def placed_replica(parts: Sequence[tuple[Device, Range]], problem: Problem) -> R
 
 
 def routes_of(ranges: Sequence[Range], rates: Sequence[float], num_layers: int) -> list[Route]:
-    """Chains through all layers that together carry most, the widest first.
+    """Chains through all layers that together carry most, the widest first. Few, as Steps are made
+    for each: narrow ones only if an instance of theirs has none else.
 
     Args:
         rates: layers per second of each instance.
@@ -63,28 +67,143 @@ def routes_of(ranges: Sequence[Range], rates: Sequence[float], num_layers: int) 
     Raises:
         ConfigError: there is none.
     """
-    chains = list(itertools.islice(_chains(ranges, 0, num_layers), _MOST_CHAINS))
-    if not chains:
-        raise ConfigError(
-            f"no chain of devices covers layers 0-{num_layers}; place the layers that are missing"
+    paths = Paths(ranges, num_layers)
+    chains = list(dict.fromkeys(paths.through_each([0.0] * len(ranges))))
+    while True:
+        uses = [_layers_on(chain, len(ranges)) for chain in chains]
+        packing = pack([_worth(each) for each in chains], uses, rates)
+        known = set(chains)
+        better = [
+            chain
+            for chain in dict.fromkeys(paths.through_each(packing.prices))
+            if chain not in known and _gain(chain, packing.prices) > _WORTH
+        ]
+        if not better:
+            break
+        chains += better
+    order = sorted(range(len(chains)), key=lambda index: -packing.counts[index])
+    least = _LEAST_SHARE * sum(packing.counts)
+    routes = [chains[index] for index in order if packing.counts[index] > least]
+    rest = [chains[index] for index in order if 0 < packing.counts[index] <= least]
+    used = {hop.instance for route in routes for hop in route}
+    for route in rest:
+        if not used.issuperset(hop.instance for hop in route):
+            routes.append(route)
+            used |= {hop.instance for hop in route}
+    return routes
+
+
+class Paths:
+    """Chains of instances from the first layer to the last, each as cheap as can be.
+
+    Who has the first layer comes first or not at all.
+
+    Raises:
+        ConfigError: there is none.
+    """
+
+    def __init__(self, ranges: Sequence[Range], num_layers: int) -> None:
+        self._ranges, self._num_layers = ranges, num_layers
+        self._starts = sorted({0, *(each.stop for each in ranges)})
+        self._from = {start: self._holding(start) for start in self._starts}
+        reached = {0}
+        for start in self._starts:
+            if start in reached:
+                reached |= {ranges[number].stop for number in self._from[start]}
+        if num_layers not in reached:
+            raise ConfigError(self._gap(max(reached)))
+
+    def through_each(self, prices: Sequence[float]) -> Iterator[Route]:
+        """The cheapest chain through each instance that any goes through.
+
+        Args:
+            prices: of a layer on each instance.
+        """
+        ahead, behind = self._ahead(prices), self._behind(prices)
+        best: dict[int, tuple[float, int]] = {}
+        for start in self._starts:
+            for number in self._from[start]:
+                stop = self._ranges[number].stop
+                if start not in ahead or stop not in behind:
+                    continue
+                cost = ahead[start][0] + prices[number] * (stop - start) + behind[stop][0]
+                if number not in best or cost < best[number][0]:
+                    best[number] = cost, start
+        for number in sorted(best):
+            start, stop = best[number][1], self._ranges[number].stop
+            before = self._traced_back(ahead, start)
+            yield (*before, Hop(number, Range(start, stop)), *self._traced_on(behind, stop))
+
+    def _holding(self, start: int) -> list[int]:
+        """Who may go on from a layer."""
+        return [
+            number
+            for number, own in enumerate(self._ranges)
+            if own.start <= start < own.stop and (start == 0 or own.start > 0)
+        ]
+
+    def _ahead(self, prices: Sequence[float]) -> dict[int, tuple[float, int, int]]:
+        """Of each layer that can be come to: the price of those before it, who runs the last of
+        them, and from where on."""
+        found = {0: (0.0, -1, 0)}
+        for start in self._starts:
+            for number in self._from[start] if start in found else ():
+                stop = self._ranges[number].stop
+                cost = found[start][0] + _HOP_COST + prices[number] * (stop - start)
+                if stop not in found or cost < found[stop][0]:
+                    found[stop] = cost, number, start
+        return found
+
+    def _behind(self, prices: Sequence[float]) -> dict[int, tuple[float, int]]:
+        """Of each layer from which the last one can be come to: the price, and who goes on."""
+        found = {self._num_layers: (0.0, -1)}
+        for start in reversed(self._starts):
+            for number in self._from[start]:
+                stop = self._ranges[number].stop
+                if stop not in found:
+                    continue
+                cost = found[stop][0] + _HOP_COST + prices[number] * (stop - start)
+                if start not in found or cost < found[start][0]:
+                    found[start] = cost, number
+        return found
+
+    def _traced_back(self, ahead: Mapping[int, tuple[float, int, int]], stop: int) -> Route:
+        hops: list[Hop] = []
+        while stop:
+            _, number, start = ahead[stop]
+            hops.insert(0, Hop(number, Range(start, stop)))
+            stop = start
+        return tuple(hops)
+
+    def _traced_on(self, behind: Mapping[int, tuple[float, int]], start: int) -> Route:
+        hops: list[Hop] = []
+        while start < self._num_layers:
+            number = behind[start][1]
+            stop = self._ranges[number].stop
+            hops.append(Hop(number, Range(start, stop)))
+            start = stop
+        return tuple(hops)
+
+    def _gap(self, reached: int) -> str:
+        whole = f"no chain of devices covers layers 0-{self._num_layers}"
+        held = {layer for each in self._ranges for layer in range(each.start, each.stop)}
+        missing = [each for each in range(self._num_layers) if each not in held]
+        if missing:
+            last = next(n for n in itertools.count(missing[0]) if n + 1 not in missing)
+            return f"{whole}: nobody has {missing[0]}-{last + 1}; place the layers that are missing"
+        return (
+            f"{whole}: the furthest ends before layer {reached}, and nobody goes on from there "
+            "(whoever has layer 0 comes first or not at all); place the layers from there on"
         )
-    uses = [_layers_on(chain, len(ranges)) for chain in chains]
-    values = [1 - _HOP_COST * len(chain) for chain in chains]
-    carried = pack(values, uses, rates).counts
-    order = sorted(range(len(chains)), key=lambda index: -carried[index])
-    least = _LEAST_SHARE * sum(carried)
-    return [chains[index] for index in order if carried[index] > least]
 
 
-def _chains(ranges: Sequence[Range], start: int, num_layers: int) -> Iterator[Route]:
-    """Every chain from a layer on; who has the first layer comes first or not at all."""
-    if start == num_layers:
-        yield ()
-        return
-    for number, own in enumerate(ranges):
-        if own.start <= start < own.stop and (start == 0 or own.start > 0):
-            for rest in _chains(ranges, own.stop, num_layers):
-                yield (Hop(number, Range(start, own.stop)), *rest)
+def _worth(chain: Route) -> float:
+    return 1 - _HOP_COST * len(chain)
+
+
+def _gain(chain: Route, prices: Sequence[float]) -> float:
+    """What a chain brings beyond the prices of its layers."""
+    return _worth(chain) - sum(prices[hop.instance] * len(hop.layers) for hop in chain)
 
 
 def _layers_on(chain: Route, num_instances: int) -> tuple[int, ...]:

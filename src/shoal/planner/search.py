@@ -41,9 +41,10 @@ class Outcome:
 
     Attributes:
         choices: replicas; `operation` of each is at the most it carries.
-        at_rate: each at its share of the goal's rate; as in `choices` without a rate.
+        flow_per_s: of requests that arrive: the goal's rate, or what is carried; 0: one at a time.
+        at_rate: each replica at its share of those.
         bound: no plan of those looked at has more requests per second (goodput), or less latency or
-            price (the others).
+            price (the others); None: not known.
         is_exact: all plans were looked at.
         num_looked_at: kinds of replicas in the search; 0: all.
         unmet: wishes that this plan does not meet, and what binds.
@@ -52,8 +53,9 @@ class Outcome:
 
     problem: Problem
     choices: tuple[Choice, ...]
+    flow_per_s: float
     at_rate: tuple[Operation, ...]
-    bound: float
+    bound: float | None
     is_exact: bool
     num_looked_at: int = 0
     unmet: tuple[str, ...] = ()
@@ -65,11 +67,14 @@ class Outcome:
         return carried(self.choices)
 
     @property
-    def gap(self) -> float:
-        """How far from the bound it may be, as a share of the bound; 0: it is the best."""
+    def gap(self) -> float | None:
+        """How far from the bound it may be, as a share of the bound; 0: it is the best; None: not
+        known, as there is no bound, or one of 0."""
         value = self.value
-        if self.is_exact or not self.bound:
+        if self.is_exact or value == self.bound:
             return 0.0
+        if not self.bound:
+            return None
         if self.problem.goal.objective == "goodput":
             return max(1 - value / self.bound, 0.0)
         return max(value / self.bound - 1, 0.0)
@@ -131,7 +136,7 @@ def _within_slo(problem: Problem, quickest: Outcome) -> Outcome:
     most = _search(_with(problem, replace(problem.goal, objective="goodput")))
     if most is None or most.unmet:
         return quickest
-    return replace(most, problem=problem, bound=0.0, is_exact=False)
+    return replace(most, problem=problem, bound=None, is_exact=False, num_looked_at=0)
 
 
 def _search(problem: Problem) -> Outcome | None:
@@ -142,7 +147,7 @@ def _search(problem: Problem) -> Outcome | None:
     if len(devices) <= MOST_DEVICES:
         small = SmallSearch(problem, Bench(problem, devices), [d.name for d in devices])
         ways = {"goodput": small.most_goodput, "latency": small.quickest, "cost": small.cheapest}
-        return _outcome(problem, ways[goal.objective](), 0.0, is_exact=True)
+        return _outcome(problem, ways[goal.objective](), None, is_exact=True)
     large = LargeSearch(problem)
     found = {
         "goodput": large.most_goodput,
@@ -152,13 +157,16 @@ def _search(problem: Problem) -> Outcome | None:
     outcome = _outcome(problem, found.choices, found.bound, is_exact=False)
     if outcome is None:
         return None
-    kinds = (problem.cluster.device(large.example(sort)).kind for sort in range(len(large.stock)))
+    # Over the links that its devices have, a replica may do better than its column.
+    nearest = max if goal.objective == "goodput" else min
+    bound = nearest(found.bound, outcome.value)
+    kinds = (problem.cluster.device(large.example(sort)).kind for sort in range(large.num_sorts))
     prices = tuple(zip(kinds, large.prices, strict=False))
-    return replace(outcome, num_looked_at=found.num_columns, prices=prices)
+    return replace(outcome, bound=bound, num_looked_at=found.num_columns, prices=prices)
 
 
 def _outcome(
-    problem: Problem, choices: Sequence[Choice], bound: float, *, is_exact: bool
+    problem: Problem, choices: Sequence[Choice], bound: float | None, *, is_exact: bool
 ) -> Outcome | None:
     if not choices:
         return None
@@ -167,15 +175,18 @@ def _outcome(
     total = carried(full)
     unmet: tuple[str, ...] = ()
     rate = goal.rate_per_s
-    if rate is not None and rate > total * (1 + 1e-9):
+    if rate is None:
+        flow = 0.0 if goal.objective == "latency" else total
+    elif rate <= total * (1 + 1e-9):
+        flow = rate
+    else:
+        flow = total
         unmet = (
             f"the rate of {rate:g} requests/s: these devices carry {total:.3g} within the SLO "
             f"({goal.slo}); add devices, or lower --rate",
         )
-        rate = None
     at_rate: list[Operation] = []
     served: dict[Hashable, Operation] = {}
-    flow = rate or (0.0 if goal.objective == "latency" else total)
     for each in full:
         own = flow * share_of(each, full)
         key = likeness(each), each.operation, own
@@ -191,6 +202,7 @@ def _outcome(
     return Outcome(
         problem=problem,
         choices=full,
+        flow_per_s=flow,
         at_rate=tuple(at_rate),
         bound=bound,
         is_exact=is_exact,

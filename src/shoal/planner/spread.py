@@ -123,7 +123,7 @@ class Spread:
         taken = [index for index, each in enumerate(fractions) if each > 1e-6]
         dense = sorted(
             range(len(self.columns)),
-            key=lambda i: -self.columns[i].rate_per_s / sum(self.columns[i].uses),
+            key=lambda i: -self.columns[i].rate_per_s / self.columns[i].num_devices,
         )
         quick = sorted(range(len(self.columns)), key=lambda i: self._tables[i].floor_s(-1))
         near = quick[:_MOST_TRIED], dense[:_MOST_TRIED]

@@ -27,11 +27,16 @@ _KV_SHARE = 0.95
 
 
 def to_plan(choices: Sequence[Choice], cluster: Cluster, model: str | None) -> Plan:
-    """
+    """With as many requests at once as each replica was planned for.
+
     Raises:
         ConfigError: a plan that does not cover the model (a mistake of the search's).
     """
-    return Plan(replicas=tuple(replica_plan(each, cluster) for each in choices), model=model)
+    return Plan(
+        replicas=tuple(replica_plan(each, cluster) for each in choices),
+        model=model,
+        max_num_seqs=max((each.chain.goal.max_concurrency for each in choices), default=None),
+    )
 
 
 def replica_plan(choice: Choice, cluster: Cluster) -> ReplicaPlan:

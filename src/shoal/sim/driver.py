@@ -54,6 +54,7 @@ from shoal.sim.records import Records, Replan, ReplicaSample, RequestRecord, Sam
 from shoal.sim.replica import SimulatedReplica
 from shoal.sim.setup import ReplicaSetup, info_of
 from shoal.sim.speeds import speeds_of
+from shoal.sim.uncollected import uncollected
 
 _TICK_S = 0.25
 """As the live router's."""
@@ -102,7 +103,8 @@ class Simulation:
         self._setups = {each.name: each for each in replicas}
         self._names = tuple(self._setups)
         self._numbers = {name: number for number, name in enumerate(self._names)}
-        self._prompts = Prompts(workload)
+        longest = max((each.config.max_model_len for each in replicas), default=0)
+        self._prompts = Prompts(workload, most_tokens=longest + 1)
         self._runs = runs
         self._request_s = request_s
         self._may_move = any(each.role != "any" for each in replicas) or drains(faults)
@@ -134,6 +136,7 @@ class Simulation:
         self._most_samples = 2 * num_samples
         self._sample_every_s = max(workload.duration_s, 1.0) / num_samples
 
+    @uncollected()
     def run(self, until_s: float = math.inf) -> Records:
         """Until every request has ended, nothing more can happen, or that time has come."""
         for name in self._setups:
@@ -209,8 +212,7 @@ class Simulation:
             self._push(self._wakes_s, _WAKE, 0)
 
     def _wake(self, name: str, now: float) -> None:
-        replica = self._replicas.get(name)
-        if replica is not None and replica.next_s == now:
+        if (replica := self._replicas.get(name)) is not None and replica.next_s == now:
             replica.advance(now)
             self._settle(name)
 
@@ -244,15 +246,13 @@ class Simulation:
 
     def _catch_up(self, name: str) -> None:
         """With what is due by now, so that the router knows of it."""
-        replica = self._replicas.get(name)
-        if replica is not None:
+        if (replica := self._replicas.get(name)) is not None:
             replica.catch_up(self._now)
             self._settle(name)
 
     def _settle(self, name: str) -> None:
         """Come back when the replica has something to do."""
-        when = self._replicas[name].next_s
-        if when is not None:
+        if (when := self._replicas[name].next_s) is not None:
             self._push(when, _RESULT, self._numbers[name])
 
     def _join(self, name: str, now: float) -> None:

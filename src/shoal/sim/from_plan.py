@@ -16,7 +16,7 @@ from typing import cast, get_args
 from shoal.core.cluster import Cluster, Device, Precision
 from shoal.core.errors import ConfigError
 from shoal.core.model_spec import ModelSpec
-from shoal.core.options import Batching
+from shoal.core.options import MAX_NUM_SEQS, Batching
 from shoal.core.plan import Plan, ReplicaPlan
 from shoal.core.split import Shard
 from shoal.core.step import BLOCK_SIZE
@@ -40,7 +40,7 @@ class Limits:
         engine: whose constants the cost model takes.
     """
 
-    max_num_seqs: int = 64
+    max_num_seqs: int = MAX_NUM_SEQS
     max_num_batched_tokens: int | None = None
     max_model_len: int | None = None
     max_waiting: int = 256

@@ -16,11 +16,15 @@ from shoal.core.workload import HASH_BLOCK_TOKENS, Arrival, Workload
 class Prompts:
     """Of one workload.
 
+    Args:
+        most_tokens: of a prompt; those that are longer, which every replica refuses, end there.
+
     Raises:
         ConfigError: a prompt whose length the trace doesn't say.
     """
 
-    def __init__(self, workload: Workload) -> None:
+    def __init__(self, workload: Workload, most_tokens: int) -> None:
+        self._most_tokens = most_tokens
         for number, arrival in enumerate(workload.arrivals, start=1):
             if arrival.prompt_tokens < 1:
                 raise ConfigError(
@@ -48,7 +52,7 @@ class Prompts:
         )
 
     def _prompt(self, number: int, arrival: Arrival) -> tuple[int, ...]:
-        wanted, ids = arrival.prompt_tokens, list[int]()
+        wanted, ids = min(arrival.prompt_tokens, self._most_tokens), list[int]()
         for name in arrival.block_hashes[: -(-wanted // HASH_BLOCK_TOKENS)]:
             ids += [self._ids[name]] * HASH_BLOCK_TOKENS
         return (*ids[:wanted], *[number] * (wanted - len(ids)))

@@ -26,13 +26,13 @@ def summarise(
     stats: Mapping[str, EngineStats],
     slo: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Times in seconds.
+    """Times in seconds. Requests that had not come when it ended count nowhere but as such.
 
     Args:
         stats: counters of each replica at the end.
         slo: bounds by metric, for goodput; may be empty.
     """
-    requests = records.requests
+    requests = [each for each in records.requests if each.arrival_s <= records.end_s]
     good = [each for each in requests if each.is_good]
     errors = Counter(each.error for each in requests if each.error is not None)
     refused = errors["queue_full"] + errors["overloaded"]
@@ -46,6 +46,7 @@ def summarise(
             "refused": refused,
             "failed": errors.total() - refused,
             "never_ended": sum(not each.is_finished for each in requests),
+            "not_come": len(records.requests) - len(requests),
         },
         "errors": dict(sorted(errors.items())),
         "duration_s": end_s,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import pytest
 from chain_worker import expected_output
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,7 +12,7 @@ from test_router_state import INFO, VOCAB, Fleet
 
 from shoal.core.latency import Slo
 from shoal.core.request import ErrorInfo, GenerateRequest, SamplingParams
-from shoal.policy.admission import Promise, Promises
+from shoal.policy.admission import Promise, Promises, Shares
 from shoal.router.events import Cancel, Submit, Tick
 
 PLACES = INFO.max_num_seqs + 1
@@ -59,6 +60,57 @@ def test_a_small_tenant_does_not_stand_behind_a_flood() -> None:
     assert ("r", "mine") in fleet.running
     fleet.run_out()
     assert len(fleet.finished) == PLACES + 21
+
+
+@pytest.mark.parametrize("first", ["idle", "flood"])
+def test_what_an_idle_fleet_gave_is_held_against_nobody(first: str) -> None:
+    fleet = Fleet("r")
+    fleet.up("r")
+    for i in range(100):
+        ask(fleet, f"idle{i}", salt="mine/")
+        finish(fleet, f"idle{i}")
+    for i in range(PLACES):
+        ask(fleet, f"flood{i}", salt="big/")
+    if first == "idle":
+        ask(fleet, "mine", salt="mine/")
+    for i in range(PLACES, PLACES + 20):
+        ask(fleet, f"flood{i}", salt="big/")
+    if first == "flood":
+        ask(fleet, "mine", salt="mine/")
+    finish(fleet, "flood0")
+    finish(fleet, "flood1")
+    assert ("r", "mine") in fleet.running
+    fleet.run_out()
+    assert len(fleet.finished) == 100 + PLACES + 21
+
+
+def test_what_runs_when_a_queue_forms_counts() -> None:
+    """Who has all of the seats is served after who has none, until that one has had as much."""
+    shares, turns = Shares(), []
+    for _ in range(3):
+        shares.sent("full", 100.0)
+    shares.begin()
+    shares.came("new", ())
+    shares.came("full", ("new",))
+    for _ in range(8):
+        turns.append(shares.in_turn(["full", "new"])[0])
+        shares.sent(turns[-1], 100.0)
+    assert turns == ["new", "new", "new", "full", "new", "full", "new", "full"]
+
+
+def test_who_took_less_than_expected_is_charged_for_that_alone() -> None:
+    shares, turns = Shares(), []
+    for _ in range(50):
+        shares.sent("short", 100.0)
+    shares.begin()
+    for _ in range(50):
+        shares.ended("short", 100.0, 10.0)
+    shares.came("short", ())
+    shares.came("long", ("short",))
+    for _ in range(6):
+        turns.append(shares.in_turn(["short", "long"])[0])
+        shares.sent(turns[-1], 100.0)
+    assert turns.count("long") == 3, "nothing was saved up"
 
 
 def test_the_urgent_come_first_and_the_least_urgent_go() -> None:

@@ -24,7 +24,7 @@ from shoal.router.events import (
 LONG = 60
 
 
-def _prompts(count: int) -> list[list[int]]:
+def long_prompts(count: int) -> list[list[int]]:
     """Whose outputs do not end before they must."""
     all_of_them = ([first, second, 3] for first in range(1, VOCAB) for second in range(1, VOCAB))
     long = (each for each in all_of_them if len(expected_output(each, LONG, VOCAB)) == LONG)
@@ -36,13 +36,13 @@ def _stuck(fleet: Clocked, name: str, is_stuck: bool) -> None:
     fleet.tell(ReplicaStuck(name, fleet.incarnations[name], is_stuck))
 
 
-def _streams(fleet: Clocked, count: int, *, at: str) -> list[str]:
+def begin_streams(fleet: Clocked, count: int, *, at: str) -> list[str]:
     """Of which each has begun there."""
     others = fleet.live - {at}
     for name in others:
         fleet.tell(DrainReplica(name))
     ids = [f"s{number}" for number in range(count)]
-    for each, prompt in zip(ids, _prompts(count), strict=True):
+    for each, prompt in zip(ids, long_prompts(count), strict=True):
         fleet.submit(each, prompt, max_tokens=LONG)
     for name in others:
         fleet.tell(ResumeReplica(name))
@@ -56,7 +56,7 @@ def _at(fleet: Clocked, name: str) -> list[str]:
 
 def test_one_that_is_back_takes_all_streams_of_another_one() -> None:
     fleet = Clocked("a", "b")
-    ids = _streams(fleet, 4, at="a")
+    ids = begin_streams(fleet, 4, at="a")
     _stuck(fleet, "a", True)
     for _ in range(4):
         fleet.say()
@@ -66,20 +66,20 @@ def test_one_that_is_back_takes_all_streams_of_another_one() -> None:
     fleet.say()
     assert _at(fleet, "a") == ids
     fleet.finish()
-    for each, prompt in zip(ids, _prompts(4), strict=True):
+    for each, prompt in zip(ids, long_prompts(4), strict=True):
         assert fleet.delivered[each] == expected_output(prompt, LONG, VOCAB)
 
 
 def test_streams_of_one_that_dies_are_shared_out() -> None:
     fleet = Clocked("a", "b", "c")
-    ids = _streams(fleet, 8, at="a")
+    ids = begin_streams(fleet, 8, at="a")
     fleet.down("a")
     assert len(_at(fleet, "b")) == len(_at(fleet, "c")) == len(ids) / 2
 
 
 def test_a_long_stream_outlives_more_replicas_than_a_request_may_end() -> None:
     fleet = Clocked("a", "b", max_lost=3)
-    (stream,) = _streams(fleet, 1, at="a")
+    (stream,) = begin_streams(fleet, 1, at="a")
     for _ in range(5):
         ((replica, _),) = fleet.running
         fleet.down(replica)
@@ -87,12 +87,12 @@ def test_a_long_stream_outlives_more_replicas_than_a_request_may_end() -> None:
         for _ in range(9):
             fleet.say()
     fleet.finish()
-    assert fleet.delivered[stream] == expected_output(_prompts(1)[0], LONG, VOCAB)
+    assert fleet.delivered[stream] == expected_output(long_prompts(1)[0], LONG, VOCAB)
 
 
 def test_that_a_request_is_cancelled_is_no_sign_of_life() -> None:
     fleet = Clocked("a", "b")
-    ids = _streams(fleet, 2, at="a")
+    ids = begin_streams(fleet, 2, at="a")
     fleet.stalled = {"a"}
     for _ in range(15):
         fleet.say(gap_s=0.1)
@@ -109,7 +109,7 @@ def test_who_did_nothing_for_a_while_is_not_thought_slow() -> None:
     fleet = Clocked("a", "b")
     fleet.warm()
     before = fleet.state.prospects(fleet.now)["a"]
-    _streams(fleet, 3, at="a")
+    begin_streams(fleet, 3, at="a")
     fleet.stalled = {"a"}
     for _ in range(30):
         fleet.say(gap_s=0.1)
@@ -124,7 +124,7 @@ def test_who_did_nothing_for_a_while_is_not_thought_slow() -> None:
 def test_without_hedging_a_pause_is_waited_for() -> None:
     fleet = Clocked("a", "b", hedging=False)
     fleet.warm()
-    ids = _streams(fleet, 3, at="a")
+    ids = begin_streams(fleet, 3, at="a")
     for _ in range(4):
         fleet.say()
     fleet.stalled = {"a"}
@@ -142,10 +142,10 @@ def test_without_hedging_a_silent_replica_is_left_nevertheless(has_begun: bool) 
     fleet = Clocked("a", "b", hedging=False)
     fleet.warm()
     if has_begun:
-        _streams(fleet, 1, at="a")
+        begin_streams(fleet, 1, at="a")
     else:
         fleet.tell(DrainReplica("b"))
-        fleet.submit("s0", _prompts(1)[0], max_tokens=LONG)
+        fleet.submit("s0", long_prompts(1)[0], max_tokens=LONG)
         fleet.tell(ResumeReplica("b"))
     fleet.stalled = {"a"}
     fleet.wait(2.0)
@@ -153,7 +153,7 @@ def test_without_hedging_a_silent_replica_is_left_nevertheless(has_begun: bool) 
     fleet.wait(2.0)
     assert fleet.places("s0") == ["a", "b"]
     fleet.finish()
-    assert fleet.delivered["s0"] == expected_output(_prompts(1)[0], LONG, VOCAB)
+    assert fleet.delivered["s0"] == expected_output(long_prompts(1)[0], LONG, VOCAB)
     assert (fleet.state.hedges.hedged, fleet.state.hedges.rescued) == (0, 1)
 
 
@@ -161,7 +161,7 @@ def test_what_is_not_read_is_no_silence() -> None:
     """A client that reads nothing says nothing of the replica that answers it."""
     fleet = Clocked("a", "b")
     fleet.warm()
-    (stream,) = _streams(fleet, 1, at="a")
+    (stream,) = begin_streams(fleet, 1, at="a")
     fleet.say()
     ((name, sent_id),) = fleet.running
     fleet.tell(AttemptHeld(name, fleet.incarnations[name], sent_id, True))
@@ -174,7 +174,7 @@ def test_what_is_not_read_is_no_silence() -> None:
     fleet.wait(5.0)
     assert fleet.places(stream) == ["a", "b"], "it is read again, and says nothing"
     fleet.finish()
-    assert fleet.delivered[stream] == expected_output(_prompts(1)[0], LONG, VOCAB)
+    assert fleet.delivered[stream] == expected_output(long_prompts(1)[0], LONG, VOCAB)
 
 
 class _Lending(Clocked):
@@ -208,7 +208,7 @@ class _Lending(Clocked):
 
 def test_for_balance_nothing_is_computed_again() -> None:
     fleet = _Lending("a", "b", moves_kv=True, balance_gap=3)
-    ids = _streams(fleet, 4, at="a")
+    ids = begin_streams(fleet, 4, at="a")
     for _ in range(10):
         fleet.say()
     assert fleet.num_asked

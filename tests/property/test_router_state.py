@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -9,10 +10,11 @@ from chain_worker import EOS, expected_output
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.core.request import GenerateRequest, Output, SamplingParams
+from shoal.core.request import ErrorInfo, GenerateRequest, Output, SamplingParams
 from shoal.core.stats import EngineInfo
 from shoal.router.events import (
     Abandon,
+    AttemptFailed,
     Cancel,
     CancelAt,
     Deliver,
@@ -60,12 +62,17 @@ class Fleet:
         self.delivered: dict[str, list[int]] = {}
         self.finished: dict[str, Output] = {}
         self.last: Output | None = None
+        self.restarting: set[str] = set()
 
     def tell(self, event: Event) -> None:
+        if isinstance(event, ReplicaReady):
+            restarts = event.info.restarts
+            (self.restarting.add if restarts else self.restarting.discard)(event.replica)
         for effect in self.state.handle(event, self.now):
             match effect:
                 case Send(replica, request):
                     assert replica in self.live, "sent to a replica that is not there"
+                    assert not (request.output_ids and replica in self.restarting), "it cannot"
                     self.sent.setdefault(own_id(request.request_id), []).append(effect)
                     self.running[replica, request.request_id] = [
                         *request.prompt_ids,
@@ -85,10 +92,18 @@ class Fleet:
         if output.finish is not None:
             self.finished[output.request_id] = output
 
-    def up(self, name: str) -> None:
+    def up(self, name: str, **changed: int | bool) -> None:
         self.live.add(name)
         self.incarnations[name] += 1
-        self.tell(ReplicaReady(name, self.incarnations[name], INFO))
+        info = dataclasses.replace(INFO, **changed)  # type: ignore[arg-type]
+        self.tell(ReplicaReady(name, self.incarnations[name], info))
+
+    def fail(self, key: tuple[str, str], status: int = 502) -> None:
+        """A replica fails at a request, and says so."""
+        del self.running[key]
+        replica, request_id = key
+        error = ErrorInfo(status=status, code="broken", message="no")
+        self.tell(AttemptFailed(replica, self.incarnations[replica], request_id, error))
 
     def down(self, name: str, *, final: bool = False) -> None:
         self.live.discard(name)

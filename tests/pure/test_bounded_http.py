@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 
 import pytest
 import uvicorn
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from test_upstreams import in_loop
+from upstream_fakes import until
 from uvicorn.server import ServerState
 
 from shoal.server import bounded_http
 from shoal.server.bounded_http import MAX_HEAD_BYTES, BoundedHttp
 from shoal.server.hang_up import unless_hung_up
+from shoal.server.sse import EventStream
 
 HEAD = b"POST / HTTP/1.1\r\nhost: x\r\n"
 
@@ -22,7 +25,8 @@ HEAD = b"POST / HTTP/1.1\r\nhost: x\r\n"
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes half a minute otherwise."""
-    for name, seconds in (("HEAD_S", 0.2), ("QUIET_S", 0.2), ("_LOOK_S", 0.02)):
+    limits = {"HEAD_S": 0.2, "QUIET_S": 0.2, "UNREAD_S": 0.2, "_LOOK_S": 0.02}
+    for name, seconds in limits.items():
         monkeypatch.setattr(bounded_http, name, seconds)
 
 
@@ -44,14 +48,13 @@ async def _app(scope: Scope, receive: Receive, send: Send) -> None:
 
 @contextlib.asynccontextmanager
 async def _connected(
-    app: ASGIApp = _app,
+    app: ASGIApp = _app, state: ServerState | None = None
 ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     config = uvicorn.Config(app, access_log=False, log_config=None, ws="none")
     config.load()
+    state = state or ServerState()
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(
-        lambda: BoundedHttp(config, ServerState(), {}), "127.0.0.1", 0
-    )
+    server = await loop.create_server(lambda: BoundedHttp(config, state, {}), "127.0.0.1", 0)
     reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
     try:
         yield reader, writer
@@ -154,3 +157,61 @@ async def test_slow_answers_and_bodies_that_come_by_and_by_are_none_of_this() ->
             await asyncio.sleep(0.05)
             writer.write(b"x")
         assert b"10 bytes" in await _all(reader)
+
+
+BIG = b"x" * 2**20
+
+
+async def _stream(scope: Scope, receive: Receive, send: Send) -> None:
+    async def events() -> AsyncGenerator[bytes, None]:
+        while True:
+            yield BIG
+
+    stream = EventStream(events(), request_id="req", stall_timeout_s=0.2)
+    await stream(scope, receive, send)
+
+
+async def _whole(scope: Scope, receive: Receive, send: Send) -> None:
+    await Response(64 * BIG)(scope, receive, send)
+
+
+@pytest.mark.parametrize("app", [_stream, _whole])
+@in_loop
+async def test_who_reads_nothing_keeps_no_socket(app: ASGIApp) -> None:
+    """Though what he was to read still waits in it."""
+    state = ServerState()
+    async with _connected(app, state) as (_, writer):
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        writer.write(b"GET / HTTP/1.1\r\nconnection: close\r\n\r\n")
+        await until(lambda: bool(state.connections))
+        await until(lambda: not state.connections)
+        await until(lambda: not state.tasks)
+
+
+@in_loop
+async def test_who_reads_slowly_gets_all_of_what_is_left() -> None:
+    state = ServerState()
+    async with _connected(_whole, state) as (reader, writer):
+        writer.write(b"GET / HTTP/1.1\r\nconnection: close\r\n\r\n")
+        num_bytes = 0
+        while piece := await reader.read(2**20):
+            num_bytes += len(piece)
+            await asyncio.sleep(0.01)
+        assert num_bytes > len(64 * BIG)
+        await until(lambda: not state.connections)
+
+
+@in_loop
+async def test_with_another_server_a_stalled_stream_ends_and_its_task_is_nobodys_to_end() -> None:
+    never = asyncio.Event()
+
+    async def send(message: object) -> None:
+        await never.wait()
+
+    async def receive() -> Message:
+        await never.wait()
+        return {"type": "http.disconnect"}
+
+    async with asyncio.timeout(30):
+        await _stream({"type": "http"}, receive, send)
+    assert asyncio.current_task().cancelling() == 0  # type: ignore[union-attr]

@@ -88,8 +88,3 @@ def test_several_models_behind_one_upstream_need_a_name() -> None:
         Door().admit(found("one", "two", is_one_model=False))
     named = Door([("public", "two")])
     assert named.admit(found("one", "two", is_one_model=False)) == {"public": "two"}
-
-
-def test_only_equals_go_on_with_each_other() -> None:
-    door = Door()
-    assert [door.can_continue(each) for each in (None, "x", "y", "x")] == [False, True, False, True]

@@ -121,6 +121,11 @@ COMPLETION: list[tuple[dict[str, Any], str, str]] = [
     ({"logit_bias": {str(i): 1 for i in range(1025)}}, "invalid_value", "logit_bias"),
     ({"output_token_ids": [1], "n": 2}, "invalid_value", "output_token_ids"),
     ({"output_token_ids": [999]}, "invalid_token_id", "output_token_ids"),
+    (
+        {"output_token_ids": [1], "continuation": "another"},
+        "other_continuation",
+        "continuation",
+    ),
     ({"prompt_logprobs": 1, "stream": True}, "invalid_value", "prompt_logprobs"),
     ({"priority": 2**31}, "invalid_value", "priority"),
     # 450 tokens x 128 x 20 are more than a million entries.

@@ -84,6 +84,19 @@ def test_a_breaker_opens_for_longer_each_time_and_closes_by_and_by() -> None:
         allowed.append(breaker.allowance)
         breaker.answered()
     assert allowed == [1, 2, 4, 8, 16, 32]
+    assert [breaker.failed(now) for _ in range(3)] == [False, False, True], "that is forgotten"
+
+
+def test_a_breaker_counts_what_fails_though_it_began() -> None:
+    breaker = Breaker()
+    for _ in range(20):
+        assert not breaker.failed(0.0)
+        breaker.ended()
+    for _ in range(2):
+        breaker.answered()
+        assert not breaker.failed(0.0)
+    breaker.answered()
+    assert breaker.failed(0.0)
 
 
 def test_patience_follows_what_is_usual_and_not_the_few_that_are_very_late() -> None:

@@ -10,14 +10,10 @@ from upstream_fakes import event
 
 from shoal.core.errors import ConfigError
 from shoal.router.upstream.address import parse_address
+from shoal.router.upstream.chunks import BadStreamError
+from shoal.router.upstream.event_cutter import EventCutter
 from shoal.router.upstream.records import Backlog, Call, stand_in_ids
-from shoal.router.upstream.stream_events import (
-    BadStreamError,
-    EventCutter,
-    Narration,
-    renamed,
-    renamings,
-)
+from shoal.router.upstream.stream_events import Narration, renamed, renamings
 
 DONE = b"data: [DONE]\n\n"
 
@@ -136,6 +132,7 @@ def test_a_stream_that_another_goes_on_with_reads_as_one() -> None:
     one = narration(of, tells_ids=True)
     said, ids = one.take(spelled(b"a", *events[:2]))
     assert ids == (7, 0, 7, 1)
+    of.begin("same", one.preamble)
     other = narration(of, tells_ids=True, goes_on=True)
     again = shoal_event(texts[2], [7, 2], first=True)
     more, more_ids = other.take([*spelled(b"b", again, last), DONE])

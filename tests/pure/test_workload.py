@@ -95,6 +95,17 @@ OWN = '{"arrival_s": 0, "prompt_tokens": 1, "output_tokens": 1}\n'
         (OWN + '\n{"arrival_s": 0, "output_tokens": 1}\n', "line 3: no 'prompt_tokens'"),
         (OWN + '{"arrival_s": 0, "prompt": 5, "output_tokens": 1}\n', "line 2: prompt is 5"),
         (OWN + '{"arrival_s": null, "prompt": "", "output_tokens": 1}\n', "line 2: float"),
+        (OWN + OWN.replace("1,", "Infinity,"), "line 2: cannot convert float infinity"),
+        (OWN + OWN.replace("1,", "1e999,"), "line 2: cannot convert float infinity"),
+        (OWN + OWN.replace("1,", "9" * 400 + ","), "prompt of more than 2,147,483,647 tokens"),
+        (OWN + OWN.replace("1,", "9" * 5000 + ","), "line 2: not JSON"),
+        (OWN + OWN.replace("0,", "9" * 400 + ","), "line 2: int too large"),
+        (OWN + OWN.replace("0,", "1e12,"), "line 2: arrival is at 1000000000000.0 s"),
+        (OWN + OWN.replace("1}", "3000000000}"), "line 2: output of more than"),
+        (OWN + OWN.replace("0,", "[" * 100_000 + ","), "line 2: not JSON"),
+        (OWN + OWN.replace("1}", '1, "hash_ids": [1e999]}'), "line 2: cannot convert"),
+        (CSV + '"0,1,1\n' + "1,1,1\n" * 30_000, "field larger than field limit (131072)"),
+        (CSV + "0,1,1\n1," + "x" * 1000 + ",1\n", "line 3: invalid literal"),
     ],
 )
 def test_a_malformed_trace_names_file_and_line(text: str, message: str) -> None:

@@ -67,6 +67,8 @@ class FakeUpstream:
     """A server whose streams say "t0 t1 ...", one event each; its checks always go well.
 
     Attributes:
+        card: more of what it says its model is.
+        check: what it answers to a check.
         script: what it does with clients' requests in place of that.
         num_tokens, delay_s: of its own streams.
         asked: clients' requests.
@@ -76,6 +78,8 @@ class FakeUpstream:
     """
 
     model: str = "theirs"
+    card: dict[str, Any] = field(default_factory=dict)
+    check: Any = field(default_factory=lambda: {"choices": []})
     script: Script | None = None
     num_tokens: int = 5
     delay_s: float = 0.0
@@ -111,11 +115,11 @@ class FakeUpstream:
                 asked = await _read(reader)
                 if asked.method == "GET":
                     await self.listens.wait()
-                    writer.write(whole(200, {"data": [{"id": self.model}]}))
+                    writer.write(whole(200, {"data": [{"id": self.model, **self.card}]}))
                 elif asked.body.get("max_tokens") == 1 and "stream" not in asked.body:
                     self.num_checks += 1
                     await self.generates.wait()
-                    writer.write(whole(200 if self.works else 500, {"choices": []}))
+                    writer.write(whole(200 if self.works else 500, self.check))
                 else:
                     self.asked.append(asked)
                     await (self.script or self._plain)(asked, writer)

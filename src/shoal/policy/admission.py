@@ -30,32 +30,47 @@ _SHORTEST_S = 1e-3
 
 _PROMISES_KEPT, _FEWEST_PROMISES = 64, 16
 _SURE = 0.95
-_LEAST_MARGIN, _MOST_MARGIN = 1 / 0.7, 4.0
+_LEAST_MARGIN, _MOST_MARGIN = 1 / 0.6, 4.0
 
 
 class Shares:
-    """What each tenant has been served, in weighted tokens."""
+    """What each tenant has been served since somebody waits, in weighted tokens.
+
+    Before that nobody's share was another one's loss: what a tenant had of a fleet with room for
+    all is not held against it, but for what of it still runs.
+    """
 
     def __init__(self) -> None:
         self._served: dict[str, float] = {}
-        self._last = 0.0
+        self._running: dict[str, float] = {}
+        self._num_running: dict[str, int] = {}
+
+    def begin(self) -> None:
+        """Somebody waits, and nobody did."""
+        self._served = dict(self._running)
 
     def came(self, tenant: str, waiting: Iterable[str]) -> None:
         """A tenant begins to wait, beside these: time that it was away earns it nothing."""
-        least = min((self._served.get(each, 0.0) for each in waiting), default=self._last)
+        least = min((self._served.get(each, 0.0) for each in waiting), default=0.0)
         self._served[tenant] = max(self._served.get(tenant, 0.0), least)
 
-    def serve(self, tenant: str, tokens: float) -> None:
-        """It is served so many; fewer than 0: it was charged for more than it took."""
+    def sent(self, tenant: str, tokens: float) -> None:
+        """A request of it is; it is expected to take so many."""
         self._served[tenant] = self._served.get(tenant, 0.0) + tokens
+        self._running[tenant] = self._running.get(tenant, 0.0) + tokens
+        self._num_running[tenant] = self._num_running.get(tenant, 0) + 1
+
+    def ended(self, tenant: str, expected: float, took: float) -> None:
+        """A request of it has."""
+        self._served[tenant] += took - expected
+        self._running[tenant] -= expected
+        self._num_running[tenant] -= 1
+        if not self._num_running[tenant]:
+            del self._running[tenant], self._num_running[tenant]
 
     def in_turn(self, tenants: Iterable[str]) -> list[str]:
         """Whose turn it is, and then whose; of equals the first."""
         return sorted(tenants, key=lambda tenant: self._served.get(tenant, 0.0))
-
-    def took_turn(self, tenant: str) -> None:
-        """Whoever comes later has had as much."""
-        self._last = self._served.get(tenant, 0.0)
 
 
 class Departures:

@@ -49,6 +49,14 @@ class Breaker:
             return True
         return False
 
+    def refused(self, now: float) -> bool:
+        """It has too much to do; whether that opens it: who is tried would be sent all that comes,
+        one by one."""
+        is_tried = self.allowance in (1, RECOVERED)
+        if is_tried:
+            self.trip(now)
+        return is_tried
+
     def trip(self, now: float) -> None:
         """It opens: for longer than the last time, unless that was long ago."""
         if now - self.tripped_s > self._open_s + _CALM_S:
@@ -67,14 +75,13 @@ class Breaker:
 
     def spoke(self) -> None:
         """It still works on what it had."""
-        self._num_failures = 0
         if self.is_open:
             self.allowance = 1
 
     def recovered(self) -> None:
         """It said itself that it works again."""
         if self.is_open:
-            self._num_failures, self.allowance = 0, RECOVERED
+            self.allowance = RECOVERED
 
     @property
     def has_answered(self) -> bool:
@@ -82,12 +89,16 @@ class Breaker:
         return self.allowance is not None and self.allowance >= RECOVERED
 
     def close(self) -> None:
-        """It is trusted."""
-        self.allowance = None
+        """It is trusted, as if nothing had been."""
+        self.allowance, self._num_failures = None, 0
+
+    def ended(self) -> None:
+        """A request got all of its tokens: one that breaks off all it begins fails all the same."""
+        self._num_failures = 0
 
     def answered(self) -> None:
         """A request got its first token."""
-        self._num_failures = 0
         if self.allowance is not None:
-            doubled = max(2 * self.allowance, 1)
-            self.allowance = doubled if doubled <= _ENOUGH else None
+            self.allowance = max(2 * self.allowance, 1)
+            if self.allowance > _ENOUGH:
+                self.close()

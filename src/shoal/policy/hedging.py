@@ -4,6 +4,7 @@
     whole answer  the same, where nothing is told before it; how long answers are is part of that
     a stream      silent for several times as long as its tokens take, and as a Step may take
     budget        a share of the tokens that are computed anyway, with little saved up
+    retries       a share of the requests, likewise
 
 Quantiles of lateness follow Dean and Barroso (The Tail at Scale, 2013), a budget by tokens what
 gRPC's retry throttling does by requests. Knows nothing of replicas.
@@ -35,6 +36,9 @@ whole answers too."""
 _RESCUE_SHARE = 0.5
 """Of the same, that they may take: late first tokens find the rest."""
 _RETRY_SHARE, _FIRST_RETRIES, _MOST_RETRIES = 0.2, 10.0, 100.0
+KEPT_FOR_FAILURES = 3.0
+"""Of the budget of retries, that requests at busy replicas leave to those at failing ones: after so
+many failures a replica is given up, and the rest of its requests cost nothing of it."""
 
 
 class Lateness:

@@ -42,7 +42,8 @@ class Attempts:
     def send(self, entry: Entry, attempt: Attempt, now: float) -> Send:
         """To the replica that it is bound to."""
         attempt.sent_s = now
-        attempt.was_alone = len(self._replicas[attempt.replica].outstanding) == 1
+        replica = self._replicas[attempt.replica]
+        attempt.was_alone, attempt.restarts = len(replica.outstanding) == 1, replica.restarts
         return Send(attempt.replica, entry.rest(attempt, now))
 
     def lead_by(self, entry: Entry, winner: Attempt) -> list[CancelAt]:

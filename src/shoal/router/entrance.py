@@ -47,6 +47,7 @@ class Entrance:
         fail: Fail,
     ) -> None:
         self._rng, self._replicas, self._entries = rng, replicas, entries
+        self._stranded_timeout_s = config.stranded_timeout_s
         self._ttft_s = None if config.slo is None else config.slo.ttft_s
         self._placement, self._place, self._fail = placement, place, fail
         self.room = WaitingRoom(config, placement)
@@ -109,13 +110,9 @@ class Entrance:
         """Those that wait, as long as somebody has room for them."""
         effects: list[Effect] = []
         self._placement.waited(self.room.longest_s(now))
-        while self.room and self._placement.has_room():
-            entry = self.room.take_first(now)
-            if entry is None:
-                break
+        while (entry := self.room.take_first(now)) is not None:
             effects += self._place(entry, now)
-            if entry.lead is None:
-                break
+            assert entry.lead is not None, "somebody has room for it"
         return effects
 
     def expire(self, now: float) -> list[Effect]:
@@ -125,12 +122,24 @@ class Entrance:
                 effects += self._fail(request_id, refusals.out_of_time(entry.request))
         for request_id, request in self.collapsing.overdue(now):
             effects += self._fail(request_id, refusals.out_of_time(request))
+        for entry in self._stranded(now):
+            error = refusals.cannot_go_on("it did not come back in time")
+            effects += self._fail(entry.request.request_id, error)
         if any(each.alive for each in self._replicas.values()):
             return effects
         for entry in self.room.overdue(now):
             error = refusals.no_replica("none became ready in time")
             effects += self._fail(entry.request.request_id, error)
         return effects
+
+    def _stranded(self, now: float) -> list[Entry]:
+        """Those that have begun, and are not to wait any longer for somebody who can go on."""
+        stranded, replicas = self.room.stranded(), self._replicas.values()
+        if not any(each.may_go_on for each in replicas):
+            return stranded
+        if not any(each.alive for each in replicas):
+            return []  # asking again would not help either
+        return [each for each in stranded if now >= each.waited_until_s(self._stranded_timeout_s)]
 
     def forget(self, entry: Entry) -> None:
         """It is over."""

@@ -27,7 +27,10 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaReady:
-    """A replica can take requests; `incarnation` counts its restarts."""
+    """A replica can take requests; `incarnation` counts its restarts.
+
+    Of one that runs, and has not been restarted: `info.restarts` is another one from now on.
+    """
 
     replica: str
     incarnation: int

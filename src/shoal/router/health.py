@@ -42,12 +42,17 @@ class Health:
     def is_in_doubt(self, replica: str) -> bool:
         return self._breakers[replica].is_open
 
+    def ends_s(self, replica: str) -> float:
+        """When one in doubt may be tried again."""
+        return self._breakers[replica].ends_s
+
     def wants_trial(self) -> str | None:
-        """A replica that a request should go to, to see whether it answers."""
+        """A replica that a new request should go to, to see whether it answers."""
         for name in self._limited:
-            replica = self._replicas[name]
-            is_new = replica.allowance in (1, RECOVERED)
-            if is_new and replica.alive and not replica.outstanding:
+            replica = self._loads.taking(name, has_begun=False)
+            if replica is None or replica.is_stuck or replica.outstanding:
+                continue
+            if replica.allowance in (1, RECOVERED):
                 return name
         return None
 
@@ -91,16 +96,22 @@ class Health:
         if breaker.allowance != self._replicas[replica].allowance:
             self._allow(replica)
 
-    def failed(self, replica: str, now: float) -> None:
-        """At a request, or it was lost."""
-        if self._breakers[replica].failed(now):
-            self._allow(replica)
+    def ended(self, replica: str) -> None:
+        """It said all of a request."""
+        self._breakers[replica].ended()
 
-    def doubt(self, replica: str, now: float) -> float:
-        """It is silent; returns when it may be tried again."""
+    def failed(self, replica: str, now: float) -> bool:
+        """At a request, or it was lost; whether it is in doubt for it from now on."""
+        return self._changed(replica, self._breakers[replica].failed(now))
+
+    def refused(self, replica: str, now: float) -> bool:
+        """A request, as it has too much to do; whether it is left alone for it from now on."""
+        return self._changed(replica, self._breakers[replica].refused(now))
+
+    def doubt(self, replica: str, now: float) -> None:
+        """It is silent."""
         self._breakers[replica].trip(now)
         self._allow(replica)
-        return self._breakers[replica].ends_s
 
     def recovered(self, replica: str) -> None:
         """It said itself that it can go on."""
@@ -155,6 +166,11 @@ class Health:
         if gaps_s:
             return heard_s + silent_after_s(median(gaps_s), step_s)
         return min(expected, default=None)
+
+    def _changed(self, replica: str, has_changed: bool) -> bool:
+        if has_changed:
+            self._allow(replica)
+        return has_changed
 
     def _allow(self, replica: str) -> None:
         allowance = self._breakers[replica].allowance

@@ -6,7 +6,8 @@
                     a while, or at once as far as the budget goes; without hedging all after a while
 
 The first attempt goes on, and wins if it says the next token first. What a replica began that
-cannot be gone on with elsewhere has no rival. Knows nothing of time going by.
+cannot be gone on with elsewhere has no rival. Also counts what retries cost. Knows nothing of time
+going by.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable, Mapping
 
 from shoal.core.stats import HedgeStats
 from shoal.policy.hedging import (
+    KEPT_FOR_FAILURES,
     KEPT_FOR_HEDGES,
     Lateness,
     Patience,
@@ -87,6 +89,17 @@ class Hedges:
         self.stats.extra_tokens += num_tokens
         self._budget.charge(num_tokens)
 
+    def retry(self, *, is_free: bool, is_refusal: bool) -> bool:
+        """Whether a request is sent to another replica than the one that failed at it.
+
+        Args:
+            is_refusal: which only had too much to do.
+        """
+        leaving = KEPT_FOR_FAILURES if is_refusal else 0.0
+        may_retry = is_free or self._retries.spend(1, leaving)
+        self.stats.retried += may_retry
+        return may_retry
+
     # --- rivals ---
 
     def hedge(self, entry: Entry, attempt: Attempt, waited_s: float, now: float) -> list[Effect]:
@@ -143,7 +156,7 @@ class Hedges:
         most = _MOST_RIVALS + len(entry.output_ids) // _TOKENS_PER_RIVAL
         if lead is None or entry.num_rivals >= most:
             return False
-        return self.can_go_on(entry)
+        return can_go_on(entry, self._replicas)
 
     def _lateness(self, entry: Entry) -> Lateness:
         return self._patience.of(tells_progress=entry.request.tells_progress)
@@ -156,19 +169,6 @@ class Hedges:
         # From whole answers no replica's speed is learned: only how all of them come.
         answers = self._patience.answers
         return answers.usually_s(predicted_s) if answers.is_known else math.inf
-
-    def can_go_on(self, entry: Entry) -> bool:
-        """Whether another replica could: what some began nobody can go on with."""
-        return can_go_on(entry, self._replicas)
-
-    def may_retry(self, entry: Entry, num_most: int) -> bool:
-        """A replica failed at it."""
-        if not self.can_go_on(entry) or entry.num_lost + 1 >= num_most:
-            return False
-        if not self._retries.spend(1):
-            return False
-        self.stats.retried += 1
-        return True
 
     def _place(self, entry: Entry, replica: str) -> Replica | None:
         """Another one that is trusted, with a seat that is free, where the token comes first."""

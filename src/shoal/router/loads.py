@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 
 import numpy as np
 
+from shoal.policy.breaker import RECOVERED
 from shoal.policy.routing.fleet import Floats, Numbers
 from shoal.router.records import Replica
 
@@ -83,15 +84,21 @@ class Loads:
         return [self._replicas[number] for number in self.fitting(has_begun)]
 
     def fitting(self, has_begun: bool, but_not: Collection[str] = ()) -> Numbers:
-        """Numbers of the same, without some; of those that may have more, if there are any."""
+        """Numbers of the same, without some; of those that may have more, if there are any, or else
+        that answered since they were in doubt."""
         if has_begun not in self._fit:
             self._fit[has_begun] = self._work_out(has_begun)
         fit = self._fit[has_begun]
         if but_not:
             fit = self._without([self._numbers[name] for name in but_not], fit)
         full = [number for number in self._limited if self._is_at_limit(number)]
-        free = self._without(full, fit) if full else fit
-        return free if len(free) else fit
+        if not full:
+            return fit
+        free = self._without(full, fit)
+        if len(free):
+            return free
+        known = self._without([number for number in full if not self._has_answered(number)], fit)
+        return known if len(known) else fit
 
     def taking(self, replica: str | None, has_begun: bool) -> Replica | None:
         """The replica of that name, if a request may be sent there."""
@@ -126,6 +133,10 @@ class Loads:
     def _is_at_limit(self, number: int) -> bool:
         most = self._replicas[number].allowance
         return most is not None and self.counts[number] >= most
+
+    def _has_answered(self, number: int) -> bool:
+        most = self._replicas[number].allowance
+        return most is None or most >= RECOVERED
 
     def _work_out(self, has_begun: bool) -> Numbers:
         alive = [

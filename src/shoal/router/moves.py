@@ -190,18 +190,23 @@ class Moves:
             return None
         has_begun = entry.has_begun or ahead
         for each in self._loads.fewest(has_begun):
-            if each.is_meant_for(has_begun) and self._may_take(each, source, entry):
+            if each.is_meant_for(has_begun) and self._may_take(each, source, entry, has_begun):
                 return each.name
-        others = [each for each in self._replicas.values() if self._may_take(each, source, entry)]
+        others = [
+            each
+            for each in self._replicas.values()
+            if self._may_take(each, source, entry, has_begun)
+        ]
         targets = [each for each in others if each.is_meant_for(has_begun)]
         if source.is_drained:
             targets = targets or others
         best = min(targets, key=lambda each: self._loads.crowd(each.name), default=None)
         return None if best is None else best.name
 
-    def _may_take(self, replica: Replica, source: Replica, entry: Entry) -> bool:
-        may_take = replica is not source and replica.is_sound and not replica.is_drained
-        return may_take and self._has_room(replica, entry)
+    def _may_take(self, replica: Replica, source: Replica, entry: Entry, has_begun: bool) -> bool:
+        can_take = not (has_begun and replica.restarts) and not replica.is_drained
+        is_another = replica is not source and replica.is_sound
+        return can_take and is_another and self._has_room(replica, entry)
 
     def _num_leaving(self, source: Replica, ahead: bool) -> int:
         kinds = ("ahead",) if ahead else ("needed", "balance")

@@ -119,10 +119,14 @@ class Placement:
         """So long has the request that waits for a replica longest."""
         self._vacancies.waited(seconds)
 
-    def has_room(self, entry: Entry | None = None) -> bool:
+    def has_anybody(self, *, has_begun: bool) -> bool:
+        """Whether there is a replica that requests may be sent to, full or not."""
+        return len(self._fit(has_begun)) > 0
+
+    def has_room(self, entry: Entry | None = None, *, has_begun: bool = False) -> bool:
         """Whether a replica could begin a request soon, were it sent there now; one where that is
-        in time for it, if there are any. None: any request."""
-        fit = self._fit(False)
+        in time for it, if there are any. None: any request that has begun, or has not."""
+        fit = self._fit(has_begun if entry is None else entry.has_begun)
         if entry is not None:
             fit = self._in_time(fit, entry)
         return len(self._vacancies.among(fit, self._now)) > 0
@@ -229,6 +233,11 @@ class Placement:
         self._standings[number].end(stay, self._now, is_cut=not stay.is_over)
         self._renew(number)
 
+    def refused(self, attempt: Attempt) -> None:
+        """Its replica computes nothing of it: what the others take is learned as if it had not
+        been there."""
+        self._stays[attempt.sent_id][1].is_over = True
+
     def listen(self, replica: str, computed: Computed | None) -> None:
         """It is about to say something (`said`, then `learn`); by now it has computed so much."""
         number = self._numbers[replica]
@@ -251,9 +260,10 @@ class Placement:
             standing.begin(stay, output.num_cached_tokens, self._now)
             heard.is_telling = True
         if output.finish is not None:
-            stay.is_over = output.error is None
-            heard.is_telling |= stay.is_over and entry.request.tells_progress
-            if stay.is_over:
+            has_answered = output.error is None and stay.has_begun
+            stay.is_over |= has_answered
+            heard.is_telling |= has_answered and entry.request.tells_progress
+            if has_answered and entry.has_begun:
                 self._typical.note_output(entry.request, len(entry.output_ids))
                 self._index.note(number, _tokens(entry), entry.request.salt, entry.granules)
 

@@ -28,6 +28,8 @@ class RouterConfig:
         replicas: their names.
         max_waiting: requests that may wait until a replica can begin them soon.
         homeless_timeout_s: how long they may while no replica is alive.
+        stranded_timeout_s: how long one that has begun may while none of those that are alive can
+            go on with it.
         max_lost: replicas a request may lose before it ends in an error.
         roles: of replicas that are not for all of a request.
         moves_kv: replicas can exchange KV; otherwise requests move without it.
@@ -46,6 +48,7 @@ class RouterConfig:
     replicas: tuple[str, ...]
     max_waiting: int = 256
     homeless_timeout_s: float = 120.0
+    stranded_timeout_s: float = 5.0
     max_lost: int = 3
     roles: Mapping[str, Role] = field(default_factory=dict)
     moves_kv: bool = False
@@ -92,6 +95,11 @@ class Replica:
         """It runs, and nothing says that it does not go on."""
         return self.info is not None and self.allowance != 0 and not self.is_stuck
 
+    @property
+    def may_go_on(self) -> bool:
+        """With what another one began: it can, or could once it is back."""
+        return not (self.restarts or self.gone_for_good)
+
     def is_meant_for(self, has_begun: bool) -> bool:
         return self.role in ("any", "decode" if has_begun else "prefill")
 
@@ -109,6 +117,7 @@ class Attempt:
         first_s, heard_s: when it said its first and its latest token; None: it has not.
         num_said: tokens.
         is_held: what it says is not read for now, so that its silence says nothing.
+        restarts: when it was sent, nobody could go on with what its replica began.
     """
 
     replica: str
@@ -121,6 +130,7 @@ class Attempt:
     heard_s: float | None = None
     num_said: int = 0
     is_held: bool = False
+    restarts: bool = False
 
 
 @dataclass(slots=True)
@@ -131,7 +141,7 @@ class Entry:
         rival: another one, from the same last token; who says the next token leads, and the
             other one ends. There is none without a lead.
         num_lost: replicas that were lost under it, or failed at it, since it last got on.
-        num_lost_at: its tokens when one was lost last.
+        num_lost_at: its tokens when one was lost last, or what happened before was forgotten.
         failed_at: replicas that failed at it, of the same.
         num_rivals: that were made for it.
         waits_since_s: for a replica (`router/waiting_room.py`); None: it has one.
@@ -166,6 +176,10 @@ class Entry:
         """Where its tokens come from."""
         return None if self.lead is None else self.lead.replica
 
+    def waited_until_s(self, seconds: float) -> float:
+        """When it will have waited for a replica for so long."""
+        return (self.waits_since_s or 0.0) + seconds
+
     @property
     def attempts(self) -> list[Attempt]:
         """The lead first."""
@@ -183,20 +197,20 @@ class Entry:
         return len(self.request.prompt_ids) + len(self.output_ids)
 
     def note_lost(self) -> None:
-        """A replica was lost under it, or failed at it. Who got on meanwhile is not what ends
-        replicas."""
-        if self._has_got_on:
-            self.num_lost = 0
+        """A replica was lost under it, or failed at it."""
+        self._count_anew()
         self.num_lost += 1
         self.num_lost_at = len(self.output_ids)
 
     def note_failed(self, replica: str) -> None:
         """It failed at this request."""
-        self.failed_at = (replica,) if self._has_got_on else (*self.failed_at, replica)
+        self._count_anew()
+        self.failed_at = (*self.failed_at, replica)
 
-    @property
-    def _has_got_on(self) -> bool:
-        return len(self.output_ids) - self.num_lost_at >= _PROGRESS_TOKENS
+    def _count_anew(self) -> None:
+        """Who got on meanwhile is not what ends replicas."""
+        if len(self.output_ids) - self.num_lost_at >= _PROGRESS_TOKENS:
+            self.num_lost, self.num_lost_at, self.failed_at = 0, len(self.output_ids), ()
 
     @property
     def has_begun(self) -> bool:
@@ -249,5 +263,5 @@ def can_go_on(entry: Entry, replicas: Mapping[str, Replica]) -> bool:
     """Whether a request can go on at another replica than those where it is."""
     if not entry.has_begun:
         return True
-    restarts = any(replicas[each.replica].restarts for each in entry.attempts)
+    restarts = any(each.restarts or replicas[each.replica].restarts for each in entry.attempts)
     return entry.request.may_go_on and not restarts

@@ -1,4 +1,4 @@
-"""Why a router ends a request itself, in words for whoever made it."""
+"""Why a router ends a request itself, in words for whoever made it; what replicas' errors mean."""
 
 from __future__ import annotations
 
@@ -8,8 +8,15 @@ from shoal.router.events import Deliver
 
 OF_REPLICAS = (500, 502, 503)
 """Statuses by which a replica says that it did not do its work."""
-WORTH_RETRYING = (429, *OF_REPLICAS)
+BUSY = (429,)
+"""Those by which it says that it has too much to do."""
+WORTH_RETRYING = (*BUSY, *OF_REPLICAS)
 """Those after which another replica may do it."""
+
+
+def is_refusal(error: ErrorInfo) -> bool:
+    """The request is wrong, or there is too much to do: nothing of it was computed."""
+    return 400 <= error.status < 500
 
 
 def failed(request_id: str, error: RequestError) -> Deliver:

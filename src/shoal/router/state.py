@@ -6,9 +6,9 @@ move to another while it runs: off a replica that is drained, from one that star
 prefill) to one that goes on with them, or to even out what each has (`router/moves.py`). If
 another replica has computed much of its prompt, it waits until that is here
 (`router/prefixes.py`). What it has produced is remembered, so that a lost replica's
-requests go on elsewhere from their last token, none lost or repeated. While no replica is
-alive, requests wait, bounded in number and time. Every request gets exactly one Output with
-`finish`.
+requests go on elsewhere from their last token, none lost or repeated (`router/failovers.py`).
+While no replica is alive, requests wait, bounded in number and time. Every request gets exactly one
+Output with `finish`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import dataclasses
 import random
 
 from shoal.core.errors import RequestError
-from shoal.core.request import ErrorInfo, Output
+from shoal.core.request import Output
 from shoal.core.stats import EngineInfo, EntranceStats, HedgeStats, Lag, Prospect
 from shoal.router import refusals
 from shoal.router.attempts import Attempts
@@ -42,11 +42,12 @@ from shoal.router.events import (
     Submit,
     Tick,
 )
+from shoal.router.failovers import Failovers
 from shoal.router.loads import Loads
 from shoal.router.moves import Moves
 from shoal.router.placement import Placement
 from shoal.router.prefixes import Prefixes
-from shoal.router.records import Attempt, Entry, Replica, RouterConfig
+from shoal.router.records import Entry, Replica, RouterConfig
 from shoal.router.relocations import Relocations
 from shoal.router.watch import Watch
 
@@ -94,6 +95,16 @@ class RouterState:
             self._replicas,
             self._entries,
             self._placement,
+            place=self._place,
+            fail=self._fail,
+        )
+        self._failovers = Failovers(
+            config,
+            self._replicas,
+            self._attempts,
+            self._moves,
+            self._placement,
+            self._watch,
             place=self._place,
             fail=self._fail,
         )
@@ -226,12 +237,15 @@ class RouterState:
 
     def _ready(self, event: ReplicaReady, now: float) -> list[Effect]:
         replica = self._replicas[event.replica]
+        is_news = replica.alive and event.incarnation == replica.incarnation
         replica.incarnation, replica.info = event.incarnation, event.info
-        replica.restarts, replica.is_stuck = event.info.restarts, False
+        replica.restarts = event.info.restarts
         self._loads.fleet_changed()
-        self._placement.ready(replica)
-        self._watch.health.heard(event.replica, now)
         self._last_info = event.info
+        if not is_news:
+            replica.is_stuck = False
+            self._placement.ready(replica)
+            self._watch.ready(event.replica, now)
         return []
 
     def _lost(self, event: ReplicaLost, now: float) -> list[Effect]:
@@ -239,39 +253,21 @@ class RouterState:
         if event.incarnation < replica.incarnation:
             return []
         if replica.alive:
-            self._watch.health.failed(event.replica, now)
+            self._watch.failed(event.replica, now)
         self._watch.stragglers.lost(event.replica)
-        replica.info = None
+        replica.info, replica.is_stuck = None, False
         replica.gone_for_good = event.final
         self._prefixes.forget(event.replica)
         self._placement.lost(event.replica)
         orphans = self._loads.empty(event.replica)
         effects = self._relocations.lost(event.replica, now)
         for request_id in orphans:
-            effects += self._orphaned(self._entries[request_id], event, now)
+            effects += self._failovers.lost(self._entries[request_id], event, now)
         if self._entrance.is_hopeless:
             for entry in list(self._entrance.room):
                 gone = refusals.no_replica(event.reason)
                 effects += self._fail(entry.request.request_id, gone)
         return effects
-
-    def _orphaned(self, entry: Entry, event: ReplicaLost, now: float) -> list[Effect]:
-        """A replica is gone that had a request."""
-        request_id = entry.request.request_id
-        lost = next(each for each in entry.attempts if each.replica == event.replica)
-        can_go_on = self._watch.hedges.can_go_on(entry)
-        self._attempts.lost(entry, lost)
-        if entry.lead is not None:
-            return self._moves.end(request_id)
-        entry.note_lost()
-        bound_for = self._moves.target_of(request_id)
-        effects = self._moves.end(request_id)
-        if entry.num_lost >= self._config.max_lost:
-            error = refusals.lost_too_often(entry.num_lost, event.reason)
-            return [*effects, *self._fail(request_id, error)]
-        if not can_go_on:
-            return [*effects, *self._fail(request_id, refusals.cannot_go_on(event.reason))]
-        return [*effects, *self._place(entry, now, bound_for)]
 
     def _outputs(self, event: ReplicaOutputs, now: float) -> list[Effect]:
         replica = self._replicas[event.replica]
@@ -288,7 +284,9 @@ class RouterState:
             request_id = entry.request.request_id
             if output.error is not None:
                 may_go_on = output.error.status in refusals.WORTH_RETRYING
-                elsewhere = self._elsewhere(entry, attempt, output.error, now, may_go_on)
+                elsewhere = self._failovers.failed(
+                    entry, attempt, output.error, now, may_go_on=may_go_on
+                )
                 if elsewhere is not None:
                     effects += elsewhere
                     continue
@@ -309,7 +307,7 @@ class RouterState:
             if output.finish is not None:
                 if output.error is None:
                     self._prefixes.note(replica, entry)
-                    self._watch.hedges.ended(entry)
+                    self._watch.ended(entry, attempt)
                 effects += self._forget(entry)
             elif replica.role == "prefill":
                 effects += self._relocations.has_begun(request_id, now)
@@ -321,29 +319,11 @@ class RouterState:
         entry, attempt = self._attempts.of(event.request_id)
         if entry is None or attempt is None or attempt.replica != event.replica:
             return []
-        elsewhere = self._elsewhere(entry, attempt, event.error, now, may_go_on=True)
+        elsewhere = self._failovers.failed(entry, attempt, event.error, now, may_go_on=True)
         if elsewhere is not None:
             return elsewhere
         ended = Output(request_id=entry.request.request_id, finish="error", error=event.error)
         return [*self._forget(entry), Deliver([ended])]
-
-    def _elsewhere(
-        self, entry: Entry, attempt: Attempt, error: ErrorInfo, now: float, may_go_on: bool
-    ) -> list[Effect] | None:
-        """A request that a replica failed at goes on at another one; None: it is over."""
-        if error.status in refusals.OF_REPLICAS:
-            self._watch.health.failed(attempt.replica, now)
-        entry.note_failed(attempt.replica)
-        if entry.rival is not None:
-            return [*self._attempts.end(entry, attempt)]
-        if not may_go_on:
-            return None
-        place = self._placement.choose(entry, entry.failed_at)
-        if place is None or not self._watch.hedges.may_retry(entry, self._config.max_lost):
-            return None
-        entry.note_lost()
-        left = [*self._attempts.end(entry, attempt), *self._moves.end(entry.request.request_id)]
-        return [*left, *self._place(entry, now, place.name)]
 
     def _abandon(self) -> list[Effect]:
         error = refusals.shutting_down("shutting_down")

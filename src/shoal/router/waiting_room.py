@@ -49,8 +49,9 @@ class WaitingRoom:
     # --- who may come in ---
 
     def is_passed_by(self, entry: Entry | None = None) -> bool:
-        """Whether nobody waits, and neither does this one, or anyone."""
-        return not len(self) and self._placement.has_room(entry)
+        """Whether nobody waits whose turn is before, and neither does this one, or anyone."""
+        is_first = not self._num_waiting and len(self._returned) == len(self.stranded())
+        return is_first and self._placement.has_room(entry)
 
     def refusal(
         self, salt: str, priority: int, entry: Entry | None, now: float
@@ -103,10 +104,11 @@ class WaitingRoom:
     def put(self, entry: Entry, now: float) -> None:
         """A new one."""
         tenant = tenant_of(entry.request.salt)
-        if not self._num_of.get(tenant):
-            self._shares.came(tenant, self._num_of)
         if not self._num_waiting:
             self._departures.begin(now)
+            self._shares.begin()
+        if not self._num_of.get(tenant):
+            self._shares.came(tenant, self._num_of)
         entry.waits_since_s, entry.promise = now, self._promised
         of_tenants = self._queues.setdefault(entry.request.priority, {})
         of_tenants.setdefault(tenant, deque()).append(entry)
@@ -128,7 +130,12 @@ class WaitingRoom:
         return None
 
     def _in_turn(self) -> Iterator[Entry]:
-        yield from self._returned
+        """Those that some replica has room for, be it in time for them or not."""
+        if self._returned:
+            has_room = [self._placement.has_room(has_begun=each) for each in (False, True)]
+            yield from (each for each in self._returned if has_room[each.has_begun])
+        if not self._placement.has_room():
+            return
         for priority in sorted(self._queues):
             of_tenants = self._queues[priority]
             for tenant in self._shares.in_turn(of_tenants):
@@ -139,7 +146,6 @@ class WaitingRoom:
             self._returned.remove(entry)
             entry.waits_since_s = None
             return
-        self._shares.took_turn(tenant_of(entry.request.salt))
         self._departures.note(now)
         self._take(entry)
 
@@ -158,18 +164,24 @@ class WaitingRoom:
         if not entry.charged:
             output_tokens = self._placement.output_of(entry.request)
             entry.charged = len(entry.request.prompt_ids) + OUTPUT_WEIGHT * output_tokens
-            self._shares.serve(tenant_of(entry.request.salt), entry.charged)
+            self._shares.sent(tenant_of(entry.request.salt), entry.charged)
 
     def ended(self, entry: Entry) -> None:
         """It took what it took."""
         if entry.charged:
             took = len(entry.request.prompt_ids) + OUTPUT_WEIGHT * len(entry.output_ids)
-            self._shares.serve(tenant_of(entry.request.salt), took - entry.charged)
+            self._shares.ended(tenant_of(entry.request.salt), entry.charged, took)
 
     def overdue(self, now: float) -> list[Entry]:
         """Who has waited for a replica for too long, while none is alive."""
         limit_s = self._config.homeless_timeout_s
-        return [each for each in self if now >= (each.waits_since_s or 0.0) + limit_s]
+        return [each for each in self if now >= each.waited_until_s(limit_s)]
+
+    def stranded(self) -> list[Entry]:
+        """Who has begun, while no replica that is alive can go on with it."""
+        if not self._returned or self._placement.has_anybody(has_begun=True):
+            return []
+        return [each for each in self._returned if each.has_begun]
 
     def _take(self, entry: Entry) -> None:
         tenant, priority = tenant_of(entry.request.salt), entry.request.priority

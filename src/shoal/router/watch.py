@@ -4,6 +4,7 @@
                   or its answer, if that comes as a whole                       ─► a rival, perhaps
                ─► a look when its replica has said nothing for a while          ─► doubt, and rivals
     doubt      ─► a look when the replica may be tried again                    ─► one request
+    left alone ─► a look, as the other one of two attempts was to speak first   ─► another rival
 
 Knows neither what a rival may cost (`router/hedges.py`) nor when a replica is in doubt
 (`router/health.py`).
@@ -96,16 +97,44 @@ class Watch:
 
     def said(self, entry: Entry, attempt: Attempt, output: Output, now: float) -> None:
         """By an attempt that leads; its tokens are not among the request's yet."""
-        if not output.token_ids:
+        has_answered = output.finish not in (None, "error", "cancelled")
+        if attempt.first_s is None and (output.token_ids or has_answered):
+            self.health.answered(attempt.replica)
+        # An answer that comes as a whole may not say how many it holds.
+        if not output.token_ids and (entry.request.tells_progress or not has_answered):
             return
         attempt.heard_s = now
         if attempt.first_s is None:
             attempt.first_s = now
             self.hedges.began(entry, attempt, output.num_cached_tokens, now)
-            self.health.answered(attempt.replica)
             times = self._placement.slowness(attempt.replica)
             self.stragglers.note(attempt.replica, times, now)
         attempt.num_said += len(output.token_ids)
+
+    def ended(self, entry: Entry, attempt: Attempt) -> None:
+        """It has all its tokens."""
+        self.hedges.ended(entry)
+        self.health.ended(attempt.replica)
+
+    def left_alone(self, attempt: Attempt, now: float) -> None:
+        """The other one of two attempts is over, and said nothing."""
+        if self._config.hedging and attempt.first_s is None:
+            self._alarms.set(now + _SOONEST_S, "late", attempt.sent_id)
+
+    def ready(self, name: str, now: float) -> None:
+        """A replica was started, and can take requests."""
+        self.health.heard(name, now)
+        self.health.recovered(name)
+
+    def failed(self, name: str, now: float) -> None:
+        """A replica, at a request; or it was lost."""
+        if self.health.failed(name, now):
+            self._give_up(name)
+
+    def refused(self, name: str, now: float) -> None:
+        """A replica has too much to do."""
+        if self.health.refused(name, now):
+            self._give_up(name)
 
     def stuck(self, name: str, is_stuck: bool, now: float) -> list[Effect]:
         """A replica said itself that it cannot go on for now, or that it can again."""
@@ -232,7 +261,8 @@ class Watch:
             if now < silent_s:
                 self._listen_to(name, max(silent_s, now + _SOONEST_S))
                 return self._look_at_streams(streams, step_s, now)
-        if not there:
+        is_trusted = self._replicas[name].is_stuck and not self.health.is_in_doubt(name)
+        if not there and not is_trusted:
             return []
         if not self._has_others(name):
             self._listen_to(name, now + _AGAIN_S)
@@ -270,9 +300,14 @@ class Watch:
     def _doubt(self, name: str, now: float) -> None:
         if not self.health.is_in_doubt(name):
             self.stats.doubted += 1
-            self.health.believe_who_answered()
             self._placement.interrupted(name)
-            self._alarms.set(self.health.doubt(name, now), "trial", name)
+            self.health.doubt(name, now)
+            self._give_up(name)
+
+    def _give_up(self, name: str) -> None:
+        """For a while: who came back since is needed, and it will be tried again."""
+        self.health.believe_who_answered()
+        self._alarms.set(self.health.ends_s(name), "trial", name)
 
     def _look_at_streams(
         self, there: list[tuple[Entry, Attempt]], step_s: float, now: float

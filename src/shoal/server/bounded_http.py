@@ -1,8 +1,9 @@
-"""uvicorn's HTTP with bounds on what a client may take to ask: of bytes in a head, of time; and
-which says when a client hangs up.
+"""uvicorn's HTTP with bounds on what a client may take to ask: of bytes in a head, of time; and to
+read the rest of what it was sent once its connection is to close. It says when a client hangs up.
 
-Without them heads that never end fill memory, and those that never come hold their sockets. Knows
-nothing of what is asked; answers are others' to bound.
+Without them heads that never end fill memory, and those that never come hold their sockets, as do
+answers that nobody reads: a transport that closes first sends what it has. Knows nothing of what
+is asked; answers on their way are others' to bound.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ MAX_HEAD_BYTES = 64 * 1024
 """Beyond which a head is read no further; one that comes at once may be as long as one read."""
 HEAD_S, QUIET_S = 30.0, 30.0
 """For a head, since the connection or its first byte came; without a byte, in a body."""
+UNREAD_S = 60.0
+"""Without a byte that is read of what is left when the connection closes."""
 _LOOK_S = 5.0
 _TOO_LONG = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
@@ -32,7 +35,8 @@ class BoundedHttp(HttpToolsProtocol):
         self._asked_s = self._heard_s = self.loop.time()
         self._num_head_bytes = 0
         self._is_in_head = self._is_asking = True
-        self._hang_up = HangUp()
+        self._unread, self._read_s = 0, 0.0
+        self._hang_up = HangUp(transport.abort)
         self._look_timer = self.loop.call_later(_LOOK_S, self._look)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -64,12 +68,19 @@ class BoundedHttp(HttpToolsProtocol):
         super().on_message_complete()
 
     def _look(self) -> None:
-        if self.transport.is_closing():
-            return  # by a protocol that it was handed to, as a websocket
-        if self._takes_too_long(self.loop.time()):
+        now = self.loop.time()
+        if not self.transport.is_closing() and self._takes_too_long(now):
             self.transport.close()
-        else:
-            self._look_timer = self.loop.call_later(_LOOK_S, self._look)
+        if self.transport.is_closing():
+            unread = self.transport.get_write_buffer_size()
+            if unread == 0:
+                return  # it is closed, or another protocol's, as a websocket's
+            if unread != self._unread:
+                self._unread, self._read_s = unread, now
+            elif now - self._read_s > UNREAD_S:
+                self.transport.abort()
+                return
+        self._look_timer = self.loop.call_later(_LOOK_S, self._look)
 
     def _takes_too_long(self, now: float) -> bool:
         if not self._is_asking or self.flow.read_paused:

@@ -18,13 +18,17 @@ HANG_UP = "hang_up"
 class HangUp:
     """Of one connection, which serves one request at a time.
 
+    Args:
+        cut: ends the connection at once, whatever waits to be sent.
+
     Attributes:
         has_come: nobody is there any more.
     """
 
-    __slots__ = ("_tell", "has_come")
+    __slots__ = ("_tell", "cut", "has_come")
 
-    def __init__(self) -> None:
+    def __init__(self, cut: Callable[[], None]) -> None:
+        self.cut = cut
         self.has_come = False
         self._tell: Callable[[], None] | None = None
 

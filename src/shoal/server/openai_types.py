@@ -6,8 +6,9 @@ depends on the model (vocabulary, context) in `prompts.py` and `sampling.py`.
 shoal's own fields: `output_token_ids` are output tokens a client already has. The request
 continues right after them; they count in usage and towards max_tokens, and only the text of
 new tokens is returned. With the same prompt, seed and parameters the whole is the same as
-without the cut. A stream with `resumable` says in each event which tokens it holds, so that it
-can be continued from there wherever it breaks.
+without the cut. `continuation`, as the model's card has it, names whose tokens they are: who says
+another one is refused. A stream with `resumable` says in each event which tokens it holds, so that
+it can be continued from there wherever it breaks.
 """
 
 from __future__ import annotations
@@ -139,6 +140,7 @@ class GenerationFields(WireModel):
     return_token_ids: bool | None = None
     # shoal's
     output_token_ids: TokenIds | None = None
+    continuation: str | None = None
     resumable: bool | None = None
 
     @property

@@ -122,6 +122,7 @@ def read_request(
             code="invalid_value",
             param="n",
         )
+    num_choices *= _num_prompts(path, fields)
     is_stream = value_of(fields, "stream", bool) or False
     call = Call(
         path=path,
@@ -141,6 +142,15 @@ def read_request(
         salt=tenant(request),
         call=call,
     )
+
+
+def _num_prompts(path: str, fields: dict[str, msgspec.Raw]) -> int:
+    """Whose answers come in one stream."""
+    if path != "/v1/completions" or bytes(fields["prompt"])[:1] != b"[":
+        return 1
+    prompts = value_of(fields, "prompt", list)
+    # One may be spelled as a list of token ids.
+    return max(len(prompts), 1) if isinstance(next(iter(prompts), 0), (str, list)) else 1
 
 
 def _may_continue(path: str, fields: dict[str, msgspec.Raw]) -> bool:
@@ -189,9 +199,7 @@ class _Answer:
             async with aclosing(context.router.generate(request)) as outputs:
                 found = checked(await anext(outputs))
             timer.answered(len(found.token_ids))
-            reason = found.finish or reason
-            if found.status != 200:
-                reason = f"upstream_{found.status}"
+            reason = f"upstream_{found.status}" if found.is_refusal else found.finish or reason
         except RequestError as error:
             reason = error.code
             raise

@@ -10,8 +10,10 @@ from shoal.router.upstream.records import ProxiedOutput
 def checked(output: Output) -> ProxiedOutput:
     """
     Raises:
-        RequestError: it tells of one.
+        RequestError: it tells of one, other than what an upstream refuses in its own words.
     """
+    if isinstance(output, ProxiedOutput) and output.is_refusal:
+        return output
     if output.error is not None:
         raise output.error.to_exception()
     if not isinstance(output, ProxiedOutput):

@@ -9,8 +9,6 @@ comes waits; when much does, its upstream is read no further (`Backlog`).
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
@@ -29,8 +27,6 @@ from shoal.server.express import can_write, socket_of
 from shoal.server.hang_up import unless_hung_up
 from shoal.server.proxy_output import checked
 from shoal.server.sse import EVENT_HEADERS, SEND_BODY, StallWatch
-
-_log = logging.getLogger(__name__)
 
 
 class ProxiedStream:
@@ -63,25 +59,20 @@ class ProxiedStream:
                 self._reason = error.code
                 raise
             way.count(first, self._context.clock.now())
-            if first.status != 200:
+            if first.is_refusal:
                 self._reason = f"upstream_{first.status}"
                 response = Response(first.data, first.status, media_type="application/json")
                 await response(scope, receive, send)
                 return
             send_body = scope.get("state", {}).get(SEND_BODY, send)
-            with StallWatch(self._context.config.stall_timeout_s) as watch:
-                try:
-                    self._reason = first.finish or self._reason
-                    watch.begin()
-                    with Corked(scope):
-                        await send(_head())
-                        await send_body(_body(first.data, more_body=first.finish is None))
-                    watch.end()
-                    await self._send_rest(first, outputs, send_body, way, watch)
-                except asyncio.CancelledError:
-                    if not watch.stalled:
-                        raise
-                    _log.warning("request %s dropped: the client stalled", self._label)
+            with StallWatch(scope, self._context.config.stall_timeout_s, self._label) as watch:
+                self._reason = first.finish or self._reason
+                watch.begin()
+                with Corked(scope):
+                    await send(_head())
+                    await send_body(_body(first.data, more_body=first.finish is None))
+                watch.end()
+                await self._send_rest(first, outputs, send_body, way, watch)
 
     async def _send_rest(
         self,

@@ -91,6 +91,13 @@ def check_common(body: GenerationFields, context: ServerContext, num_prompts: in
             code="invalid_value",
             param="output_token_ids",
         )
+    if body.continuation not in (None, context.config.continuation):
+        raise InvalidRequestError(
+            "continuation is not this server's: the tokens are another model's; send the request "
+            "to a server whose /v1/models says the same",
+            code="other_continuation",
+            param="continuation",
+        )
     if body.stream_options is not None and not body.stream:
         raise InvalidRequestError(
             "stream_options is only for stream=true", code="invalid_value", param="stream_options"

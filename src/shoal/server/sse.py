@@ -20,7 +20,7 @@ from shoal.core.errors import RequestError
 from shoal.core.request import ErrorInfo
 from shoal.server.errors import INTERNAL_ERROR, error_payload
 from shoal.server.express import Express
-from shoal.server.hang_up import unless_hung_up
+from shoal.server.hang_up import HANG_UP, HangUp, unless_hung_up
 
 EVENT_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -74,25 +74,16 @@ class EventStream(Response):
         self._express = express
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        send_body = scope.get("state", {}).get(SEND_BODY, send)
         async with aclosing(self._events):
-            await unless_hung_up(scope, receive, self._stream(send, send_body))
+            await unless_hung_up(scope, receive, self._stream(scope, send))
 
-    async def _stream(self, send: Send, send_body: Send) -> None:
+    async def _stream(self, scope: Scope, send: Send) -> None:
+        send_body = scope.get("state", {}).get(SEND_BODY, send)
         first = await anext(self._events)
-        await send({"type": "http.response.start", "status": 200, "headers": EVENT_HEADERS})
-        with StallWatch(self._stall_timeout_s) as watch:
-            try:
-                await self._send_all(send_body, first, watch)
-            except asyncio.CancelledError:
-                if not watch.stalled:
-                    raise
-                # Returning in mid-body makes uvicorn cut the connection.
-                _log.warning(
-                    "request %s dropped: the client took nothing for %g s",
-                    self._request_id,
-                    self._stall_timeout_s,
-                )
+        with StallWatch(scope, self._stall_timeout_s, self._request_id) as watch:
+            watch.begin()
+            await send({"type": "http.response.start", "status": 200, "headers": EVENT_HEADERS})
+            await self._send_all(send_body, first, watch)
 
     async def _send_all(self, send: Send, first: bytes, watch: StallWatch) -> None:
         watch.begin()
@@ -121,15 +112,22 @@ def _body(event: bytes, *, more_body: bool = True) -> Message:
 
 
 class StallWatch:
-    """Cancels the task that entered it when one send takes too long.
+    """Drops a client when one send to it takes too long.
+
+    Our own server cuts its connection, so that it is one that has hung up; of any other the task
+    that entered is cancelled, and leaves in mid-body.
 
     One timer a stream, put off when it fires, because a timeout of its own for every token
     would cost as much as the rest of sending it.
+
+    Args:
+        label: of the request, for the log.
     """
 
-    def __init__(self, limit_s: float) -> None:
-        self.stalled = False
-        self._limit_s = limit_s
+    def __init__(self, scope: Scope, limit_s: float, label: str) -> None:
+        self._limit_s, self._label = limit_s, label
+        self._hang_up: HangUp | None = scope.get("state", {}).get(HANG_UP)
+        self._has_cancelled = False
         self._loop = asyncio.get_running_loop()
         self._sending_since: float | None = None
 
@@ -138,8 +136,12 @@ class StallWatch:
         self._timer = self._loop.call_later(self._limit_s, self._look)
         return self
 
-    def __exit__(self, *_exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
         self._timer.cancel()
+        if not self._has_cancelled or kind is not asyncio.CancelledError:
+            return False
+        assert self._task is not None
+        return self._task.uncancel() == 0  # nobody else wants it to end
 
     def begin(self) -> None:
         self._sending_since = self._loop.time()
@@ -151,8 +153,17 @@ class StallWatch:
         now = self._loop.time()
         since = now if self._sending_since is None else self._sending_since
         if now - since >= self._limit_s:
-            self.stalled = True
-            assert self._task is not None
-            self._task.cancel()
+            _log.warning(
+                "request %s dropped: the client took nothing for %g s", self._label, self._limit_s
+            )
+            self._drop()
         else:
             self._timer = self._loop.call_at(since + self._limit_s, self._look)
+
+    def _drop(self) -> None:
+        if self._hang_up is not None:
+            self._hang_up.cut()
+            return
+        self._has_cancelled = True
+        assert self._task is not None
+        self._task.cancel()

@@ -1,8 +1,9 @@
 """One attempt at a request, by one upstream: its response's bytes to outputs, or why there is none.
 
-A client's mistake is the client's to read: such a status is passed on with its body. Whatever
-else goes wrong is the upstream's, and another one may be asked. Knows nothing of connections but
-that they can be held back and dropped.
+A client's mistake is the client's to read: such a status is passed on with its body, as an error,
+so that no other attempt's good answer is lost for it. Whatever else goes wrong is the upstream's,
+and another one may be asked; so is every mistake that is found once the answer has begun. Knows
+nothing of connections but that they can be held back and dropped.
 """
 
 from __future__ import annotations
@@ -15,22 +16,16 @@ from typing import Protocol
 import msgspec
 
 from shoal.core.request import ErrorInfo
-from shoal.router.upstream.bodies import UNREADABLE
+from shoal.router.upstream.answers import BadAnswerError, num_tokens_of
+from shoal.router.upstream.chunks import NOT_THE_CLIENTS, BadStreamError
 from shoal.router.upstream.connection import Connection
+from shoal.router.upstream.event_cutter import EventCutter
 from shoal.router.upstream.records import UNKNOWN_TOKEN, ProxiedOutput, ProxiedRequest
-from shoal.router.upstream.stream_events import (
-    BadStreamError,
-    EventCutter,
-    Narration,
-    renamed,
-    renamings,
-)
+from shoal.router.upstream.stream_events import Narration, renamed, renamings
 
 MAX_BODY_BYTES = 64 * 1024 * 1024
 MAX_ERROR_BYTES = 1024 * 1024
 _MAX_RETRY_AFTER_S = 600.0
-_NOT_THE_CLIENTS = frozenset({401, 402, 403, 407, 408, 421, 425, 429})
-"""Among 4xx: about us, or about now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +66,11 @@ class Attempt:
     Args:
         name: of the upstream.
         model: as it calls it.
-        tells_ids: it was asked to say its tokens.
+        continuation: whose streams it can go on with; None: nobody's.
+
+    Attributes:
+        model: the same.
+        tells_ids: it is asked to say its tokens.
     """
 
     def __init__(
@@ -82,11 +81,12 @@ class Attempt:
         *,
         name: str,
         model: str,
-        tells_ids: bool,
+        continuation: str | None,
     ) -> None:
         self.request, self._call = request, request.call
-        self._told, self._limits, self._name, self._model = told, limits, name, model
-        self._tells_ids = tells_ids and self._call.may_continue
+        self._told, self._limits, self._name, self.model = told, limits, name, model
+        self._continuation = continuation
+        self.tells_ids = continuation is not None and self._call.may_continue
         self._loop = asyncio.get_running_loop()
         self._connection: Connection | None = None
         self._status = 0
@@ -97,9 +97,10 @@ class Attempt:
         self._events: list[bytes] = []
         self._parts: list[bytes] = []
         self._num_bytes = 0
-        self._is_settled = False
+        self._is_settled = self._has_said = False
         self._heard_s = self._loop.time()
-        self._timer = self._loop.call_later(limits.answer_s, self._look)
+        # A response may begin soon, and then has less time.
+        self._timer = self._loop.call_later(min(limits.answer_s, limits.quiet_s), self._look)
 
     @property
     def has_heard(self) -> bool:
@@ -147,8 +148,8 @@ class Attempt:
             self._cutter = EventCutter()
             self._narration = Narration(
                 self._call,
-                self._model,
-                tells_ids=self._tells_ids,
+                self.model,
+                tells_ids=self.tells_ids,
                 goes_on=bool(self.request.output_ids),
             )
 
@@ -186,6 +187,8 @@ class Attempt:
         if narration is None:
             self._whole()
             return
+        if self._cutter is not None:
+            self._events += self._cutter.end()
         self.flush()
         if not self._is_settled:
             self._tell(narration, *narration.end())
@@ -204,6 +207,12 @@ class Attempt:
     # ---
 
     def _tell(self, narration: Narration, data: bytes, token_ids: tuple[int, ...]) -> None:
+        if data and not self._has_said:
+            # Now the router drops all other attempts, or this one.
+            self._has_said = True
+            if not self.request.output_ids:
+                continuation = self._continuation if self.tells_ids else None
+                self._call.begin(continuation, narration.preamble)
         if narration.is_done:
             self._say(
                 ProxiedOutput(
@@ -220,7 +229,9 @@ class Attempt:
             self._say(
                 ProxiedOutput(request_id=self.request.request_id, token_ids=token_ids, data=data)
             )
-        if narration.failure is not None:
+        if narration.refusal is not None:
+            self._refuse(narration.refusal.status, narration.refusal.body)
+        elif narration.failure is not None:
             self.fail(f"broke its stream: {narration.failure}")
 
     def _say(self, output: ProxiedOutput) -> None:
@@ -244,21 +255,19 @@ class Attempt:
         """A response that is no stream has come."""
         if self._is_settled:
             return
-        data, num_tokens = b"".join(self._parts), 0
-        if self._status >= 500 or self._status in _NOT_THE_CLIENTS:
-            self._refused()
+        data = b"".join(self._parts)
+        if self._status >= 500 or self._status in NOT_THE_CLIENTS:
+            self._unable()
             return
-        if self._status < 300:
-            answer = _read(data)
-            if answer is None:
-                self.fail(f"answered {data[:64]!r}, which is not a JSON object")
-                return
-            if bytes(answer.error) not in _NO_ERROR:
-                said = bytes(answer.error)[:300].decode(errors="replace")
-                self.fail(f"answered {self._status} with an error: {said}")
-                return
-            num_tokens = _num_tokens(answer.usage)
-            data = renamed(data, renamings(self._model, self._call.model))
+        if self._status >= 300:
+            self._refuse(self._status, data)
+            return
+        try:
+            num_tokens = num_tokens_of(data)
+        except BadAnswerError as error:
+            self.fail(f"answered {self._status} with {error}")
+            return
+        data = renamed(data, renamings(self.model, self._call.model))
         self._say(
             ProxiedOutput(
                 request_id=self.request.request_id,
@@ -269,7 +278,30 @@ class Attempt:
             )
         )
 
-    def _refused(self) -> None:
+    def _refuse(self, status: int, data: bytes) -> None:
+        """It is the client's mistake, as far as this upstream can tell."""
+        if self._is_settled:
+            return
+        if self.request.output_ids:
+            # What has begun was no mistake.
+            self.fail(f"answered {status} to what it was to go on with")
+            return
+        error = ErrorInfo(
+            status=status, code=f"upstream_{status}", message=self._about(f"answered {status}")
+        )
+        self._say(
+            ProxiedOutput(
+                request_id=self.request.request_id,
+                data=data or b"{}",
+                status=status,
+                finish="error",
+                error=error,
+            )
+        )
+        if self._connection is not None:  # which may go on
+            self._connection.abort()
+
+    def _unable(self) -> None:
         status = self._status
         message = f"answered {status}"
         if status in (429, 503):
@@ -299,41 +331,6 @@ class Attempt:
         else:
             wait_s = min(since + limit_s - now, self._limits.quiet_s)
             self._timer = self._loop.call_later(wait_s, self._look)
-
-
-class _Usage(msgspec.Struct):
-    completion_tokens: int = 0
-    output_tokens: int = 0
-
-
-class _Whole(msgspec.Struct):
-    """Any JSON object: decoding it reads all of the text."""
-
-    usage: msgspec.Raw = msgspec.Raw(b"{}")
-    error: msgspec.Raw = msgspec.Raw(b"null")
-
-
-_WHOLE = msgspec.json.Decoder(_Whole)
-_USAGE = msgspec.json.Decoder(_Usage)
-_NO_ERROR = (b"null", b"{}", b"false", b'""')
-_MAX_TOKENS = 65536
-
-
-def _read(data: bytes) -> _Whole | None:
-    """None: it is no JSON object."""
-    try:
-        return _WHOLE.decode(data)
-    except UNREADABLE:
-        return None
-
-
-def _num_tokens(said: msgspec.Raw) -> int:
-    """Of an answer that says so."""
-    try:
-        usage = _USAGE.decode(said)
-    except UNREADABLE:
-        return 0
-    return min(max(usage.completion_tokens, usage.output_tokens, 0), _MAX_TOKENS)
 
 
 def _seconds(value: bytes) -> float | None:

@@ -19,6 +19,8 @@ CONTINUABLE = "resumable"
 """shoal's field: a stream that says which tokens each event holds."""
 COMMITTED = "output_token_ids"
 """shoal's field: tokens that the client has, which the answer goes on from."""
+CONTINUATION = "continuation"
+"""shoal's field: whose tokens they are; another server than it was is to refuse them."""
 
 UNREADABLE = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 """What reading JSON of strangers may raise."""
@@ -84,6 +86,7 @@ def body_for(request: ProxiedRequest, model: str, *, continues: bool) -> bytes:
             fields["seed"] = _raw(request.sampling.seed)
         if request.output_ids:
             fields[COMMITTED] = _raw(request.output_ids)
+            fields[CONTINUATION] = _raw(call.continuation)
     return _ENCODER.encode(fields)
 
 

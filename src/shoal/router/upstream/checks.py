@@ -13,6 +13,7 @@ import msgspec
 
 from shoal.core.stats import EngineInfo
 from shoal.router.upstream.address import Address
+from shoal.router.upstream.answers import BadAnswerError, num_tokens_of
 from shoal.router.upstream.bodies import UNREADABLE, check_body
 from shoal.router.upstream.card import ShoalCard
 from shoal.router.upstream.connection import Pool
@@ -120,7 +121,11 @@ async def generates(
     reason = ""
     for path in paths:
         try:
-            await _ask(address, pool, "POST", path, check_body(model, path), timeout_s)
+            num_tokens_of(
+                await _ask(address, pool, "POST", path, check_body(model, path), timeout_s)
+            )
+        except BadAnswerError as error:
+            reason = reason or f"{path} was answered with {error}"
         except CheckError as error:
             if error.is_gone:
                 raise

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
@@ -40,6 +40,20 @@ from shoal.router.upstream.records import ProxiedOutput, ProxiedRequest
 log = logging.getLogger(__name__)
 
 _PATHS = ("/v1/chat/completions", "/v1/completions")
+
+
+@dataclass(frozen=True, slots=True)
+class _Service:
+    """What an upstream was found to be.
+
+    Attributes:
+        models: what it calls them, by public name.
+        continuation: it goes on with streams of those that say the same; None: with nobody's.
+    """
+
+    models: Mapping[str, str]
+    continuation: str | None
+    info: EngineInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,8 +95,10 @@ class UpstreamClient:
         # Asking for it with every token costs a system call each time.
         self._loop: asyncio.AbstractEventLoop | None = None
         self._incarnation = 0
-        self._models: dict[str, str] = {}
+        # As the router knows it; None: it is out of service.
+        self._service: _Service | None = None
         self._continues = False
+        door.tells(self._tell_of_it_anew)
         self._paths: tuple[str, ...] = _PATHS
         self._attempts: dict[str, Attempt] = {}
         self._connecting: set[asyncio.Task[None]] = set()
@@ -111,14 +127,19 @@ class UpstreamClient:
 
     def send(self, request: GenerateRequest) -> None:
         assert isinstance(request, ProxiedRequest), "only text goes to an upstream"
+        service, call = self._service, request.call
+        assert service is not None, "only who is in service is asked"
         attempt = self._attempts[request.request_id] = Attempt(
             request,
             self,
             self._limits,
             name=self.name,
-            model=self._models[request.call.model],
-            tells_ids=self._continues,
+            model=service.models[call.model],
+            continuation=service.continuation if self._continues else None,
         )
+        if request.output_ids and not (attempt.tells_ids and call.is_of(service.continuation)):
+            attempt.fail("cannot go on with what another model began", status=503)
+            return
         self._num_prompt_tokens += len(request.prompt_ids)
         connection = self._pool.idle()
         if connection is not None:
@@ -154,6 +175,9 @@ class UpstreamClient:
             reason = await self._until_it_fails(router)
             log.warning("%s is out of service: %s", self.name, reason)
             self._drop_all()
+            self._pool.close()
+            self._service = None
+            self._door.left(self.name)
             router.tell(ReplicaLost(self.name, self._incarnation, reason))
             self._incarnation += 1
             self._is_stuck = False
@@ -200,8 +224,7 @@ class UpstreamClient:
 
     def _ask(self, attempt: Attempt, connection: Connection) -> None:
         request = attempt.request
-        model = self._models[request.call.model]
-        body = body_for(request, model, continues=self._continues)
+        body = body_for(request, attempt.model, continues=attempt.tells_ids)
         head = self._address.head("POST", request.call.path, len(body))
         attempt.begin(connection, head + body)
 
@@ -228,7 +251,7 @@ class UpstreamClient:
         pause_s, said = self._times.first_retry_s, ""
         while True:
             try:
-                info = await self._check()
+                service = await self._check()
             except CheckError as error:
                 if str(error) != said:
                     said = str(error)
@@ -236,10 +259,37 @@ class UpstreamClient:
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, self._times.max_retry_s)
                 continue
-            log.info("%s is in service, as %s", self.name, ", ".join(set(self._models.values())))
+            log.info("%s is in service, as %s", self.name, ", ".join(set(service.models.values())))
             self._doubt.clear()
-            router.tell(ReplicaReady(self.name, self._incarnation, info))
+            self._door.entered(self.name, service.continuation)
+            self._service = service
+            self._tell_of_it(router, service)
             return
+
+    def _tell_of_it(self, router: Router, service: _Service) -> None:
+        self._continues = self._door.can_continue(service.continuation)
+        info = replace(service.info, restarts=not self._continues)
+        router.tell(ReplicaReady(self.name, self._incarnation, info))
+
+    def _tell_of_it_anew(self) -> None:
+        """The door chose whose streams are gone on with."""
+        service, router = self._service, self._router
+        if service is None or router is None:
+            return
+        if self._door.can_continue(service.continuation) != self._continues:
+            self._tell_of_it(router, service)
+
+    def _is_another(self, router: Router, found: _Service) -> bool:
+        """Whether another server answers there now than the one the router knows; that the same
+        one takes more or less than before, it is told."""
+        known = self._service
+        assert known is not None, "it is in service"
+        if (found.models, found.continuation) != (known.models, known.continuation):
+            return True
+        if found.info != known.info:
+            self._service = found
+            self._tell_of_it(router, found)
+        return False
 
     async def _until_it_fails(self, router: Router) -> str:
         """The reason."""
@@ -254,7 +304,8 @@ class UpstreamClient:
             silent_s = began_s - self._spoke_s
             try:
                 if is_doubted or silent_s >= times.every_s:
-                    await self._check()
+                    if self._is_another(router, await self._check()):
+                        return "another server answers there now"
                     num_failed = 0
                     self._tell_stuck(router, False)
                 elif self._attempts and silent_s >= times.silence_s:
@@ -281,8 +332,8 @@ class UpstreamClient:
             self._is_stuck = is_stuck
             router.tell(ReplicaStuck(self.name, self._incarnation, is_stuck))
 
-    async def _check(self) -> EngineInfo:
-        """What it takes, if it works.
+    async def _check(self) -> _Service:
+        """What it is, if it works.
 
         Raises:
             CheckError: it does not.
@@ -293,10 +344,8 @@ class UpstreamClient:
         model = next(iter(models.values()))
         works = await generates(self._address, self._pool, model, self._paths, timeout_s)
         self._paths = (works, *(path for path in _PATHS if path != works))
-        self._models = models
-        self._continues = self._door.can_continue(found.continuation)
         self._spoke_s = asyncio.get_running_loop().time()
-        return replace(found.info, restarts=not self._continues)
+        return _Service(models, found.continuation, found.info)
 
 
 _MAX_FAILED = 2

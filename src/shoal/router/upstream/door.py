@@ -1,13 +1,15 @@
 """What all upstreams behind one door have in common: the model, under its names.
 
 Each may call it otherwise. Who serves something else is not let in, rather than asked for what it
-would answer wrongly. Knows nothing of sockets.
+would answer wrongly. Of those whose streams others can go on with, one kind is chosen, which holds
+as long as one of it is in service: so it changes when the last one has been upgraded. Knows
+nothing of sockets.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from shoal.router.upstream.checks import CheckError, Found
 
@@ -25,6 +27,9 @@ class Door:
             if theirs not in known:
                 known.append(theirs)
         self._continuation: str | None = None
+        # Of upstreams that are in service, by their names.
+        self._continuations: dict[str, str] = {}
+        self._listeners: list[Callable[[], None]] = []
         self._is_named = asyncio.Event()
         if self._aliases:
             self._is_named.set()
@@ -63,10 +68,25 @@ class Door:
             )
         return {public: theirs or known for public, theirs in called.items()}
 
-    def can_continue(self, continuation: str | None) -> bool:
-        """Whether an upstream goes on exactly with what others behind this door began."""
+    def entered(self, upstream: str, continuation: str | None) -> None:
+        """It is in service, and goes on with streams of those that say the same."""
+        self.left(upstream)
         if continuation is None:
-            return False
-        if self._continuation is None:
+            return
+        self._continuations[upstream] = continuation
+        if self._continuation not in self._continuations.values():
             self._continuation = continuation
-        return continuation == self._continuation
+            for tell in self._listeners:
+                tell()
+
+    def left(self, upstream: str) -> None:
+        """It is not in service any more."""
+        self._continuations.pop(upstream, None)
+
+    def can_continue(self, continuation: str | None) -> bool:
+        """Whether who says so goes on exactly with what others behind this door began."""
+        return continuation is not None and continuation == self._continuation
+
+    def tells(self, listener: Callable[[], None]) -> None:
+        """Call it when another kind was chosen."""
+        self._listeners.append(listener)

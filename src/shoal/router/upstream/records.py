@@ -64,7 +64,8 @@ class Call:
         num_choices: that one answer holds.
         may_continue: an upstream that says its tokens can be followed by another in mid-stream.
         shows_ids: the client asked for token ids itself.
-        preamble: how the stream's events begin, up to their choices, since the first one.
+        preamble: how the events that the client has begin, up to their choices.
+        continuation: of the upstream that it has them from: whose likes can go on with them.
     """
 
     path: str
@@ -75,7 +76,21 @@ class Call:
     may_continue: bool = False
     shows_ids: bool = False
     preamble: bytes | None = None
+    continuation: str | None = None
     backlog: Backlog = field(default_factory=Backlog)
+
+    def is_of(self, continuation: str | None) -> bool:
+        """Whether who says so can go on with what the client has."""
+        return continuation is not None and continuation == self.continuation
+
+    def begin(self, continuation: str | None, preamble: bytes | None) -> None:
+        """The client gets its first events.
+
+        Args:
+            continuation: None: their upstream does not say which tokens they hold.
+        """
+        self.continuation, self.preamble = continuation, preamble
+        self.may_continue = self.may_continue and continuation is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,11 +114,16 @@ class ProxiedOutput(Output):
     """
     Attributes:
         data: of the response's body; whole events of a stream.
-        status: of the response, in the first one of a request that is answered as a whole.
+        status: of the response, in the first one of a request that is answered as a whole. What
+            an upstream refuses for the client's mistake is an error, whose data is passed on.
     """
 
     data: bytes = b""
     status: int = 200
+
+    @property
+    def is_refusal(self) -> bool:
+        return self.error is not None and bool(self.data)
 
     @classmethod
     def joined(cls, outputs: Sequence[Self]) -> Self:

@@ -1,4 +1,4 @@
-"""Server-sent events of an upstream: cut into whole ones, and what each means for its request.
+"""What an upstream's stream of events means for its request.
 
     bytes ──EventCutter──▶ events ──Narration──▶ outputs: whole events, and the tokens in them
 
@@ -8,71 +8,29 @@ tokens it holds if the upstream says so. Knows nothing of sockets.
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 
 from shoal.core.request import FinishReason
 from shoal.router.upstream.bodies import UNREADABLE
+from shoal.router.upstream.chunks import BadStreamError, RefusedError, check, finishes_of, tells
 from shoal.router.upstream.records import UNKNOWN_TOKEN, Call
 
-MAX_EVENT_BYTES = 1024 * 1024
 MAX_HELD_BYTES = 1024 * 1024
 """Of events before the first that tells something, or from the one that ends an answer on."""
 
-_END = b"\n\n"
 _DONE = b"data: [DONE]\n\n"
 _DONE_SIGN = b"[DONE]\n\n"
-_FAILED = (
-    *(b'data: {"error"', b'data:{"error"', b'data: {"object":"error"'),
-    *(b"event: error", b"event: response.failed"),
-)
-_FINISHES = (b'"finish_reason":"', b'"finish_reason": "')
 _RESPONSE_BEGINS = tuple(
     b"event: response." + each for each in (b"created", b"queued", b"in_progress")
 )
 _RESPONSE_ENDS = (b"event: response.completed", b"event: response.incomplete")
+_CUT_SHORT = (b"length", b"max_tokens")
+_BROKEN_OFF = (b"error", b"abort")
+"""Reasons to end that are none."""
 _CHOICES = b'"choices":['
 _IDS = b',"token_ids":['
 _ROLE = b'"role":"assistant",'
-
-
-class BadStreamError(Exception):
-    """An upstream's stream that cannot be what was asked for; the message says why."""
-
-
-class EventCutter:
-    """Whole events, out of bytes that come in any pieces. Lines may end in \\n or \\r\\n."""
-
-    __slots__ = ("_rest",)
-
-    def __init__(self) -> None:
-        self._rest = b""
-
-    def feed(self, data: bytes) -> list[bytes]:
-        """Events that are whole now, each ending in an empty line; comments are dropped.
-
-        Raises:
-            BadStreamError: an event is too long.
-        """
-        if self._rest:
-            data = self._rest + data
-        if b"\r" in data:
-            # The last \r may be half of a line's end.
-            kept = b"\r" if data.endswith(b"\r") else b""
-            data = data.removesuffix(b"\r").replace(b"\r\n", b"\n") + kept
-        *whole, self._rest = data.split(_END)
-        if len(self._rest) > MAX_EVENT_BYTES:
-            raise BadStreamError(f"an event is longer than {MAX_EVENT_BYTES} bytes")
-        return [each + _END for each in map(_lines, whole) if each]
-
-
-def _lines(event: bytes) -> bytes:
-    """Without comments, which servers send to keep a connection open, and empty lines before."""
-    if event.startswith(b"data: "):
-        return event
-    lines = event.split(b"\n")
-    return b"\n".join(line for line in lines if line and not line.startswith(b":"))
+_TOKEN_IDS = msgspec.json.Decoder(tuple[int, ...])
 
 
 class Narration:
@@ -90,6 +48,8 @@ class Narration:
     Attributes:
         is_done: all was told; `finish`: why the answer ended.
         failure: the stream is not, or no longer, what was asked for.
+        refusal: what it said then is the client's to read.
+        preamble: how its events begin, up to their choices, if it tells ids.
     """
 
     def __init__(self, call: Call, model: str, *, tells_ids: bool, goes_on: bool) -> None:
@@ -97,12 +57,14 @@ class Narration:
         self._names = renamings(model, call.model)
         self._has_choices = call.path.endswith("completions")
         self._has_begun = self._is_ending = False
-        self._is_first = True
+        self._is_first, self._num_ended = True, 0
         self._held: list[bytes] = []
         self._num_held = 0
         self._held_ids: list[int] = []
+        self.preamble: bytes | None = None
         self.is_done = False
         self.failure: str | None = None
+        self.refusal: RefusedError | None = None
         self.finish: FinishReason = "stop"
 
     def take(self, events: list[bytes]) -> tuple[bytes, tuple[int, ...]]:
@@ -113,6 +75,8 @@ class Narration:
             self._take(events, said, ids)
         except BadStreamError as error:
             self.failure = str(error)
+            if isinstance(error, RefusedError) and not self._has_begun:
+                self.refusal = error
         return b"".join(said), tuple(ids)
 
     def end(self) -> tuple[bytes, tuple[int, ...]]:
@@ -135,12 +99,18 @@ class Narration:
             if self.is_done:
                 raise BadStreamError("events come after the end")
             if event.endswith(_DONE_SIGN):
+                if self._has_choices and not (self._has_begun or self._num_ended):
+                    raise BadStreamError("it ended before it began")
                 self._flush(said, ids)
                 said.append(_DONE)
                 self.is_done = True
                 continue
-            if event.startswith(_FAILED):
-                raise BadStreamError(f"it says: {_complaint(event)}")
+            if b'"error"' in event or not event.startswith(b"data"):
+                check(event)
+            if self._is_ending and self._has_choices and tells(event):
+                # What looked like the end was none.
+                self._is_ending = False
+                self._flush(said, ids)
             event, tokens = self._read(event)
             if self._is_ending or not self._has_begun:
                 self._hold(event, tokens)
@@ -159,14 +129,13 @@ class Narration:
             self._is_ending = event.startswith(_RESPONSE_ENDS)
             return event, tokens
         if not self._has_begun:
-            self._has_begun = _tells(event)
-        # Of several choices none is held: others still run when one ends.
-        if self._call.num_choices == 1:
-            for sign in _FINISHES:
-                if (at := event.find(sign)) >= 0:
-                    self._is_ending = True
-                    if event.startswith(b"length", at + len(sign)):
-                        self.finish = "length"
+            self._has_begun = tells(event)
+        for reason in finishes_of(event, self._call.num_choices):
+            if reason in _BROKEN_OFF:
+                raise BadStreamError(f"it ended for the reason {reason.decode()!r}")
+            self._num_ended += 1
+            self._is_ending = self._num_ended >= self._call.num_choices
+            self.finish = "length" if reason in _CUT_SHORT else "stop"
         if self._tells_ids:
             event, tokens = self._with_ids(event)
         return event, tokens
@@ -186,7 +155,7 @@ class Narration:
         if self._goes_on and self._call.preamble is not None:
             event = self._call.preamble + event[cut:].replace(_ROLE, b"", 1)
         elif self._is_first:
-            self._call.preamble = event[:cut]
+            self.preamble = event[:cut]
         self._is_first = False
         return event, tokens
 
@@ -221,49 +190,8 @@ def renamed(data: bytes, names: list[tuple[bytes, bytes]]) -> bytes:
     return data
 
 
-class _Choice(msgspec.Struct):
-    delta: dict[str, Any] = {}
-    text: str = ""
-    finish_reason: str | None = None
-    token_ids: list[int] = []
-
-
-class _Chunk(msgspec.Struct):
-    choices: list[_Choice] = []
-
-
-_CHUNK = msgspec.json.Decoder(_Chunk)
-_TOKEN_IDS = msgspec.json.Decoder(tuple[int, ...])
-_QUIET = frozenset({"role"})
-
-
-def _tells(event: bytes) -> bool:
-    """Whether an event holds some of an answer, be it text, a tool's call or a thought."""
-    chunk = _parsed(event)
-    return any(
-        each.text
-        or each.token_ids
-        or any(value for key, value in each.delta.items() if key not in _QUIET)
-        for each in chunk.choices
-    )
-
-
-def _parsed(event: bytes) -> _Chunk:
-    if not event.startswith(b"data:"):
-        raise BadStreamError(f"it sent {event[:64]!r}, which is no event of a completion")
-    try:
-        return _CHUNK.decode(event[5:].strip())
-    except UNREADABLE as error:
-        raise BadStreamError(f"an event is no chunk of a completion: {error}") from error
-
-
 def _ids(spelled: bytes) -> tuple[int, ...]:
     try:
         return _TOKEN_IDS.decode(spelled)
     except UNREADABLE as error:
         raise BadStreamError(f"token ids are {spelled[:64]!r}") from error
-
-
-def _complaint(event: bytes) -> str:
-    """What an event that is an error says, for people."""
-    return event.partition(b"data:")[2].strip()[:300].decode(errors="replace")

@@ -227,10 +227,10 @@ def slowed(session: Session, args: argparse.Namespace) -> dict[str, Any]:
                 lab_up(session, speeds, HOSTS) as url,
                 background(_watch_sent, session, url, sent),
             ):
-                start_s = time.monotonic()
+                start_s, changed = time.monotonic(), list[float]()
                 if name == "slowed":
                     at = [(slow_s, SLOWED_TO), (well_s, UNEQUAL[0])]
-                    with background(_slow_at, session, start_s, at):
+                    with background(_slow_at, session, start_s, at, changed):
                         answers = asyncio.run(_at(session, url, asks))
                 else:
                     answers = asyncio.run(_at(session, url, asks))
@@ -242,7 +242,7 @@ def slowed(session: Session, args: argparse.Namespace) -> dict[str, Any]:
             found = {"goodput": sum(_keeps(each, args) for each in then) / len(then)}
             if name == "slowed":
                 carried = SLOWED_TO / sum(always)
-                found |= _shares(sent, start_s + slow_s, start_s + well_s, carried)
+                found |= _shares(sent, *changed, carried)
             runs[name].append(found)
             say(f"{name}: {found}")
     means = {
@@ -308,11 +308,17 @@ def _watch_sent(
 
 
 def _slow_at(
-    session: Session, start_s: float, speeds: Sequence[tuple[float, float]], ended: Event
+    session: Session,
+    start_s: float,
+    speeds: Sequence[tuple[float, float]],
+    changed: list[float],
+    ended: Event,
 ) -> None:
+    """Notes when each speed held: the command itself takes a second or two beside the load."""
     for at_s, speed in speeds:
         ended.wait(max(start_s + at_s - time.monotonic(), 0.0))
         session.lab("slow", HOSTS[0], str(speed))
+        changed.append(time.monotonic())
 
 
 def _keeps(answer: Told, args: argparse.Namespace) -> bool:

@@ -168,6 +168,11 @@ def overload(session: Session, args: argparse.Namespace) -> dict[str, Any]:
         "num_refused": len(refused),
         "others": [(each.status, each.error) for each in other[:5]],
         "share_kept": len(kept) / max(len(accepted), 1),
+        "missed": [
+            {"at_s": at_s, "ttft_s": each.ttft_s, "tpot_s": _tpot_s(each), "error": each.error}
+            for (at_s, _), each in zip(asks, flood, strict=True)
+            if each.status == 200 and not _keeps(each, args)
+        ],
         "refusal_p95_s": percent_of([each.end_s for each in refused], 95),
         "retry_after_s": statistics.median([each.retry_after_s or 0.0 for each in refused] or [0]),
         "after": {"served": sum(_keeps(each, args) for each in later), "of": len(later)},
@@ -177,8 +182,13 @@ def overload(session: Session, args: argparse.Namespace) -> dict[str, Any]:
 def _keeps(answer: Told, args: argparse.Namespace) -> bool:
     if answer.finish is None or answer.ttft_s is None or answer.ttft_s > args.slo_ttft:
         return False
+    tpot_s = _tpot_s(answer)
+    return tpot_s is None or tpot_s <= args.slo_tpot
+
+
+def _tpot_s(answer: Told) -> float | None:
     gaps = answer.gaps_s
-    return not gaps or sum(gaps) / len(gaps) <= args.slo_tpot
+    return sum(gaps) / len(gaps) if gaps else None
 
 
 # --- shared ---

@@ -35,7 +35,7 @@ from shoal.policy.cost_model.times import InstanceCost, Rates, rank_time
 from shoal.policy.cost_model.work import shard_work
 
 SIXTEENTHS = 16
-_STEP_TOKENS, _STEP_SAMPLES = 2048, 64
+_STEP_TOKENS = 2048
 
 _CHUNK = 512
 _WEIGHTS = (0.0, 0.3, 0.6, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 20.0, 50.0, 1e6)
@@ -250,7 +250,7 @@ class Ways:
 
     def _rank_room(self, rank: int, tokens: int, ends: Ends) -> list[Array]:
         spec, numbers = self.spec, self.numbers
-        samples = min(_STEP_SAMPLES, self.problem.goal.max_concurrency)
+        samples = self.problem.goal.max_concurrency
         nothing = Range(self.num_layers, self.num_layers)
         tables = shards(self.split, nothing, has_embedding=ends[0], has_head=ends[1])[rank]
         taken = weight_bytes(spec, tables, numbers)

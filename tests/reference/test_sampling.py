@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from shoal.core.logits import SAMPLED_AT_ONCE
 from shoal.core.request import SamplingParams, TokenLogprobs
 from shoal.core.split import Range
 from shoal.core.step import SequenceStart
@@ -20,6 +21,7 @@ from shoal.model.sampling import SequenceSampler, sample
 
 CPU = torch.device("cpu")
 EOS = 2
+_MANY = 2 * SAMPLED_AT_ONCE + 22
 
 
 def sequence(
@@ -128,13 +130,13 @@ def random_params(rng: random.Random) -> dict[str, Any]:
 @pytest.mark.parametrize("seed", range(4))
 def test_mixed_batches_against_the_definition(vocab_size: int, seed: int) -> None:
     rng = random.Random(seed)
-    logits_NV = random_logits(64, vocab_size, seed)
-    prompts = [tuple(rng.choices(range(60), k=10)) for _ in range(64)]
-    outputs = [tuple(rng.choices(range(60), k=rng.randrange(9))) for _ in range(64)]
-    params = [random_params(rng) for _ in range(64)]
+    logits_NV = random_logits(_MANY, vocab_size, seed)
+    prompts = [tuple(rng.choices(range(60), k=10)) for _ in range(_MANY)]
+    outputs = [tuple(rng.choices(range(60), k=rng.randrange(9))) for _ in range(_MANY)]
+    params = [random_params(rng) for _ in range(_MANY)]
     masks = [
         {EOS, 9, *rng.sample(range(vocab_size), rng.choice([1, 20]))} if i % 5 == 0 else None
-        for i in range(64)
+        for i in range(_MANY)
     ]
     states = [
         sequence(vocab_size, prompt=p, outputs=o, **kw)

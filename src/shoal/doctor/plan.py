@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from shoal.core.cluster import Cluster, Device, Precision
 from shoal.core.model_spec import ModelSpec
+from shoal.core.options import MAX_NUM_SEQS
 from shoal.core.plan import Plan, ReplicaPlan
 from shoal.doctor.finding import Check, Verdict, fail, gigabytes, ok, skipped, warn
 from shoal.planner.formats import numbers_for
@@ -28,7 +29,7 @@ from shoal.policy.cost_model import (
 _SEQUENCES, _CONTEXT = 8, 1024
 """Of the decode step whose times are judged."""
 
-_STEP_TOKENS, _STEP_SAMPLES = 2048, 64
+_STEP_TOKENS = 2048
 _MOST_SUMS, _MOST_SUMS_APART = 0.5, 0.25
 """Of a step's time: inside a host, and between hosts."""
 
@@ -117,9 +118,10 @@ def _memory(placed: Placed) -> Iterator[Verdict]:
         for devices in cost.devices
         for device in devices
     )
+    num_sampled = placed.plan.max_num_seqs or MAX_NUM_SEQS
     tightest, tight = 1.0, False
     for number, cost in enumerate(placed.costs):
-        for where, device, budget, left in _rooms(placed.spec, cost, shared):
+        for where, device, budget, left in _rooms(placed.spec, cost, shared, num_sampled):
             share = left / budget
             tightest = min(tightest, share)
             if share < _LEAST_KV_SHARE:
@@ -135,7 +137,7 @@ def _memory(placed: Placed) -> Iterator[Verdict]:
 
 
 def _rooms(
-    spec: ModelSpec, cost: ReplicaCost | None, shared: Counter[str]
+    spec: ModelSpec, cost: ReplicaCost | None, shared: Counter[str], num_sampled: int
 ) -> Iterator[tuple[str, Device, float, float]]:
     """Worker, device, its part of the device's memory, and what weights and a Step leave of it."""
     if cost is None:
@@ -149,7 +151,7 @@ def _rooms(
                 weight_bytes(spec, shard, numbers), instance.weights_memory_bytes or 1 << 62
             )
             taken += activation_bytes(
-                spec, shard, numbers, num_tokens=_STEP_TOKENS, num_sampled=_STEP_SAMPLES
+                spec, shard, numbers, num_tokens=_STEP_TOKENS, num_sampled=num_sampled
             )
             left = budget - taken
             if instance.kv_cache_memory_bytes is not None and left > 0:

@@ -14,7 +14,7 @@ R rows of a part of it, V token ids held here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from shoal.comm import Group
+from shoal.core.logits import SAMPLED_AT_ONCE
 from shoal.core.request import SamplingParams, TokenLogprobs
 from shoal.core.split import Range
 from shoal.core.step import SequenceStart
@@ -190,8 +191,7 @@ def _pick_or(
     if all(is_best):
         return vocabulary.pick(logits_NV)
     picked_N: Tensor | None = None
-    for kind in sorted(set(is_best)):
-        part = [i for i, this in enumerate(is_best) if this is kind]
+    for kind, part in _parts(is_best):
         index_R = to_device(part, torch.int64, logits_NV.device)
         logits_RV = logits_NV.index_select(0, index_R)
         picked_R = (
@@ -202,6 +202,14 @@ def _pick_or(
         picked_N[index_R] = picked_R
     assert picked_N is not None
     return picked_N
+
+
+def _parts(is_best: Sequence[bool]) -> Iterator[tuple[bool, list[int]]]:
+    """Rows of a kind, as many as are sampled from at once."""
+    for kind in sorted(set(is_best)):
+        every = [i for i, this in enumerate(is_best) if this is kind]
+        for start in range(0, len(every), SAMPLED_AT_ONCE):
+            yield kind, every[start : start + SAMPLED_AT_ONCE]
 
 
 def _process(

@@ -38,7 +38,6 @@ _LAYER_SHARES = (0.0, 1.0, 0.75, 0.5, 0.35, 0.25)
 _COMPARED = (1, 2, 4, 8, 16, 64)
 """Batches at which a split may be better than another, beside the most there may be."""
 _STEP_TOKENS = 2048
-_STEP_SAMPLES = 64
 """Of the largest Step, for which activations need room."""
 
 
@@ -174,7 +173,7 @@ class Variant:
 
     def _rank_room(self, device: Device, rank: int) -> _Room:
         spec, numbers, body = self.problem.spec, self.numbers, self.cost.shards[rank]
-        samples = min(_STEP_SAMPLES, self.problem.goal.max_concurrency)
+        samples = self.problem.goal.max_concurrency
         rows = activation_bytes(spec, body, numbers, num_tokens=_STEP_TOKENS, num_sampled=0)
         free, tables = {}, {}
         for ends, found in self._ends.items():
@@ -343,7 +342,7 @@ def _free_bytes(
     """About what each rank has for layers, beside what a Step takes: as a stage between others, and
     as the only one, with embedding and head."""
     spec = problem.spec
-    num_samples = min(_STEP_SAMPLES, problem.goal.max_concurrency)
+    num_samples = problem.goal.max_concurrency
     weights = [each.bandwidth_bytes_per_s * each.speed for each in devices]
     split = split_by_weights(spec, weights, granule=GRANULE)
     for has_tables in (False, True):

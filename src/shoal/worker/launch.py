@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from shoal.comm import Group
+from shoal.core.logits import sampling_bytes
 from shoal.core.model_spec import ModelSpec
 from shoal.core.options import EngineOptions
 from shoal.core.plan import Route
@@ -38,7 +39,7 @@ from shoal.worker.disk_experts import disk_experts_text
 from shoal.worker.disk_layers import disk_layers_text, plain_layers_text
 from shoal.worker.kv_pool import allocate, num_blocks_for, token_bytes
 from shoal.worker.memory import free_memory_bytes
-from shoal.worker.peak import sampling_bytes, step_bytes
+from shoal.worker.peak import step_bytes
 from shoal.worker.runner import Worker
 
 _STEP_TOKENS = 2048  # of the largest Step on a GPU, unless the options say

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import torch
 
-from shoal.core.model_spec import ModelSpec
+from shoal.core.logits import sampling_bytes
 from shoal.core.step import BLOCK_SIZE
 from shoal.kernels import RaggedBatch
 from shoal.model.decoder import Decoder
 from shoal.worker.graphs import graph_sizes
 from shoal.worker.kv_pool import allocate
 
-# Sampling works on a few fp32 and int64 arrays of the logits' shape (noise, sorting).
-_LOGITS_COPIES = 16
 # A recorded graph's own nodes and what the allocator rounds up.
 _GRAPH_BYTES = 24 << 20
 
@@ -50,8 +48,3 @@ def step_bytes(
     sampling = sampling_bytes(spec, max_num_seqs)
     graphs = len(graph_sizes(max_num_seqs)) * _GRAPH_BYTES if decoder.fits_cuda_graphs else 0
     return activations + sampling + graphs
-
-
-def sampling_bytes(spec: ModelSpec, max_num_seqs: int) -> int:
-    """Of the rows of one Step."""
-    return max_num_seqs * spec.vocab_size * 4 * _LOGITS_COPIES

@@ -9,6 +9,7 @@ plain torch: the residual, its norm, and the larger of attention's rows and the 
 
 from __future__ import annotations
 
+from shoal.core.logits import sampling_bytes
 from shoal.core.model_spec import ModelSpec
 from shoal.core.split import Shard
 from shoal.core.step import BLOCK_SIZE
@@ -17,8 +18,6 @@ from shoal.policy.cost_model.numbers import Numbers, whole_panels
 
 _SCALE_BYTES = 4
 _FP32_BYTES = 4
-_LOGITS_COPIES = 16
-"""fp32 and int64 arrays of the logits' shape that sampling works on (worker/peak.py)."""
 
 
 def weight_bytes(spec: ModelSpec, shard: Shard, numbers: Numbers) -> int:
@@ -67,7 +66,7 @@ def activation_bytes(
     row = 3 * spec.hidden_size + max(attention, 3 * widest)
     total = num_tokens * row * numbers.activation_bytes
     if shard.has_head:
-        total += num_sampled * spec.vocab_size * _FP32_BYTES * _LOGITS_COPIES
+        total += sampling_bytes(spec, num_sampled)
     return total
 
 

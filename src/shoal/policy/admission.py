@@ -29,8 +29,8 @@ _PRIOR_DEPARTURES = 2
 _SHORTEST_S = 1e-3
 
 _PROMISES_KEPT, _FEWEST_PROMISES = 64, 16
-_SURE = 0.95
-_LEAST_MARGIN, _MOST_MARGIN = 1 / 0.6, 4.0
+_SURE, _BEYOND = 0.9, 1.3
+_LEAST_MARGIN, _MOST_MARGIN = 1 / 0.7, 4.0
 
 
 class Shares:
@@ -131,4 +131,5 @@ class Promises:
         """Times as long as it is expected to take, which nearly none takes longer than."""
         if len(self._ratios) < _FEWEST_PROMISES:
             return _LEAST_MARGIN
-        return min(max(self._ratios.quantile(_SURE), _LEAST_MARGIN), _MOST_MARGIN)
+        late = _BEYOND * self._ratios.quantile(_SURE)
+        return min(max(late, _LEAST_MARGIN), _MOST_MARGIN)

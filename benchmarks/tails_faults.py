@@ -241,8 +241,8 @@ def slowed(session: Session, args: argparse.Namespace) -> dict[str, Any]:
             ]
             found = {"goodput": sum(_keeps(each, args) for each in then) / len(then)}
             if name == "slowed":
-                carried = SLOWED_TO / sum(always)
-                found |= _shares(sent, *changed, carried)
+                carried = SLOWED_TO / sum(always), UNEQUAL[0] / sum(UNEQUAL)
+                found |= _shares(sent, *changed, *carried)
             runs[name].append(found)
             say(f"{name}: {found}")
     means = {
@@ -257,22 +257,29 @@ def slowed(session: Session, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _shares(
-    sent: Sequence[tuple[float, Mapping[str, int]]], slow_s: float, well_s: float, carried: float
+    sent: Sequence[tuple[float, Mapping[str, int]]],
+    slow_s: float,
+    well_s: float,
+    carried: float,
+    full: float,
 ) -> dict[str, Any]:
     """Of the slowed replica, in requests that were sent: before, and in each half second.
 
     Args:
-        carried: its share of the fleet's speed while it is slow.
+        carried, full: its share of the fleet's speed while it is slow, and else.
     """
     before = _share(sent, sent[0][0], slow_s)
     ends = [slow_s + WINDOW_S * n for n in range(1 + int((sent[-1][0] - slow_s) / WINDOW_S))]
     # Of what comes in the 4 s from then on: half a second holds a request or two.
     later = {at_s: _share(sent, at_s, at_s + 8 * WINDOW_S) for at_s in ends}
     fell = [at for at in ends if at < well_s and (later[at] or 0.0) <= carried + 0.1]
-    rose = [at for at in ends if at >= well_s and (later[at] or 0.0) >= 0.8 * (before or 0.0)]
+    rose = [
+        at for at in ends if at >= well_s and (later[at] or 0.0) >= 0.8 * min(before or 0.0, full)
+    ]
     return {
         "share_before": before,
         "share_it_can_carry": carried,
+        "share_of_speed": full,
         "fell_after_s": fell[0] - slow_s if fell else None,
         "rose_after_s": rose[0] - well_s if rose else None,
         "sent_each_half_second": [

@@ -120,20 +120,26 @@ class Door:
 
 
 async def ask(client: openai.AsyncOpenAI, number: int, max_tokens: int) -> Answer:
-    """A chat, streamed and whole in turn; every third one a completion."""
+    """A chat, streamed and whole in turn; every third one a completion. What comes first is never
+    the end: greedy, after words that ask for more."""
     answer = Answer(is_stream=number % 2 == 0)
     began_s = time.monotonic()
-    said = f"Tell me story number {number}."
+    said = f"Story number {number}. Once upon a time, there was"
     try:
         if number % 3 == 2:
             made: Any = client.completions.create(
-                model=MODEL, prompt=said, max_tokens=max_tokens, stream=answer.is_stream
+                model=MODEL,
+                prompt=said,
+                max_tokens=max_tokens,
+                temperature=0,
+                stream=answer.is_stream,
             )
         else:
             made = client.chat.completions.create(
                 model=MODEL,
                 messages=[{"role": "user", "content": said}],
                 max_tokens=max_tokens,
+                temperature=0,
                 stream=answer.is_stream,
             )
         found = await made

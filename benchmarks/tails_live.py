@@ -149,10 +149,12 @@ async def at_their_times(
 
 
 def overload(session: Session, args: argparse.Namespace) -> dict[str, Any]:
-    """A minute of ten times what the lab can carry, and what comes after."""
+    """A minute of ten times what the lab can carry, and what comes after; the router knows speeds
+    from the start if there is a cluster file."""
     rng = Random(2)
     slo = f"ttft={args.slo_ttft}s,tpot={args.slo_tpot}s"
-    with lab_up(session, UNEQUAL, HOSTS, "--slo", slo) as url:
+    known = () if args.cluster is None else ("--cluster", str(args.cluster))
+    with lab_up(session, UNEQUAL, HOSTS, "--slo", slo, *known) as url:
         count = round(10 * args.rate * args.seconds)
         asks = [(number / (10 * args.rate), ask_of(rng, 128, 32, None)) for number in range(count)]
         after = [(args.seconds + 5 + n / args.rate, ask_of(rng, 128, 32, None)) for n in range(20)]

@@ -113,3 +113,18 @@ def test_what_is_no_recording(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"some\.jsonl is no recording that this version reads"):
         replay(path)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full here")
+def test_a_full_disk_ends_a_recording_and_nothing_else(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, "some", what="engine", config=CONFIG)
+    recorder._file.close()
+    recorder._file = open("/dev/full", "w", encoding="utf-8", buffering=1)  # noqa: SIM115, PTH123
+    some_run(recorder)
+    assert recorder._file.closed
+
+
+def test_a_recording_that_cannot_begin_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"nothing can be recorded in .*name another"):
+        Recorder(tmp_path / "file", "some", what="engine", config=CONFIG)

@@ -5,7 +5,8 @@
 
 JSON of plain values: a dataclass is an object without what equals its defaults, bytes are base64.
 A recording is bounded, and ends by itself (`{"ended": why}`) at its bound or at something that
-cannot be written. It holds token ids, so prompts. Knows nothing of what is recorded.
+cannot be written; where the disk is full it just ends, and what is recorded goes on. It holds token
+ids, so prompts. Knows nothing of what is recorded.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ import base64
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from shoal.core.errors import ConfigError
 
 VERSION = 1
 _MOST_BYTES = 256 << 20
@@ -28,6 +32,9 @@ class Recorder:
         folder: where a file of this name is made, or the next one if there is one already.
         what: "engine" or "router", whose `config` it is.
         seed: of the chance it takes, if any.
+
+    Raises:
+        ConfigError: nothing can be written there.
     """
 
     def __init__(
@@ -41,9 +48,14 @@ class Recorder:
         most_bytes: int = _MOST_BYTES,
     ) -> None:
         self._left_bytes = most_bytes
-        self._file = _free_path(folder, name).open("x", encoding="utf-8", buffering=1)
         header = {"shoal": what, "version": VERSION, "config": plain(config), "seed": seed}
-        self._write(json.dumps(header))
+        try:
+            self._file = _free_path(folder, name).open("x", encoding="utf-8", buffering=1)
+            self._put(json.dumps(header))
+        except OSError as error:
+            raise ConfigError(
+                f"nothing can be recorded in {folder}: {error.strerror}; name another folder"
+            ) from error
 
     def note(self, now: float, event: object, effects: Iterable[object]) -> None:
         """In the order in which they were handled."""
@@ -61,14 +73,21 @@ class Recorder:
 
     def close(self) -> None:
         """Nothing is noted any more."""
-        self._file.close()
+        with suppress(OSError):  # it is closed all the same
+            self._file.close()
 
     def _write(self, line: str) -> None:
+        try:
+            self._put(line)
+        except OSError:
+            self.close()
+
+    def _put(self, line: str) -> None:
         self._left_bytes -= len(line)
         self._file.write(line + "\n")
 
     def _end(self, why: str) -> None:
-        self._file.write(json.dumps({"ended": why}) + "\n")
+        self._write(json.dumps({"ended": why}))
         self.close()
 
 

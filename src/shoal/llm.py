@@ -103,8 +103,6 @@ class LLM:
         resolved = resolve(named, revision=revision, token=token, progress=progress)
         # What the model's makers recommend, and an end that comes in reasonable time.
         recommended = read_default_sampling(resolved.path)
-        # Files say 50.0 or -1 (off) as well.
-        recommended["top_k"] = max(int(recommended.get("top_k", 0)), 0)
         self._default_params = SamplingParams(max_tokens=256, **recommended)
         self._tokenizer = load_tokenizer(resolved.path, chat_template=chat_template)
         self._inboxes: dict[str, SimpleQueue[Output]] = {}
@@ -204,6 +202,8 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Completion]:
         """Answer one conversation, or several at once."""
+        if not messages:
+            return []
         conversations = [messages] if isinstance(messages[0], Mapping) else messages
         return self.generate([self.render(each) for each in conversations], params)  # type: ignore[arg-type]
 

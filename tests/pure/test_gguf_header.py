@@ -87,6 +87,12 @@ def test_a_key_that_occurs_twice_is_refused(tmp_path: Path) -> None:
         read_gguf_header(_write(tmp_path, content))
 
 
+def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
+    content = gguf_bytes({}, [("a.weight", (4, 2)), ("a.weight", (4, 2))])
+    with pytest.raises(ModelError, match="two tensors have one name"):
+        read_gguf_header(_write(tmp_path, content))
+
+
 @pytest.mark.parametrize("version", [1, 4, 3 << 24])
 def test_other_versions_are_unsupported(tmp_path: Path, version: int) -> None:
     with pytest.raises(UnsupportedModelError, match="GGUF"):
@@ -101,3 +107,5 @@ def test_eos_ids_come_from_keys_and_from_control_tokens() -> None:
         "tokenizer.ggml.eot_token_id": 99,  # outside the vocabulary
     }
     assert gguf_eos_token_ids(metadata) == (2, 0)
+    del metadata["tokenizer.ggml.token_type"]
+    assert gguf_eos_token_ids(metadata) == (2,), "a turn's end, which no other token is called"

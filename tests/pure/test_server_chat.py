@@ -128,3 +128,14 @@ def test_formats_become_grammars() -> None:
 )
 def test_what_asks_for_nothing_is_let_through(quiet: dict[str, Any]) -> None:
     assert complete(FakeRouter(), PATH, messages=HELLO, **quiet)["choices"]
+
+
+def test_null_is_not_set_whatever_the_field() -> None:
+    router = FakeRouter()
+    unset = dict.fromkeys(
+        ("priority", "continue_final_message", "temperature", "stop", "seed", "tools", "user")
+    )
+    complete(router, PATH, messages=[{**HELLO[0], "name": None}], **unset)
+    [request] = router.requests
+    assert (request.priority, request.sampling.temperature) == (0, 1.0)
+    assert prompt_of(router).endswith("<s>assistant: ")

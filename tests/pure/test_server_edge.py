@@ -72,6 +72,13 @@ def test_only_a_whole_key_opens(header: Any, status: int) -> None:
     assert response.status_code == status
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_a_key_that_is_not_ascii_opens_however_it_is_sent(encoding: str) -> None:
+    with client(FakeRouter(), api_keys=("clé",)) as http:
+        header = "Bearer clé".encode(encoding)
+        assert http.get("/v1/models", headers={b"Authorization": header}).status_code == 200
+
+
 def test_tenants_have_prefix_caches_of_their_own() -> None:
     router = FakeRouter()
     with client(router, api_keys=("k1", "k2")) as http:

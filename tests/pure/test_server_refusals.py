@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,21 @@ def router() -> FakeRouter:
 def http(router: FakeRouter) -> Iterator[httpx.Client]:
     with client(router) as http:
         yield http
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [({"x\ud800": 1}, r"x\ud800"), ({"messages": [{"\ud800": 1}]}, r"\ud800")],
+)
+def test_a_field_that_no_utf8_can_spell(
+    body: dict[str, Any], param: str, http: httpx.Client
+) -> None:
+    text = json.dumps({"messages": HELLO, **body}).encode()
+    response = http.post(
+        "/v1/chat/completions", content=text, headers={"Content-Type": "application/json"}
+    )
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
 
 
 def schema_format(schema: dict[str, Any]) -> dict[str, Any]:
@@ -51,6 +67,11 @@ CHAT: list[tuple[dict[str, Any], str, str]] = [
         {"messages": [{"role": "user", "content": [{"type": "image_url", "text": ""}]}]},
         "invalid_value",
         "messages[0].content[0].type",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+        "unsupported_parameter",
+        "image_url",
     ),
     (
         {"messages": [{"role": "assistant", "tool_calls": [1]}]},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 import subprocess
 import sys
@@ -100,6 +101,18 @@ def test_eos_ids_of_both_files_are_merged(tmp_path: Path) -> None:
     assert read_spec(folder).eos_token_ids == (7, 9, 8)
 
 
+@pytest.mark.parametrize("eos", ["<|im_end|>", {"content": "<|im_end|>"}])
+def test_the_tokenizers_end_of_a_turn_counts_too(eos: Any, tmp_path: Path) -> None:
+    """As in models tuned to chat whose config.json is their base model's."""
+    folder = _folder(tmp_path, LLAMA)
+    added = {"7": {"content": "</s>"}, "9": {"content": "<|im_end|>"}, "x": 5}
+    config = {"eos_token": eos, "added_tokens_decoder": added}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert read_spec(folder).eos_token_ids == (7, 9)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    assert read_spec(folder).eos_token_ids == (7,)
+
+
 def test_qwen2_windows_begin_at_max_window_layers(tmp_path: Path) -> None:
     config = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "sliding_window": 32}
     config["max_window_layers"] = 3
@@ -142,6 +155,7 @@ def test_nested_gemma3(tmp_path: Path) -> None:
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic' is not supp.*llama3"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": False}}, "truncate=false"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention is true"),
+        ({"is_causal": False}, "is_causal is false; shoal runs causal models"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
         (
             {
@@ -172,6 +186,23 @@ def test_what_is_not_run_is_refused_by_name(
         ({"layer_types": ["full_attention"]}, "needed a list of 4 names"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling lacks factor"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1; needed true or false"),
+        ({"hidden_size": math.inf}, "hidden_size is inf; needed a whole number"),
+        ({"vocab_size": math.nan}, "vocab_size is nan; needed a whole number"),
+        ({"vocab_size": 1e300}, r"vocab_size is 1e\+300; needed a whole number"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; needed at most 4096"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan; needed a number"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0; needed a number above 0"),
+        ({"rope_theta": 0}, "rope_theta is 0.*; needed a number above 1"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor is 0.*needed a number above 0"),
+        ({"rope_scaling": {"type": "yarn", "factor": math.nan}}, "factor is nan"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "beta_slow": 0}}, "beta_slow is 0"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "attention_factor": -1}}, "tion_factor is"),
+        (
+            {"rope_scaling": {"type": "llama3", **SCALING, "low_freq_factor": 4.0}},
+            "high_freq_factor is 4.0; needed a number above 4",
+        ),
+        ({"text_config": "x"}, "text_config is no object"),
+        ({"hidden_size": [7] * 10**6}, r"hidden_size is \[7, 7, 7, 7, 7, 7, \.\.\.\]; needed"),
     ],
 )
 def test_malformed_configs_name_the_key(
@@ -181,12 +212,23 @@ def test_malformed_configs_name_the_key(
         read_spec(_folder(tmp_path, {**LLAMA, **changes}))
 
 
+def test_what_mixtral_leaves_out_is_as_transformers_has_it(tmp_path: Path) -> None:
+    config = {**LLAMA, "architectures": ["MixtralForCausalLM"], "num_local_experts": 4}
+    del config["rms_norm_eps"], config["eos_token_id"]
+    spec = read_spec(_folder(tmp_path, config))
+    assert (spec.norm_eps, spec.layers[0].rope.theta) == (1e-5, 1e6)
+    assert (spec.bos_token_id, spec.eos_token_ids) == (1, (2,))
+
+
 def test_paths_that_hold_no_model(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match="does not exist; needed a folder"):
         read_spec(tmp_path / "nowhere")
     with pytest.raises(ModelNotFoundError, match=r"config\.json does not exist"):
         read_spec(tmp_path)
     (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot be read as JSON"):
+        read_spec(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(ModelError, match="cannot be read as JSON"):
         read_spec(tmp_path)
     with pytest.raises(UnsupportedModelError, match=r"neither a folder nor a \.gguf file"):
@@ -249,6 +291,7 @@ def test_gguf_listed_windows(tmp_path: Path) -> None:
         ({"gemma3.rope.dimension_count": 16}, "rope.dimension_count is 16 and heads have 32"),
         ({"gemma3.rope.scaling.type": "longrope"}, "rope scaling 'longrope' is not supported"),
         ({"gemma3.attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
+        ({"split.count": 3}, "is one part of a split GGUF; .*llama-gguf-split --merge"),
     ],
 )
 def test_gguf_that_is_not_run_is_refused(
@@ -256,6 +299,32 @@ def test_gguf_that_is_not_run_is_refused(
 ) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
         read_spec(_gguf(tmp_path, {**GEMMA_GGUF, **changes}))
+
+
+@pytest.mark.parametrize("name", ["rope.scaling.factor", "rope.scale_linear"])
+def test_gguf_from_before_there_were_kinds_of_scaling(name: str, tmp_path: Path) -> None:
+    """llama.cpp takes a factor without a kind as linear, under its older name too."""
+    kinds = ("gemma3.rope.scaling.type", "gemma3.rope.scaling.factor")
+    metadata = {key: value for key, value in GEMMA_GGUF.items() if key not in kinds}
+    spec = read_spec(_gguf(tmp_path, {**metadata, f"gemma3.{name}": 4.0}))
+    assert spec.layers[5].rope == RopeSpec(theta=1e6, scaling="linear", factor=4.0)
+    assert read_spec(_gguf(tmp_path, {**metadata, f"gemma3.{name}": 0.0})).layers[5].rope == (
+        RopeSpec(theta=1e6)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("block_count", 2**31),
+        ("rope.freq_base", 0.0),
+        ("rope.scaling.factor", -2.0),
+        ("attention.layer_norm_rms_epsilon", float("nan")),
+    ],
+)
+def test_gguf_whose_numbers_lie(name: str, value: float, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="needed"):
+        read_spec(_gguf(tmp_path, {**GEMMA_GGUF, f"gemma3.{name}": value}))
 
 
 def test_gguf_without_a_needed_key(tmp_path: Path) -> None:

@@ -423,11 +423,22 @@ def test_where_the_cache_is(
         ("nowhere/model.gguf", "there is no model"),
         ("/nowhere/at/all", "there is no model"),
         ("", "there is no model"),
+        ("~nobody-at-all/model", "there is no model"),
+        ("A prompt where the model should be. " * 20, r"where the model should.*\.\.\.' here"),
     ],
 )
 def test_an_unknown_name_says_what_is_known(model: str, words: str) -> None:
     with pytest.raises(ModelNotFoundError, match=words):
         store.resolve(model)
+
+
+def test_a_file_that_may_not_be_read_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    with pytest.raises(ModelError, match="mine cannot be read: Permission denied"):
+        store.resolve("mine")
 
 
 def test_a_local_folder_and_a_gguf_file(tmp_path: Path) -> None:
@@ -587,6 +598,11 @@ def test_hub_cache_in_part_is_said(site: Site) -> None:
     (got.path / "model-2.safetensors").unlink()
     with pytest.raises(ModelNotFoundError, match=r"model-2\.safetensors is missing"):
         store.resolve("org/name", offline=True)
+    for broken in ("{", "[]", '{"weight_map": 5}'):
+        (got.path / "model.safetensors.index.json").unlink()
+        (got.path / "model.safetensors.index.json").write_text(broken)
+        with pytest.raises(ModelError, match="is not a safetensors index; delete it"):
+            store.resolve("org/name", offline=True)
 
 
 @pytest.mark.parametrize(

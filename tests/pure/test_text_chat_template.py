@@ -33,6 +33,15 @@ def _render(source: str, *messages: dict[str, Any], **kwargs: Any) -> str:
         ("{% set ns = namespace(n=1) %}{% set ns.n = ns.n + 1 %}{{ ns.n ~ '!' }}", "2!"),
         ("{{ '%03d|%s' % (7, 'x') }}{{ '-' * 3 }}", "007|x---"),
         ("{{ tools is none }}{{ custom }}", "True5"),
+        ("{{ [1, {'a': 'b'}] ~ '' }}{{ [3, 1] | sort }}", "[1, {'a': 'b'}][1, 3]"),
+        ("{{ ' a-b ' | trim | replace('-', '+') | upper }}", "A+B"),
+        ("{{ messages | map(attribute='role') | join(', ') }}", "user"),
+        ("{{ messages | selectattr('role', 'equalto', 'user') | list | length }}", "1"),
+        ("{% for k, v in {'a': 1} | items %}{{ k }}{{ v }}{% endfor %}", "a1"),
+        ("{{ {'a': [1]} | tojson(indent=4) }}", '{\n    "a": [\n        1\n    ]\n}'),
+        ("{{ 'a\nb' | indent(2) }}{{ none | default('x', true) }}", "a\n  bx"),
+        ("{{ '{:>3}'.format('x') }}{{ '%s-%s' | format(1, 2) }}", "  x1-2"),
+        ("{{ '</t>b'.split('</t>')[-1].replace('b', 'cc') }}{{ ', '.join(['a', 'b']) }}", "cca, b"),
     ],
 )
 def test_renders_as_transformers_does(source: str, text: str) -> None:
@@ -97,6 +106,29 @@ HOSTILE = {
     "padding": "{{ 'a'.ljust(9999999999) }}",
     "percent": "{{ '%9999999999d' % 1 }}",
     "format": "{{ '%9999999999d' | format(1) }}",
+    "joining": "{% set n = namespace(x='aa') %}{% for a in range(60) %}"
+    "{% set n.x = [n.x, n.x] | join %}{% endfor %}",
+    "joining with much": "{% set s = 'x' * 9000000 %}{{ range(9999) | join(s) }}",
+    "a method that joins": "{% set s = 'x' * 9000000 %}{{ s.join(['a'] * 9999) }}",
+    "replacing": "{% set s = 'x' * 99999 %}{{ s | replace('x', s) }}",
+    "a method that replaces": "{% set s = 'x' * 99999 %}{{ s.replace('x', s) }}",
+    "replacing nothing": "{% set s = 'x' * 99999 %}{{ s.replace('', s) }}",
+    "tabs": "{% set s = '\t' * 999999 %}{{ s.expandtabs(999999) }}",
+    "indent": "{% set s = '\n' * 999999 %}{{ s | indent(999999) }}",
+    "indented JSON": "{{ range(99999) | list | tojson(indent=99999) }}",
+    "separated JSON": "{% set s = 'x' * 99999 %}"
+    "{{ range(9999) | list | tojson(separators=(s, s)) }}",
+    "lists in lists": "{% set n = namespace(x=['aa']) %}{% for a in range(60) %}"
+    "{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
+    "joined lists in lists": "{% set n = namespace(x=['aa']) %}{% for a in range(60) %}"
+    "{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x ~ '' }}",
+    "lists in lists as JSON": "{% set n = namespace(x=['aa']) %}{% for a in range(60) %}"
+    "{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x | tojson }}",
+    "a width in format()": "{{ '{:99999999}'.format(1) }}",
+    "widths in format()": "{{ ('{:99999}' * 9999).format(*range(9999)) }}",
+    "a width that is told": "{{ '{:{}}'.format(1, 999999) }}",
+    "filters": "{% for a in range(900) %}{{ range(99999) | sum }}{% endfor %}",
+    "wrapping": "{{ ('a' * 9999999) | wordwrap(1) }}",
     "output": "{% set s = 'x' * 1000000 %}{% for a in range(100) %}{{ s }}{% endfor %}",
 }
 

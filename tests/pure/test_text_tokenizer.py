@@ -168,6 +168,17 @@ def test_chat_templates_are_found_in_every_place(tmp_path: Path) -> None:
     assert load_tokenizer(folder, chat_template="x").require_chat_template().source == "x"
 
 
+def test_chat_templates_that_cannot_be_read(tmp_path: Path) -> None:
+    folder = _folder(tmp_path, tokenizer_config={"chat_template": ["x", {"name": "default"}]})
+    assert load_tokenizer(folder).chat_template is None
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ModelError, match=r"chat_template\.jinja is not UTF-8"):
+        load_tokenizer(folder)
+    (folder / "tokenizer_config.json").write_text("[" * 100_000)
+    with pytest.raises(ModelError, match=r"tokenizer_config\.json is not JSON"):
+        load_tokenizer(folder)
+
+
 def test_no_chat_template_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequestError, match="--chat-template FILE"):
         _load(tmp_path, byte_level_metadata()).require_chat_template()

@@ -217,7 +217,10 @@ def test_weights_without_whole_groups_stay_plain(plain: Path, tmp_path: Path, ru
     said = json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]
     assert [f"model.layers.{i}.mlp.down_proj" in said["ignore"] for i in (0, 1)] == [True, True]
     code, _, err = run(plain, "-o", tmp_path / "b", "--group-size", "40")
-    assert code == 1 and "no weight has whole groups of 40 columns (they have 64, 96)" in err
+    assert code == 1 and "no weight has whole groups of 40 columns (they have 64, 96;" in err
+    odd = ("--format", "int4", "--group-size", "3")
+    code, _, err = run(plain, "-o", tmp_path / "c", *odd)
+    assert code == 1 and "of an even size for int4" in err and not (tmp_path / "c").exists()
     assert not (tmp_path / "b").exists()
 
 

@@ -197,4 +197,5 @@ def test_two_turns_of_a_chat_share_their_prefix(llm: LLM) -> None:
         {"role": "user", "content": "And now in one sentence, please."},
     ]
     (second,) = llm.chat(turns, replace(GREEDY, max_tokens=8))
+    assert llm.chat([]) == []
     assert second.choices[0].num_cached_tokens >= len(answer.prompt_ids) // 16 * 16

@@ -251,6 +251,24 @@ def test_missing_shard_and_a_shard_elsewhere(tmp_path: Path) -> None:
         open_decoder(folder)
 
 
+def test_of_a_tensor_in_two_shards_the_indexed_one_counts(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path, shard_size=50_000)
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())["weight_map"]
+    name, last = "model.norm.weight", folder / max(index.values())
+    path.write_text(json.dumps({"weight_map": {**index, name: min(index.values())}}))
+    with pytest.raises(WeightsError, match=r"lacks model\.norm\.weight, which"):
+        open_decoder(folder)
+    path.write_text(json.dumps({"weight_map": index}))
+    expected = run_mixed_steps(open_decoder(folder))
+    name = next(each for each in index if index[each] != last.name and "layernorm" in each)
+    tensors = {each: tensor.clone() for each, tensor in load_file(last).items()}
+    save_file({**tensors, name: torch.zeros(72)}, last)
+    for found, wanted in zip(run_mixed_steps(open_decoder(folder)), expected, strict=True):
+        for position, logits in wanted.logits.items():
+            assert torch.equal(found.logits[position], logits)
+
+
 def test_pickles_are_refused(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")

@@ -119,7 +119,10 @@ def _piped() -> list[str]:
 def _with_stdin(prompts: list[str]) -> list[str]:
     if prompts.count("-") > 1:
         raise ConfigError("- stands among the prompts twice; stdin can be read once: remove one")
-    texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
+    try:
+        texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"what came through stdin is no text ({error}); pipe in UTF-8") from error
     if "" in texts:
         raise ConfigError("a prompt is empty; give some text")
     return texts

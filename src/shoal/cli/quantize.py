@@ -101,7 +101,8 @@ def _targets(
         widths = {export.shape[1] for export in exports if export.role == "projection"}
         raise ConfigError(
             f"no weight has whole groups of {group_size} columns (they have "
-            f"{', '.join(map(str, sorted(widths)))}); choose another --group-size, or --format fp8"
+            f"{', '.join(map(str, sorted(widths)))}; needed are whole groups of it and of 8, of an "
+            "even size for int4); choose another --group-size, or --format fp8"
         )
     return targets
 

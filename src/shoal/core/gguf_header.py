@@ -119,6 +119,8 @@ class _Reader:
                 raise self._corrupt(f"metadata key {key!r} occurs twice")
             metadata[key] = self._value(int(self._number(4)), depth=0)
         relative = [self._tensor() for _ in range(num_tensors)]
+        if len({name for name, *_ in relative}) < num_tensors:
+            raise self._corrupt("two tensors have one name")
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment <= 0 or alignment % 8:
             raise self._corrupt(f"general.alignment is {alignment!r}, not a multiple of 8")

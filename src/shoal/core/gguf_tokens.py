@@ -8,6 +8,7 @@ known by their text, as llama.cpp does (`llama_vocab::impl::load`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 
 from shoal.core.gguf_header import Value
 
@@ -24,10 +25,11 @@ def gguf_eos_token_ids(metadata: Mapping[str, Value]) -> tuple[int, ...]:
         if isinstance(token_id := metadata.get(f"tokenizer.ggml.{key}_token_id"), int)
         and 0 <= token_id < len(tokens)
     ]
+    # Some converters forgot what kind a turn's end is: llama.cpp too goes by its text then.
     by_text = [
         token_id
-        for token_id, (token, kind) in enumerate(zip(tokens, types, strict=False))
-        if kind == CONTROL and token in _END_TEXTS
+        for token_id, (token, kind) in enumerate(zip_longest(tokens, types[: len(tokens)]))
+        if token in _END_TEXTS and (kind == CONTROL or token in _UNMISTAKABLE)
     ]
     return tuple(dict.fromkeys(named + by_text))
 
@@ -52,4 +54,7 @@ _END_TEXTS = frozenset(
         "[EOS]",
         "<｜end▁of▁sentence｜>",
     )
+)
+_UNMISTAKABLE = frozenset(
+    ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>")
 )

@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+MAX_LAYERS, MAX_EXPERTS = 4096, 65_536
+"""Of a model, and of a layer: ten times what there is. A file that says more is corrupt."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeSpec:

@@ -46,7 +46,7 @@ class SamplingParams:
         min_p: drop tokens less likely than this share of the best one's probability.
         presence_penalty, frequency_penalty: subtracted from logits, over output tokens.
         repetition_penalty: divides or multiplies logits, over prompt and output tokens.
-        logit_bias: (token id, bias) pairs added to the logits.
+        logit_bias: (token id, bias) pairs added to the logits, at most 100 either way.
         seed: of the Philox noise, in [0, 2**64); None: the router draws one.
         max_tokens: output tokens at most; None: as many as the context allows.
         min_tokens: no stop token or stop string ends the output before this many.
@@ -112,6 +112,14 @@ class SamplingParams:
                 code="invalid_value",
                 param="top_p",
             )
+        for token_id, bias in self.logit_bias:
+            if not -_MAX_BIAS <= bias <= _MAX_BIAS:
+                raise InvalidRequestError(
+                    f"logit_bias of token {token_id} is {bias}; it must lie between "
+                    f"{-_MAX_BIAS} and {_MAX_BIAS}",
+                    code="invalid_value",
+                    param="logit_bias",
+                )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError(
                 f"min_tokens is {self.min_tokens}, above max_tokens ({self.max_tokens})",
@@ -188,6 +196,7 @@ def _wrong_type(name: str, value: object, kinds: tuple[type, ...]) -> InvalidReq
     )
 
 
+_MAX_BIAS = 100
 MAX_COMPLETIONS = 128
 MAX_LOGPROBS = 20
 

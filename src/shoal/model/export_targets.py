@@ -138,8 +138,10 @@ def _weights_config(weight_format: WeightFormat, group_size: int) -> dict[str, A
 def _fits(shape: tuple[int, ...], weight_format: WeightFormat, group_size: int) -> bool:
     if len(shape) != 2:
         return False
-    # Words of 32 bits must be whole too.
-    return weight_format == "fp8" or (shape[1] % group_size == 0 and shape[1] % 8 == 0)
+    # Words of 32 bits must be whole too, and no byte belong to two groups.
+    in_bytes = weight_format == "int8" or group_size % 2 == 0
+    in_words = in_bytes and shape[1] % group_size == 0 and shape[1] % 8 == 0
+    return weight_format == "fp8" or in_words
 
 
 def _plain_dtype(export: Export) -> torch.dtype:

@@ -5,6 +5,7 @@ Knows nothing of what the fields mean; a wrong type or a missing key names the f
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +29,8 @@ class Fields:
 
     def integer(self, key: str, default: int | None = None) -> int:
         value = self._get(key, default)
-        # JSON writes some whole numbers as 2.0; bool is an int to Python alone.
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+        # JSON writes some whole numbers as 2.0.
+        if not _is_number(value) or abs(value) > _MAX_WHOLE or value != int(value):
             raise self._wrong(key, value, "a whole number")
         return int(value)
 
@@ -39,11 +40,24 @@ class Fields:
             raise self._wrong(key, value, "a number above 0")
         return value
 
+    def count(self, key: str, at_most: int) -> int:
+        """How many there are of what takes memory for each: before it is taken."""
+        value = self.positive(key)
+        if value > at_most:
+            raise self._wrong(key, value, f"at most {at_most}")
+        return value
+
     def number(self, key: str, default: float | None = None) -> float:
         value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if not _is_number(value):
             raise self._wrong(key, value, "a number")
         return float(value)
+
+    def above(self, limit: float, key: str, default: float | None = None) -> float:
+        value = self.number(key, default)
+        if value <= limit:
+            raise self._wrong(key, value, f"a number above {limit:g}")
+        return value
 
     def optional_number(self, key: str) -> float | None:
         return self.number(key) if key in self else None
@@ -74,7 +88,7 @@ class Fields:
             raise self._wrong(key, value, "an object")
         return Fields(f"{self.source}: {key}", value)
 
-    def _get(self, key: str, default: object) -> object:
+    def _get(self, key: str, default: object) -> Any:
         value = self.values.get(self.prefix + key)
         value = default if value is None else value
         if value is None:
@@ -82,4 +96,21 @@ class Fields:
         return value
 
     def _wrong(self, key: str, value: object, needed: str) -> ModelError:
-        return ModelError(f"{self.source}: {self.prefix + key} is {value!r}; needed {needed}")
+        # GGUF files have arrays of a million values.
+        shown = reprlib.repr(value)
+        return ModelError(f"{self.source}: {self.prefix + key} is {shown}; needed {needed}")
+
+
+_MAX_WHOLE = 2**53
+"""Beyond it JSON's numbers are not exact, and no model counts anything so large."""
+
+
+def _is_number(value: object) -> bool:
+    # Python's reader of JSON takes NaN and Infinity too; bool is an int to Python alone.
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < _MAX_NUMBER
+
+
+_MAX_NUMBER = 1e38
+"""What is computed with it is fp32."""

@@ -13,8 +13,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shoal.core.errors import ModelError, UnsupportedModelError
-from shoal.core.gguf_header import GGUFHeader, GGUFTensorInfo, read_gguf_header
-from shoal.core.model_spec import ExpertsSpec, LayerSpec, ModelSpec, RopeSpec
+from shoal.core.gguf_header import GGUFTensorInfo, read_gguf_header
+from shoal.core.gguf_tokens import gguf_eos_token_ids
+from shoal.core.model_spec import (
+    MAX_EXPERTS,
+    MAX_LAYERS,
+    ExpertsSpec,
+    LayerSpec,
+    ModelSpec,
+    RopeSpec,
+)
 from shoal.model.fields import Fields
 from shoal.model.hf_rope import yarn_scale
 
@@ -23,6 +31,11 @@ def read_gguf_spec(path: Path) -> ModelSpec:
     """The spec of the model in the file; see `shoal.model.spec.read_spec` for errors."""
     header = read_gguf_header(path)
     metadata = Fields(str(path), header.metadata)
+    if metadata.integer("split.count", 1) > 1:
+        raise UnsupportedModelError(
+            f"{path} is one part of a split GGUF; shoal reads whole files: join the parts with "
+            "llama-gguf-split --merge"
+        )
     architecture = metadata.text("general.architecture")
     if architecture not in _ARCHITECTURES:
         raise UnsupportedModelError(
@@ -50,7 +63,7 @@ def read_gguf_spec(path: Path) -> ModelSpec:
         head_dim=head_dim,
         ffn_size=fields.positive("feed_forward_length"),
         vocab_size=_vocab_size(path, tensors),
-        norm_eps=fields.number("attention.layer_norm_rms_epsilon"),
+        norm_eps=fields.above(0, "attention.layer_norm_rms_epsilon"),
         layers=layers,
         max_positions=fields.positive("context_length"),
         attention_scale=_attention_scale(fields, rules, head_dim, hidden_size // num_heads),
@@ -68,7 +81,7 @@ def read_gguf_spec(path: Path) -> ModelSpec:
         bos_token_id=metadata.integer("tokenizer.ggml.bos_token_id")
         if "tokenizer.ggml.bos_token_id" in metadata
         else None,
-        eos_token_ids=_eos_token_ids(header),
+        eos_token_ids=gguf_eos_token_ids(header.metadata),
     )
 
 
@@ -99,9 +112,6 @@ _GEMMA_PATTERN = 6
 _GEMMA_27B_LAYERS = 62
 _F32 = 0
 _SOFTMAX = 1
-_END_TOKENS = frozenset(
-    ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>")
-)
 
 
 def _refuse_what_is_not_run(fields: Fields, head_dim: int) -> None:
@@ -138,7 +148,7 @@ def _experts(
         )
     shared = [each for name, each in tensors.items() if name.endswith(".ffn_gate_shexp.weight")]
     return ExpertsSpec(
-        num_experts=fields.positive("expert_count"),
+        num_experts=fields.count("expert_count", MAX_EXPERTS),
         num_active=fields.positive("expert_used_count"),
         ffn_size=gates[0].dims[1],
         renormalises=rules.renormalises,
@@ -170,13 +180,13 @@ def _layers(fields: Fields, rules: _Rules, divisors: tuple[float, ...]) -> tuple
         return (full,) * len(is_sliding)
     local_rope = full.rope
     if rules.gemma:
-        local_rope = RopeSpec(theta=fields.number("rope.freq_base_swa", _GEMMA_LOCAL_THETA))
+        local_rope = RopeSpec(theta=fields.above(1, "rope.freq_base_swa", _GEMMA_LOCAL_THETA))
     sliding = LayerSpec(rope=local_rope, window=fields.positive("attention.sliding_window"))
     return tuple(sliding if each else full for each in is_sliding)
 
 
 def _sliding_layers(fields: Fields, rules: _Rules) -> list[bool]:
-    num_layers = fields.positive("block_count")
+    num_layers = fields.count("block_count", MAX_LAYERS)
     if "attention.sliding_window" not in fields or not fields.integer("attention.sliding_window"):
         return [False] * num_layers
     key = "attention.sliding_window_pattern"
@@ -193,8 +203,10 @@ def _sliding_layers(fields: Fields, rules: _Rules) -> list[bool]:
 
 
 def _rope(fields: Fields, divisors: tuple[float, ...]) -> RopeSpec:
-    theta = fields.number("rope.freq_base", 10_000.0)
-    kind = fields.text("rope.scaling.type", "none")
+    theta = fields.above(1, "rope.freq_base", 10_000.0)
+    # Before there were kinds, files had a factor alone, under either name; 0 says none.
+    factor = fields.number("rope.scaling.factor", fields.number("rope.scale_linear", 0.0)) or 1.0
+    kind = fields.text("rope.scaling.type", "none" if factor == 1 else "linear")
     if divisors:
         if kind not in ("none", "llama3"):
             raise UnsupportedModelError(
@@ -204,7 +216,8 @@ def _rope(fields: Fields, divisors: tuple[float, ...]) -> RopeSpec:
         return RopeSpec(theta=theta, scaling="divisors", divisors=divisors)
     if kind == "none":
         return RopeSpec(theta=theta)
-    factor = fields.number("rope.scaling.factor", 1.0)
+    if factor < 0:
+        raise ModelError(f"{fields.source}: rope is scaled by {factor:g}; needed a factor above 0")
     if kind == "linear":
         return RopeSpec(theta=theta, scaling="linear", factor=factor)
     if kind == "yarn":
@@ -215,9 +228,9 @@ def _rope(fields: Fields, divisors: tuple[float, ...]) -> RopeSpec:
             original_max_positions=fields.positive(
                 "rope.scaling.original_context_length", fields.positive("context_length")
             ),
-            beta_fast=fields.number("rope.scaling.yarn_beta_fast", 32.0),
-            beta_slow=fields.number("rope.scaling.yarn_beta_slow", 1.0),
-            attention_factor=fields.number("rope.scaling.attn_factor", 1.0)
+            beta_fast=fields.above(0, "rope.scaling.yarn_beta_fast", 32.0),
+            beta_slow=fields.above(0, "rope.scaling.yarn_beta_slow", 1.0),
+            attention_factor=fields.above(0, "rope.scaling.attn_factor", 1.0)
             * yarn_scale(factor, 1.0),
         )
     raise UnsupportedModelError(
@@ -237,16 +250,3 @@ def _divisors(path: Path, tensors: Mapping[str, GGUFTensorInfo]) -> tuple[float,
     if len(data) != 4 * info.dims[0]:
         raise ModelError(f"{path} is truncated: rope_freqs.weight is cut; fetch the file again")
     return struct.unpack(f"<{info.dims[0]}f", data)
-
-
-def _eos_token_ids(header: GGUFHeader) -> tuple[int, ...]:
-    """The ids declared, and as llama.cpp does, tokens known to end a turn by their text.
-
-    Most files declare one id alone; chat models also stop at the end of a turn.
-    """
-    keys = ("eos_token_id", "eot_token_id", "eom_token_id")
-    declared = [header.metadata.get(f"tokenizer.ggml.{key}") for key in keys]
-    tokens = header.metadata.get("tokenizer.ggml.tokens")
-    listed = tokens if isinstance(tokens, list) else []
-    known = [index for index, text in enumerate(listed) if text in _END_TOKENS]
-    return tuple(dict.fromkeys([*(each for each in declared if isinstance(each, int)), *known]))

@@ -40,6 +40,7 @@ class Rules:
 
 
 _QWEN_DEFAULTS = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+_LLAMA_IDS = {"bos_token_id": 1, "eos_token_id": 2}
 _GEMMA = Rules(
     qk_norm=True,
     gemma=True,
@@ -63,13 +64,18 @@ _GEMMA = Rules(
     },
 )
 ARCHITECTURES: Mapping[str, Rules] = {
-    "LlamaForCausalLM": Rules(),
-    "MistralForCausalLM": Rules(defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
+    "LlamaForCausalLM": Rules(defaults=_LLAMA_IDS),
+    "MistralForCausalLM": Rules(
+        defaults={"num_key_value_heads": 8, "sliding_window": 4096, **_LLAMA_IDS}
+    ),
     "Qwen2ForCausalLM": Rules(qkv_bias=True, defaults=_QWEN_DEFAULTS),
     "Qwen3ForCausalLM": Rules(qk_norm=True, defaults={**_QWEN_DEFAULTS, "head_dim": 128}),
     "MixtralForCausalLM": Rules(
         experts="mixtral",
-        defaults={"num_key_value_heads": 8, "num_experts_per_tok": 2},
+        defaults={
+            **{"num_key_value_heads": 8, "num_experts_per_tok": 2},
+            **{"rms_norm_eps": 1e-5, "rope_theta": 1_000_000.0, **_LLAMA_IDS},
+        },
     ),
     "Qwen2MoeForCausalLM": Rules(
         experts="qwen",
@@ -93,7 +99,7 @@ ARCHITECTURES: Mapping[str, Rules] = {
         qk_norm_joint=True,
         experts="olmoe",
         ignores=("sliding_window",),
-        defaults={"num_experts_per_tok": 8, "rms_norm_eps": 1e-5},
+        defaults={"num_experts_per_tok": 8, "rms_norm_eps": 1e-5, "eos_token_id": 50_279},
     ),
     "DeepseekV2ForCausalLM": Rules(
         latent=True,

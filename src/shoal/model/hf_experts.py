@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from shoal.core.errors import ModelError, UnsupportedModelError
-from shoal.core.model_spec import ExpertsSpec, LatentSpec
+from shoal.core.model_spec import MAX_EXPERTS, ExpertsSpec, LatentSpec
 from shoal.model.fields import Fields
 from shoal.model.hf_architectures import Family
 from shoal.model.hf_rope import yarn_scale
@@ -24,7 +24,7 @@ def read_experts(fields: Fields, family: Family) -> ExpertsSpec | None:
         return None
     _refuse_what_is_not_run(fields, family)
     experts = ExpertsSpec(
-        num_experts=fields.positive(count),
+        num_experts=fields.count(count, MAX_EXPERTS),
         num_active=fields.positive("num_experts_per_tok"),
         ffn_size=fields.positive(_FFN_KEYS[family]),
         renormalises=family == "mixtral"

@@ -31,16 +31,17 @@ def read_rope(fields: Fields, layer_type: str) -> RopeSpec:
             f"{parameters.source}: partial_rotary_factor is "
             f"{parameters.values['partial_rotary_factor']}; shoal rotates whole heads only"
         )
-    theta = parameters.number("rope_theta", 10_000.0)
+    theta = parameters.above(1, "rope_theta", 10_000.0)
     if kind == "linear":
-        return RopeSpec(theta=theta, scaling="linear", factor=parameters.number("factor"))
+        return RopeSpec(theta=theta, scaling="linear", factor=parameters.above(0, "factor"))
     if kind == "llama3":
+        low = parameters.above(0, "low_freq_factor")
         return RopeSpec(
             theta=theta,
             scaling="llama3",
-            factor=parameters.number("factor"),
-            low_freq_factor=parameters.number("low_freq_factor"),
-            high_freq_factor=parameters.number("high_freq_factor"),
+            factor=parameters.above(0, "factor"),
+            low_freq_factor=low,
+            high_freq_factor=parameters.above(low, "high_freq_factor"),
             original_max_positions=_original_max_positions(fields, parameters),
         )
     if kind == "yarn":
@@ -81,14 +82,14 @@ def _yarn(fields: Fields, parameters: Fields, theta: float) -> RopeSpec:
         )
     original = _original_max_positions(fields, parameters)
     # A null factor means: as far as the declared context stretches the original one.
-    factor = parameters.number("factor", fields.positive("max_position_embeddings") / original)
+    factor = parameters.above(0, "factor", fields.positive("max_position_embeddings") / original)
     return RopeSpec(
         theta=theta,
         scaling="yarn",
         factor=factor,
         original_max_positions=original,
-        beta_fast=parameters.number("beta_fast", 32.0),
-        beta_slow=parameters.number("beta_slow", 1.0),
+        beta_fast=parameters.above(0, "beta_fast", 32.0),
+        beta_slow=parameters.above(0, "beta_slow", 1.0),
         attention_factor=_attention_factor(parameters, factor),
     )
 
@@ -96,7 +97,7 @@ def _yarn(fields: Fields, parameters: Fields, theta: float) -> RopeSpec:
 def _attention_factor(parameters: Fields, factor: float) -> float:
     """What cos and sin are multiplied by (arXiv 2309.00071, section 3.4; DeepSeek's mscale)."""
     if "attention_factor" in parameters:
-        return parameters.number("attention_factor")
+        return parameters.above(0, "attention_factor")
     mscale = parameters.number("mscale", 0.0)
     mscale_all_dim = parameters.number("mscale_all_dim", 0.0)
     if mscale and mscale_all_dim:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shoal.core.errors import ModelError, ModelNotFoundError, UnsupportedModelError
-from shoal.core.model_spec import LayerSpec, ModelSpec, RopeSpec
+from shoal.core.model_spec import MAX_LAYERS, LayerSpec, ModelSpec, RopeSpec
 from shoal.model.fields import Fields
 from shoal.model.hf_architectures import ARCHITECTURES, Rules
 from shoal.model.hf_experts import latent_scale, layers_with_experts, read_experts, read_latent
@@ -28,6 +28,8 @@ def read_hf_spec(folder: Path) -> ModelSpec:
     architecture = _architecture(path, config)
     rules = ARCHITECTURES[architecture]
     text_config = config.get("text_config") or {}
+    if not isinstance(text_config, dict):
+        raise ModelError(f"{path}: text_config is no object; fetch the file again")
     # Gemma 3 with vision nests the decoder; the ids that end a generation stay outside.
     values = {**rules.defaults, **config, **text_config}
     values = {key: value for key, value in values.items() if key not in rules.ignores}
@@ -61,7 +63,7 @@ def read_hf_spec(folder: Path) -> ModelSpec:
         head_dim=head_dim,
         ffn_size=fields.positive("intermediate_size"),
         vocab_size=fields.positive("vocab_size"),
-        norm_eps=fields.number("rms_norm_eps", 1e-6),
+        norm_eps=fields.above(0, "rms_norm_eps", 1e-6),
         layers=layers,
         max_positions=_max_positions(fields, layers),
         attention_scale=_attention_scale(fields, rules, head_dim),
@@ -93,7 +95,7 @@ _ACTIVATIONS: Mapping[str, Literal["silu", "gelu_tanh"]] = {
 
 def _architecture(path: Path, config: Mapping[str, Any]) -> str:
     names = config.get("architectures")
-    if not isinstance(names, list) or not names:
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise UnsupportedModelError(
             f"{path} names no architecture; needed `architectures` with one of "
             f"{', '.join(ARCHITECTURES)}"
@@ -103,7 +105,7 @@ def _architecture(path: Path, config: Mapping[str, Any]) -> str:
             f"architecture {names[0]} ({path}) is not supported; shoal runs "
             f"{', '.join(ARCHITECTURES)}"
         )
-    return str(names[0])
+    return names[0]
 
 
 def _refuse_what_is_not_run(fields: Fields, architecture: str) -> None:
@@ -120,10 +122,11 @@ def _refuse_what_is_not_run(fields: Fields, architecture: str) -> None:
             f"{fields.source}: attn_logit_softcapping is {cap}; shoal runs {architecture} "
             "without it: set it to null"
         )
-    if fields.flag("use_bidirectional_attention"):
-        raise UnsupportedModelError(
-            f"{fields.source}: use_bidirectional_attention is true; shoal runs causal models"
-        )
+    for key, causal in (("use_bidirectional_attention", False), ("is_causal", True)):
+        if fields.flag(key, causal) is not causal:
+            raise UnsupportedModelError(
+                f"{fields.source}: {key} is {str(not causal).lower()}; shoal runs causal models"
+            )
 
 
 def _with_experts() -> list[str]:
@@ -133,7 +136,7 @@ def _with_experts() -> list[str]:
 def _attention_scale(fields: Fields, rules: Rules, head_dim: int) -> float:
     if rules.latent:
         return latent_scale(fields, head_dim)
-    size = fields.number("query_pre_attn_scalar", head_dim) if rules.gemma else head_dim
+    size = fields.above(0, "query_pre_attn_scalar", head_dim) if rules.gemma else head_dim
     return float(size**-0.5)
 
 
@@ -186,7 +189,7 @@ def _window(fields: Fields) -> int | None:
 
 def _layer_types(fields: Fields) -> list[str]:
     """Per layer, as listed or as the older keys imply it."""
-    num_layers = fields.positive("num_hidden_layers")
+    num_layers = fields.count("num_hidden_layers", MAX_LAYERS)
     if "layer_types" in fields:
         types = fields.values["layer_types"]
         if not isinstance(types, list) or len(types) != num_layers:
@@ -219,7 +222,25 @@ def _eos_token_ids(folder: Path, fields: Fields) -> tuple[int, ...]:
     path = folder / "generation_config.json"
     if path.is_file():
         ids += Fields(str(path), _read_json(path)).ids("eos_token_id")
-    return tuple(dict.fromkeys(ids))
+    return tuple(dict.fromkeys(ids + _end_of_turn(folder)))
+
+
+def _end_of_turn(folder: Path) -> tuple[int, ...]:
+    """The id of the tokenizer's own eos_token, which is how tuned models often say where a turn
+    ends, with a config.json that is still their base model's. vLLM stops there too."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return ()
+    config = _read_json(path)
+    eos, added = config.get("eos_token"), config.get("added_tokens_decoder")
+    text = eos.get("content") if isinstance(eos, dict) else eos
+    if not isinstance(text, str) or not isinstance(added, dict):
+        return ()
+    return tuple(
+        int(token_id)
+        for token_id, token in added.items()
+        if isinstance(token, dict) and token.get("content") == text and token_id.isdecimal()
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -229,7 +250,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ModelNotFoundError(
             f"{path} does not exist; name a folder with config.json, or a .gguf file"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):
         raise ModelError(f"{path} holds a {type(config).__name__}; needed a JSON object")

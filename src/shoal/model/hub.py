@@ -192,7 +192,7 @@ def _cached(repo: str, hint: str | None, revision: str | None) -> Path:
         raise ModelNotFoundError(f"{where} is cached only in part ({error}); {remedy}") from error
     index = folder / "model.safetensors.index.json"
     if index.name in wanted:
-        shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        shards = _listed_shards(index)
     else:
         shards = {name for name in wanted if _PART_OF_SEVERAL.search(name)}
     missing = {*shards, *([] if wanted[0].endswith(".gguf") else ["config.json"])} - set(wanted)
@@ -201,6 +201,14 @@ def _cached(repo: str, hint: str | None, revision: str | None) -> Path:
             f"{where} is cached only in part: {', '.join(sorted(missing))} is missing; {remedy}"
         )
     return _usable(folder, wanted)
+
+
+def _listed_shards(index: Path) -> set[str]:
+    try:
+        return set(map(str, json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        what = f"{index} is not a safetensors index"
+        raise ModelError(f"{what}; delete it, and fetch it again") from error
 
 
 def _usable(folder: Path, wanted: list[str]) -> Path:

@@ -40,15 +40,18 @@ class SafetensorsFiles:
         self.folder = folder
         self._files: dict[str, Any] = {}
         indexed = _indexed_names(folder)
-        for file_name in sorted(set(indexed.values())) if indexed else _single_files(folder):
-            opened = _open(folder / file_name)
-            self._files.update(dict.fromkeys(opened.keys(), opened))
+        files = sorted(set(indexed.values())) if indexed else _single_files(folder)
+        opened = {file_name: _open(folder / file_name) for file_name in files}
+        for file in opened.values():
+            self._files.update(dict.fromkeys(file.keys(), file))
+        held = {file_name: frozenset(file.keys()) for file_name, file in opened.items()}
         for name, file_name in indexed.items():
-            if name not in self._files:
+            if name not in held[file_name]:
                 raise WeightsError(
                     f"{folder / file_name} lacks {name}, which {_INDEX} says it holds; "
                     "fetch the model again"
                 )
+            self._files[name] = opened[file_name]  # others may have it too, left from before
         self.names = frozenset(self._files)
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ Knows nothing of what the files hold; no torch.
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 import shutil
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from shoal.model import catalogue, hub
 from shoal.model.cache import plain_disk_errors
 from shoal.model.fingerprint import fingerprint
 
+_SHOWN_CHARS = 100
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(:(?P<hint>[^:]+))?")
 
 
@@ -80,10 +82,8 @@ def resolve(
             progress=progress,
         )
         return ResolvedModel(model, path, fingerprint(path))
-    local = Path(model).expanduser()
-    if model and local.exists():
-        path = _local_weights(local)
-        return ResolvedModel(_local_name(local), path, fingerprint(path))
+    if (local := _local(model)) is not None:
+        return local
     match = _HUB_ID.fullmatch(model)
     if match is None or model.startswith(("./", "../")) or match["repo"].endswith(".gguf"):
         raise ModelNotFoundError(_unknown(model, list(entries)))
@@ -139,6 +139,25 @@ def remove(name: str) -> None:
         shutil.rmtree(folder)
 
 
+def _local(model: str) -> ResolvedModel | None:
+    """A file or folder of that name, if there is one."""
+    try:
+        local = Path(model).expanduser()
+        if not model or not local.exists():
+            return None
+        path = _local_weights(local)
+        return ResolvedModel(_local_name(local), path, fingerprint(path))
+    except RuntimeError:  # ~nobody
+        return None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # a prompt, as like as not
+            return None
+        raise ModelError(
+            f"{model} cannot be read: {error.strerror}; give a folder or file that this user may "
+            "read"
+        ) from error
+
+
 def _local_name(local: Path) -> str:
     resolved = local.resolve()
     return resolved.stem if resolved.suffix == ".gguf" else resolved.name
@@ -170,8 +189,9 @@ def _unknown(model: str, names: list[str]) -> str:
     near = difflib.get_close_matches(model.lower(), names, n=3, cutoff=0.5)
     if near:
         return f"there is no model {model!r}; did you mean {' or '.join(near)}?"
+    shown = model if len(model) <= _SHOWN_CHARS else model[:_SHOWN_CHARS] + "..."
     return (
-        f"there is no model {model!r} here; give a catalogue name ({', '.join(names)}), a folder "
+        f"there is no model {shown!r} here; give a catalogue name ({', '.join(names)}), a folder "
         f"with safetensors, a .gguf file, or a Hugging Face id (org/name)"
     )
 

@@ -50,9 +50,11 @@ class BearerAuth:
         scheme, _, given = header.partition(" ")
         if scheme.lower() != "bearer":
             return None
-        found = None
+        given, found = given.strip(), None
+        # Headers have no encoding: some clients send UTF-8, others Latin-1.
+        spellings = given.encode("latin-1"), given.encode("utf-8")
         # All keys are compared, whichever matches: the time says nothing.
         for key in self._keys:
-            if hmac.compare_digest(key, given.strip().encode("utf-8", "surrogateescape")):
+            if any(hmac.compare_digest(key, spelling) for spelling in spellings):
                 found = key
         return found

@@ -46,13 +46,18 @@ def error_payload(error: ErrorInfo) -> bytes:
     return msgspec.json.encode(
         {
             "error": {
-                "message": error.message,
+                "message": _utf8(error.message),
                 "type": kind,
-                "param": error.param,
+                "param": None if error.param is None else _utf8(error.param),
                 "code": error.code,
             }
         }
     )
+
+
+def _utf8(text: str) -> str:
+    r"""With lone surrogates, which JSON can spell and UTF-8 cannot, as "\ud800"."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def error_response(error: ErrorInfo, headers: Mapping[str, str] | None = None) -> Response:

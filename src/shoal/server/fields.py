@@ -69,6 +69,9 @@ UNSUPPORTED_MESSAGE: NoOps = {
     "tool_calls": ([],),
 }
 
+_MEDIA = ("audio_url", "file", "image_url", "input_audio", "video_url")
+UNSUPPORTED_PART: NoOps = dict.fromkeys(_MEDIA, ())
+
 
 def without_no_ops(
     body: Mapping[str, Any], known: Collection[str], unsupported: NoOps

@@ -28,6 +28,7 @@ from shoal.server.fields import (
     UNSUPPORTED_CHAT,
     UNSUPPORTED_COMPLETION,
     UNSUPPORTED_MESSAGE,
+    UNSUPPORTED_PART,
     NoOps,
     without_no_ops,
 )
@@ -81,8 +82,14 @@ class WireModel(BaseModel):
     def _refuse_unsupported(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
-        known = {field.alias or name for name, field in cls.model_fields.items()}
-        return without_no_ops(body, known, cls.unsupported)
+        fields = {field.alias or name: field for name, field in cls.model_fields.items()}
+        kept = without_no_ops(body, fields.keys(), cls.unsupported)
+        # Null is OpenAI's «not set», whatever the field's type is.
+        return {
+            name: value
+            for name, value in kept.items()
+            if value is not None or fields[name].is_required()
+        }
 
 
 class StreamOptions(WireModel):
@@ -163,6 +170,8 @@ class CompletionRequest(GenerationFields):
 
 
 class TextPart(WireModel):
+    unsupported = UNSUPPORTED_PART
+
     type: Literal["text"]
     text: str
 

@@ -15,7 +15,8 @@ from typing import Any
 import jinja2
 
 from shoal.core.errors import InvalidRequestError, ModelError
-from shoal.text.template_sandbox import BudgetExceeded, Rejected, TemplateSandbox
+from shoal.text.template_limits import BudgetExceeded
+from shoal.text.template_sandbox import Rejected, TemplateSandbox
 
 MAX_TEMPLATE_CHARS = 1_000_000
 

@@ -8,33 +8,35 @@ Knows nothing of messages.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Any
 
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
-from jinja2.filters import do_format
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import _PassArg
 
-MAX_STEPS = 1_000_000
-"""Loop rounds and calls in one rendering: a second or so."""
-
-MAX_CHARS = 64_000_000
-"""Longest text, or list, that a template may build."""
+from shoal.text.template_limits import (
+    AT_ONCE,
+    GROWTH,
+    MAX_CHARS,
+    MAX_STEPS,
+    OVER_ITEMS,
+    Budget,
+    BudgetExceeded,
+    bounded,
+    check_format,
+    check_method,
+    size,
+)
 
 
 class Rejected(jinja2.TemplateError):
     """The template called `raise_exception`."""
-
-
-class BudgetExceeded(jinja2.TemplateError):
-    """The template ran too long or built something too large."""
 
 
 class TemplateSandbox(ImmutableSandboxedEnvironment):
@@ -44,14 +46,18 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_GenerationBlock, loopcontrols],
+            finalize=_shown,
         )
-        self.filters["tojson"] = _tojson
-        self.filters["format"] = _format
-        self.filters[_COUNTED] = _counted
-        self.filters[_MEASURED] = _measured
-        # Widths would have to be bounded, and no chat template lays text out in columns.
-        del self.filters["center"]
+        filters = {**self.filters, "tojson": _tojson}
+        self.filters = {
+            **{name: filters[name] for name in AT_ONCE},
+            **{name: _limited(name, filters[name]) for name in (*GROWTH, *OVER_ITEMS)},
+            **{_COUNTED: _counted, _MEASURED: _measured, _SHOWN: _shown},
+        }
+        del self.globals["lipsum"]
         self.globals["raise_exception"] = _raise_exception
 
     def render(
@@ -60,7 +66,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         """Renders with a fresh budget; `strftime_now` tells `now`, if there is one."""
         pieces: list[str] = []
         num_chars = 0
-        own: dict[str, Any] = {_BUDGET: _Budget(MAX_STEPS)}
+        own: dict[str, Any] = {_BUDGET: Budget()}
         if now is not None:
             own["strftime_now"] = now.strftime
         for piece in template.generate(variables | own):
@@ -80,35 +86,32 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         return tree
 
     def call(self, context: Context, function: Any, *args: Any, **kwargs: Any) -> Any:
-        context[_BUDGET].spend(1)
-        if any(isinstance(value, int) and value > MAX_STEPS for value in args):
+        if any(isinstance(value, int) and value > MAX_STEPS for value in (*args, *kwargs.values())):
             raise BudgetExceeded("it calls a function with a number above a million")
-        return _bounded(super().call(context, function, *args, **kwargs))
+        # Jinja wraps `format`, so that it shows no private attributes.
+        method = getattr(function, "__wrapped__", function)
+        text = getattr(method, "__self__", None)
+        if isinstance(text, str):
+            context[_BUDGET].spend_on(text, args)
+            check_method(text, method.__name__, (*args, *kwargs.values()))
+        else:
+            context[_BUDGET].spend(1)
+        return bounded(super().call(context, function, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "**":
             raise BudgetExceeded("it uses **")
-        if operator == "*" and (_size(left) or 1) * _factor(right) > MAX_CHARS:
+        if operator == "*" and (size(left) or 1) * _factor(right) > MAX_CHARS:
             raise BudgetExceeded("it repeats a text or list too often")
-        if operator == "*" and (_size(right) or 1) * _factor(left) > MAX_CHARS:
+        if operator == "*" and (size(right) or 1) * _factor(left) > MAX_CHARS:
             raise BudgetExceeded("it repeats a text or list too often")
         if operator == "%" and isinstance(left, str):
-            _check_format(left)
-        return _bounded(super().call_binop(context, operator, left, right))
-
-
-@dataclass(slots=True)
-class _Budget:
-    steps_left: int
-
-    def spend(self, steps: int) -> None:
-        self.steps_left -= steps
-        if self.steps_left < 0:
-            raise BudgetExceeded(f"it takes more than {MAX_STEPS} steps")
+            check_format(left)
+        return bounded(super().call_binop(context, operator, left, right))
 
 
 # Names that no template can spell.
-_BUDGET, _COUNTED, _MEASURED = " budget", " counted", " measured"
+_BUDGET, _COUNTED, _MEASURED, _SHOWN = " budget", " counted", " measured", " shown"
 
 
 class _GenerationBlock(Extension):
@@ -130,7 +133,41 @@ def _counted(context: Context, iterable: Iterable[Any]) -> list[Any]:
 
 
 def _measured(value: Any) -> Any:
-    return _bounded(value)
+    return bounded(value)
+
+
+@jinja2.pass_context
+def _shown(context: Context, value: Any) -> Any:
+    """Before it becomes text: what holds a list twice, and that twice, has no end."""
+    if isinstance(value, list | tuple | dict):
+        context[_BUDGET].spend_on(value)
+    return value
+
+
+def _limited(name: str, wrapped: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter of Jinja's that spends what it costs, and is asked first if it may."""
+    given = _PassArg.from_obj(wrapped)
+    check = GROWTH.get(name)
+
+    @jinja2.pass_context
+    def limited(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
+        budget: Budget = context[_BUDGET]
+        if name == "join":
+            value = list(value)
+        if check is None:
+            budget.spend(1 + size(value) // 10)
+        else:
+            budget.spend_on(value, args)
+            check(value, *args, **kwargs)
+        own = {
+            _PassArg.context: context,
+            _PassArg.eval_context: context.eval_ctx,
+            _PassArg.environment: context.environment,
+        }
+        first = () if given is None else (own[given],)
+        return bounded(wrapped(*first, value, *args, **kwargs))
+
+    return limited
 
 
 def _filtered(node: nodes.Node, name: str) -> nodes.Filter:
@@ -143,33 +180,18 @@ def _wrap_concatenations(node: nodes.Node) -> None:
         if isinstance(value, nodes.Node):
             _wrap_concatenations(value)
             if isinstance(value, nodes.Concat):
-                setattr(node, field, _filtered(value, _MEASURED))
+                setattr(node, field, _joined(value))
         elif isinstance(value, list):
             for index, item in enumerate(value):
                 if isinstance(item, nodes.Node):
                     _wrap_concatenations(item)
                     if isinstance(item, nodes.Concat):
-                        value[index] = _filtered(item, _MEASURED)
+                        value[index] = _joined(item)
 
 
-def _bounded(value: Any) -> Any:
-    if _size(value) > MAX_CHARS:
-        raise BudgetExceeded("it builds a text or list that is too long")
-    return value
-
-
-def _format(text: str, *args: Any, **kwargs: Any) -> str:
-    _check_format(text)
-    return do_format(text, *args, **kwargs)
-
-
-def _check_format(text: str) -> None:
-    if re.search(r"\d{6}|\*", text):
-        raise BudgetExceeded("it formats text to a width that is too large")
-
-
-def _size(value: Any) -> int:
-    return len(value) if isinstance(value, str | list | tuple | dict) else 0
+def _joined(concat: nodes.Concat) -> nodes.Filter:
+    concat.nodes = [_filtered(node, _SHOWN) for node in concat.nodes]
+    return _filtered(concat, _MEASURED)
 
 
 def _factor(value: Any) -> int:

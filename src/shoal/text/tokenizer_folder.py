@@ -91,12 +91,16 @@ def _eos_token_ids(
 def _template_source(folder: Path, config: dict[str, Any]) -> str | None:
     jinja = folder / "chat_template.jinja"
     if jinja.is_file():
-        return jinja.read_text(encoding="utf-8")
+        try:
+            return jinja.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ModelError(f"{jinja} is not UTF-8: {error}; fetch it again") from error
     source = config.get("chat_template")
     if source is None:
         source = _json_file(folder / "chat_template.json").get("chat_template")
     if isinstance(source, list):  # [{"name": "default", "template": "..."}, ...]
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
+        named = [entry for entry in source if isinstance(entry, dict)]
+        source = {entry.get("name"): entry.get("template") for entry in named}.get("default")
     if source is not None and not isinstance(source, str):
         raise ModelError(
             f"{folder} has a chat_template of type {type(source).__name__}, not text; "
@@ -110,7 +114,7 @@ def _json_file(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not JSON: {error}; fetch it again") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path} holds {type(content).__name__}, not an object; fetch it again")

@@ -15,7 +15,14 @@ from shoal.core.clock import MonotonicClock
 from shoal.core.errors import InvalidRequestError
 from shoal.core.request import GenerateRequest, Grammar, Output, SamplingParams
 from shoal.core.stats import EngineStats
-from shoal.core.step import InstancesReady, Step, StepFailure, StepResult
+from shoal.core.step import (
+    InstancesReady,
+    SequenceStart,
+    Step,
+    StepFailure,
+    StepResult,
+    StepRow,
+)
 from shoal.engine.config import EngineConfig
 from shoal.engine.events import Cancel, Submit
 from shoal.engine.loop import MAX_FAILURES_IN_A_ROW, EngineLoop
@@ -24,6 +31,7 @@ from shoal.engine.state import EngineState
 from shoal.executor.inproc import InprocExecutor
 
 VOCAB = 1000
+START = SequenceStart(token_ids=(1, 2), prompt_len=2, sampling=SamplingParams(), eos_token_ids=(0,))
 
 
 @dataclass
@@ -145,6 +153,25 @@ def test_workers_that_are_started_again_and_again_do_not_end_the_loop() -> None:
         loop.post(Submit(request("q", [1, 2, 3])))
         client.wait(lambda: "q" in client.finished)
     assert client.tokens["q"] == expected_output([1, 2, 3], 20, VOCAB)
+
+
+def test_what_fails_between_two_steps_ends_no_request() -> None:
+    """A block that does not get onto a full device, say."""
+    worker, done = LiveWorker(100), threading.Event()
+
+    def fail() -> None:
+        done.set()
+        raise RuntimeError("out of memory")
+
+    executor = InprocExecutor(worker)
+    executor.between_steps(fail)
+    assert done.wait(60)
+    came = threading.Event()
+    executor.listen(lambda event: came.set())
+    row = StepRow(sequence_id=1, start=0, token_ids=(1, 2), block_ids=((0,),), start_state=START)
+    executor.submit(Step(step_id=0, rows=(row,)))
+    assert came.wait(60), "the worker's thread is gone"
+    executor.close()
 
 
 def test_a_cancelled_request_ends_at_once() -> None:

@@ -274,16 +274,72 @@ def test_news_of_an_older_incarnation_is_nothing_to_it() -> None:
     assert bench.outputs["r"] == bench.expected(request)
 
 
-def test_workers_that_die_are_not_held_against_requests() -> None:
+def lose_worker(bench: Bench, instance: int = 0) -> None:
+    """It ends, and is started again after a while."""
+    bench.fail(lost=[instance], down=[instance])
+    bench.now += 5.0
+    bench.ready(instance)
+
+
+@pytest.mark.parametrize("together", [1, 6])
+def test_workers_that_die_are_not_held_against_requests(together: int) -> None:
+    """Now and then, or all of a machine's at once."""
+    routes = stages(together, 1)
+    blocks = (40,) * (together + 1)
+    bench = Bench(make_config(routes=routes, instance_blocks=blocks, max_step_failures=1))
+    request = make_request("r", LONG, max_tokens=10, seed=1)
+    bench.submit(request)
+    while "r" not in bench.finished:
+        for instance in range(together):
+            bench.fail(lost=[instance], down=[instance])
+        bench.now += 5.0
+        bench.ready(*range(together))
+        num_before = len(bench.outputs["r"])
+        while "r" not in bench.finished and len(bench.outputs["r"]) == num_before:
+            bench.step()
+    assert bench.outputs["r"] == bench.expected(request)
+
+
+def test_a_cut_link_is_held_against_nobody() -> None:
     bench = Bench(make_config(routes=stages(1, 1), instance_blocks=(40, 40), max_step_failures=1))
     request = make_request("r", LONG, max_tokens=10, seed=1)
     bench.submit(request)
     for _ in range(10):
-        bench.step()
-        bench.fail(lost=[0], down=[0])
+        bench.fail(lost=[], down=[0])
+        bench.now += 5.0
         bench.ready(0)
     bench.run_out()
     assert bench.outputs["r"] == bench.expected(request)
+
+
+@pytest.mark.parametrize("routes", [stages(1), stages(1, 2)])
+def test_a_request_under_which_workers_always_end_takes_no_other_with_it(
+    routes: tuple[Route, ...],
+) -> None:
+    """Nobody says which Step it was; it must not be tried for ever either."""
+    num_instances = 1 + max(hop.instance for route in routes for hop in route)
+    config = make_config(
+        routes=routes, instance_blocks=(60,) * num_instances, max_num_batched_tokens=100
+    )
+    bench = Bench(config)
+    requests = {f"r{i}": make_request(f"r{i}", [i + 1] * 20, max_tokens=30) for i in range(6)}
+    for request in requests.values():
+        bench.submit(request)
+    num_losses = 0
+    for _ in range(10_000):
+        if not bench.steps:
+            break
+        if any(row.token_ids[:1] == (4,) for row in bench.steps[0].rows if row.start < 16):
+            num_losses += 1
+            lose_worker(bench)
+        else:
+            bench.step()
+    assert num_losses == 4, "with others, again, and twice alone"
+    error = bench.finished["r3"].error
+    assert error is not None
+    assert error.status == 500
+    for request_id in requests.keys() - {"r3"}:
+        assert bench.outputs[request_id] == bench.expected(requests[request_id])
 
 
 def test_requests_spread_over_instances_by_load() -> None:

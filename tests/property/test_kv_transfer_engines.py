@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from shoal.core.kv import KVArrived, KVLoan, KVOffer, KVPull
 from shoal.core.plan import Hop, Role
-from shoal.core.request import GenerateRequest, Output
+from shoal.core.request import GenerateRequest, Grammar, Output, SamplingParams
 from shoal.core.split import Range
 from shoal.core.stats import EngineInfo
 from shoal.core.step import BLOCK_SIZE
@@ -395,6 +395,23 @@ def test_a_lease_that_nobody_ends_frees_itself() -> None:
     replica.tell()
     assert not replica.lent
     assert replica.state.stats().num_blocks_used == 0
+
+
+def test_who_asks_ahead_hears_when_nothing_comes_in_time() -> None:
+    fleet = Fleet(random.Random(1))
+    fleet.up("a")
+    replica = fleet.replicas["a"]
+    sampling = SamplingParams(max_tokens=4, grammar=Grammar(kind="json_object"))
+    waiting = GenerateRequest(request_id="q", prompt_ids=(1, 2, 3), sampling=sampling)
+    replica.submit(waiting)  # its grammar is never compiled
+    replica.tell(Lend(7, "q", 5.0, ahead=True))
+    assert replica.state.next_deadline() == 5.0
+    fleet.news["a"].clear()
+    replica.now = 5.0
+    replica.tell()
+    (answer,) = fleet.news["a"]
+    assert answer == KVLent("a", 0, KVOffer(7, replica.config.model_digest, (), ()))
+    assert replica.state.next_deadline() is None
 
 
 def test_what_one_replica_began_another_goes_on_with() -> None:

@@ -130,6 +130,7 @@ def take_run(scheduler: Scheduler, flight: Flight, run: StepsDecoded) -> list[St
 def _move_on(scheduler: Scheduler, sequence: TokenSequence, num_steps: int, token_id: int) -> None:
     assert len(sequence.token_ids) + num_steps < sequence.max_len
     sequence.token_ids += [token_id] * num_steps
+    sequence.num_losses = 0
     sequence.num_scheduled = sequence.total_len - 1
     sequence.num_returned = len(sequence.token_ids) - 1
     blocks = sequence.hops[0].block_ids

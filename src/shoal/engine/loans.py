@@ -50,11 +50,12 @@ class Loans:
         self._awaited: dict[int, tuple[TokenSequence, float]] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._loans)
+        return bool(self._loans or self._awaited)
 
     def next_deadline(self) -> float | None:
         """When one ends by itself."""
-        return min((each.deadline for each in self._loans.values()), default=None)
+        awaited = [until for _, until in self._awaited.values()]
+        return min([*awaited, *(each.deadline for each in self._loans.values())], default=None)
 
     def held(self, instance: int) -> list[list[int]]:
         """Blocks of an instance that are lent."""
@@ -73,7 +74,7 @@ class Loans:
             self._awaited[lease_id] = sequence, until
             return []
         if sequence is None or sequence.status is not Status.RUNNING:
-            return self._open(lease_id, (), _Loan(until, (), 0, None, 0))
+            return [_nothing(lease_id)]
         num_ready = self._num_ready(sequence)
         num = len(sequence.token_ids) // BLOCK_SIZE if ahead else num_ready
         route = self._config.routes[sequence.route]
@@ -189,9 +190,12 @@ class Loans:
         return [EndLoan(lease_id)]
 
     def expire(self, now: float) -> list[Effect]:
-        waiting = [(lease_id, until) for lease_id, (_, until) in self._awaited.items()]
-        lent = [(lease_id, loan.deadline) for lease_id, loan in self._loans.items()]
-        return self._end_each(lease_id for lease_id, until in [*waiting, *lent] if now >= until)
+        """Who still waits for what was asked for ahead hears that nothing comes."""
+        late = [lease_id for lease_id, (_, until) in self._awaited.items() if now >= until]
+        for lease_id in late:
+            del self._awaited[lease_id]
+        over = [lease_id for lease_id, loan in self._loans.items() if now >= loan.deadline]
+        return [*map(_nothing, late), *self._end_each(over)]
 
     def end_all(self) -> list[Effect]:
         """Workers failed: what they wrote can't be trusted."""
@@ -199,6 +203,10 @@ class Loans:
 
     def _end_each(self, lease_ids: Iterable[int]) -> list[Effect]:
         return [effect for lease_id in lease_ids for effect in self.end(lease_id)]
+
+
+def _nothing(lease_id: int) -> LendKV:
+    return LendKV(KVLoan(lease_id, (), 0), ())
 
 
 def _before(blocks: list[int], unfinished: set[int]) -> list[int]:

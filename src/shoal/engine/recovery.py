@@ -1,5 +1,8 @@
-"""After workers failed: what of the KV is still there, and who goes on from where.
+"""After workers failed: whose fault it may be, what of the KV is left, and who goes on from where.
 
+    a Step that is named   its sequences are suspects: each runs alone until it samples
+    a worker that ends     nobody is, the first time; those under whom one ends again, before they
+                           got a token, are, and who then is alone with it has failed
     lost instance          its pool finds nothing any more
     Step not come back     the blocks it wrote can't be trusted, whoever found them already
     sequence
@@ -15,13 +18,41 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable
 
-from shoal.core.step import BLOCK_SIZE, StepRow
+from shoal.core.step import BLOCK_SIZE, StepFailure, StepRow
 from shoal.engine.batch import Batch
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.sequence import Sequence
 
 Blocks = defaultdict[int, set[int]]
 """Of each instance."""
+
+_TOGETHER_S = 2.0
+"""Workers that are lost within it are lost by one thing: a machine's, say."""
+_LOSSES_BY_CHANCE = 1
+
+
+def blame(
+    scheduler: Scheduler, abandoned: Iterable[Batch], failure: StepFailure, now: float
+) -> None:
+    """Count it against the sequences whose doing it may have been."""
+    if failure.step_id is not None:
+        for batch in abandoned:
+            for sequence, _row in batch.rows:
+                sequence.num_failures += batch.step_id == failure.step_id
+        return
+    lost = set(failure.lost or ())
+    under = {
+        sequence
+        for batch in abandoned
+        if not lost.isdisjoint(scheduler.places.instances(batch.route)[: batch.num_hops])
+        for sequence, _row in batch.rows
+    }
+    for sequence in under:
+        if now - sequence.lost_at >= _TOGETHER_S:
+            sequence.num_losses, sequence.lost_at = sequence.num_losses + 1, now
+            is_known = sequence.num_failures > 0 and len(under) > 1
+            if sequence.num_losses > _LOSSES_BY_CHANCE and not is_known:
+                sequence.num_failures += 1
 
 
 def recover(scheduler: Scheduler, abandoned: Iterable[Batch], lost: Collection[int]) -> None:

@@ -9,6 +9,7 @@ sequences or of how rows and routes are chosen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -97,7 +98,9 @@ class Sequence:
         self.is_paused = False  # about to go on elsewhere: no more rows of it
         self.last_turn = 0
         self.num_hops_told = 0
-        self.num_failures = 0
+        # Of its Steps, and of workers under them, since it last sampled.
+        self.num_failures = self.num_losses = 0
+        self.lost_at = -math.inf
         self.last_ref: TokenRef | None = None
 
         self.num_cached_tokens: int | None = None

@@ -15,7 +15,6 @@ from shoal.core.errors import (
     InvalidRequestError,
     QueueFullError,
     RequestError,
-    RequestTimeoutError,
 )
 from shoal.core.kv import KVArrived
 from shoal.core.request import ErrorInfo, FinishReason, GenerateRequest, Output, TokenLogprobs
@@ -46,11 +45,12 @@ from shoal.engine.events import (
 from shoal.engine.flight import Flight
 from shoal.engine.intake import already_over, grammar_failure, new_sequence, refuse_if_wrong
 from shoal.engine.pace import CompletionPace
-from shoal.engine.recovery import recover
+from shoal.engine.recovery import blame, recover
 from shoal.engine.route_moves import RouteMoves
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.sequence import GrammarMatcher, Sequence, Status
 from shoal.engine.tally import Tally
+from shoal.engine.time_limits import TimeLimits
 from shoal.engine.transfers import Transfers
 from shoal.policy.batching import Seats
 
@@ -66,8 +66,7 @@ class EngineState:
         self._config = config
         self._scheduler = Scheduler(config)
         self._sequences: dict[str, Sequence] = {}
-        # Those that time alone may end: looked at with every Tick, so not all of them.
-        self._timed: dict[str, Sequence] = {}
+        self._limits = TimeLimits(config.grammar_timeout_s)
         self._transfers = Transfers(config, self._scheduler)
         self._moves = RouteMoves(config, self._scheduler)
         self._flight = Flight(config)
@@ -89,11 +88,14 @@ class EngineState:
 
     def next_deadline(self) -> float | None:
         """When a Tick is due even if nothing happens."""
-        if not (self._timed or self._transfers or self._moves or self._seats.next_s):
+        if not (self._limits or self._transfers or self._moves or self._seats.next_s):
             return None
-        deadlines = [sequence.next_deadline for sequence in self._timed.values()]
-        deadlines += [self._transfers.next_deadline(), self._moves.next_deadline()]
-        deadlines.append(self._seats.next_s)
+        deadlines = (
+            self._limits.next_deadline(),
+            self._transfers.next_deadline(),
+            self._moves.next_deadline(),
+            self._seats.next_s,
+        )
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def stats(self) -> EngineStats:
@@ -119,7 +121,7 @@ class EngineState:
 
     def decode_run(self) -> DecodeRun | None:
         """Results that may be taken at once (`StepsDecoded`)."""
-        if self._timed or self._transfers or self._seats.next_s:
+        if self._limits or self._transfers or self._seats.next_s:
             return None
         return find_run(self._config, self._scheduler, self._flight)
 
@@ -139,9 +141,11 @@ class EngineState:
     def handle(self, event: Event, now: float) -> list[Effect]:
         match event:  # what comes with every Step first
             case Tick():
-                expired = [*self._transfers.expire(now), *self._expire(now)]
-                moved = self._moves.advance(now)
-                return [*expired, *moved, *self._hand_out(now), *self._transfers.loans.grow()]
+                effects = self._transfers.expire(now)
+                for late, error in self._limits.late(now):
+                    effects += self._end(late, "error", now, error)
+                effects += self._moves.advance(now)
+                return [*effects, *self._hand_out(now), *self._transfers.loans.grow()]
             case StepResult():
                 return self._step_done(event, now)
             case Submit(request):
@@ -188,20 +192,20 @@ class EngineState:
         sequence = new_sequence(request, self._config, arrival=self._num_submitted, now=now)
         self._sequences[request.request_id] = sequence
         if sequence.deadline is not None:
-            self._timed[request.request_id] = sequence
+            self._limits.follow(sequence)
         self._counters["prompt"] += sequence.prompt_len
         if (reason := already_over(sequence)) is not None:
             return self._end(sequence, reason, now)
         if request.sampling.grammar is None:
             self._scheduler.add(sequence)
             return []
-        self._timed[request.request_id] = sequence
         return [CompileGrammar(request.request_id, request.sampling.grammar, request.output_ids)]
 
     def _grammar_started(self, request_id: str, now: float) -> list[Effect]:
         """Only now does its time run: others may have been compiled before it."""
         if (sequence := self._sequences.get(request_id)) is not None:
             sequence.matcher_deadline = now + self._config.grammar_timeout_s
+            self._limits.follow(sequence)
         return []
 
     def _grammar_ready(self, request_id: str, matcher: GrammarMatcher, now: float) -> list[Effect]:
@@ -245,9 +249,7 @@ class EngineState:
         if failure.incarnation != self._flight.incarnation:
             return []
         abandoned, self._scheduler.has_suspects = self._flight.abandon(), True
-        for batch in abandoned:
-            for sequence, _row in batch.rows:
-                sequence.num_failures += batch.step_id == failure.step_id
+        blame(self._scheduler, abandoned, failure, now)
         self._scheduler.places.down.update(failure.down)
         everywhere = range(len(self._config.instance_blocks))
         recover(self._scheduler, abandoned, everywhere if failure.lost is None else failure.lost)
@@ -263,29 +265,6 @@ class EngineState:
         self._scheduler.leave_unusable()
         self._moves.look_soon()
         return []
-
-    def _expire(self, now: float) -> list[Effect]:
-        effects: list[Effect] = []
-        if not self._timed:
-            return effects
-        for sequence in list(self._timed.values()):
-            if sequence.deadline is not None and now >= sequence.deadline:
-                error: RequestError = RequestTimeoutError(
-                    f"the request ran past its limit of {sequence.request.timeout_s:g} s with "
-                    f"{sequence.num_output} tokens produced; raise the limit or lower max_tokens",
-                    code="timeout",
-                )
-            elif (due := sequence.next_deadline) is not None and now >= due:
-                error = InvalidRequestError(
-                    f"the schema took more than {self._config.grammar_timeout_s:g} s to compile; "
-                    f"simplify it",
-                    code="grammar_timeout",
-                    param="response_format",
-                )
-            else:
-                continue
-            effects += self._end(sequence, "error", now, ErrorInfo.of(error))
-        return effects
 
     def _hand_out(self, now: float) -> list[Effect]:
         """A Step for each route in turn, until none has room or rows."""
@@ -326,7 +305,7 @@ class EngineState:
             sequence.add_prompt_logprobs(row, result.prompt_logprobs)
         if not row.samples:
             return []
-        sequence.num_failures = 0
+        sequence.num_failures = sequence.num_losses = 0
         assert result.token_id is not None
         sequence.num_pending -= 1
         sequence.token_ids.append(result.token_id)
@@ -390,7 +369,7 @@ class EngineState:
 
     def _retire(self, sequence: Sequence, now: float) -> None:
         del self._sequences[sequence.request.request_id]
-        self._timed.pop(sequence.request.request_id, None)
+        self._limits.forget(sequence.request.request_id)
         self._scheduler.remove(sequence)
         self._pace.note_completion(now)
 

@@ -91,7 +91,8 @@ class InprocExecutor:
         return tuple(InstanceStep(0, each) for each in self._clock.take())
 
     def between_steps(self, do: Callable[[], None]) -> None:
-        """Have the worker's thread call something, in order with the Steps."""
+        """Have the worker's thread call something, in order with the Steps; if that raises, it is
+        logged."""
         self._steps.put(do)
 
     def close_too(self, close: Callable[[], None]) -> None:
@@ -120,9 +121,16 @@ class InprocExecutor:
                 if isinstance(item, Step):
                     self._launch(item)
                 else:
-                    item()
+                    self._do(item)
             while self._launched and self._launched[0].pending.done:
                 self._collect()
+
+    def _do(self, chore: Callable[[], None]) -> None:
+        try:
+            chore()
+        except Exception:
+            # Whoever waits for it has a time limit; Steps must go on.
+            log.exception("what was to be done between two Steps failed")
 
     def _launch(self, step: Step) -> None:
         if step.incarnation <= self._failed_incarnation:

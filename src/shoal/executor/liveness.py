@@ -72,7 +72,10 @@ class Liveness:
             if now - pulse.at_s > _SILENT_S:
                 found[worker] = f"{worker} gave no sign of life for {_SILENT_S:g} s"
             elif pulse.busy_s > _STEP_LIMIT_S:
-                found[worker] = f"{worker} has been at one Step for {_STEP_LIMIT_S:g} s"
+                found[worker] = (
+                    f"{worker} has been at one Step for {_STEP_LIMIT_S:g} s; if it is only that "
+                    "slow, lower --max-num-batched-tokens"
+                )
             elif pulse.reset_since_s is not None and now - pulse.reset_since_s > _RESET_LIMIT_S:
                 found[worker] = f"{worker} did not abandon its Step for {_RESET_LIMIT_S:g} s"
         return found

@@ -33,6 +33,7 @@ from shoal.executor.dealing import Dealer
 from shoal.executor.lab_state import VARIABLE, LabState
 from shoal.executor.launcher import Launcher, LocalLauncher
 from shoal.executor.link_forms import LinkForms
+from shoal.executor.overdue import Overdue
 from shoal.executor.recovery import Recovery
 from shoal.executor.transfers import CrewMover, KVMover, Order
 from shoal.executor.worker_process import WorkerProcess
@@ -105,11 +106,9 @@ class LocalExecutor:
             replica, self._crew, post=self._tell, began=self._forget, give_up=self._give_up
         )
         self._lab = _lab_state(self._crew, _name_among_others(kv_keys))
-        self._submitted_s: dict[int, float] = {}
+        self._overdue = Overdue(_NO_RESULT_S)
         self._taken: deque[InstanceStep] = deque(maxlen=MAX_STEPS_KEPT)
-        self._result_s = 0.0
         self._is_watched = False
-        self._looking: asyncio.Task[None] | None = None
         self._dealer: Dealer | None = None
         self._forms: LinkForms | None = None
         self._loop = asyncio.new_event_loop()
@@ -178,12 +177,13 @@ class LocalExecutor:
             say(line)
         await self._crew.ready(workers)
         self._tell_forms(options, spec, workers, say)
-        say(f"workers    {len(workers)} ready after {time.monotonic() - started_s:.1f} s")
+        loading_s = time.monotonic() - started_s
+        say(f"workers    {len(workers)} ready after {loading_s:.1f} s")
         self._is_watched = True
         if options.expert_redeal and spec.experts is not None:
             self._dealer = self._make_dealer(spec, facts)
-        self._recovery.watch()
-        self._looking = asyncio.create_task(self._look())
+        self._recovery.watch(loading_s)
+        self._recovery.follow(self._look())
         return capacity
 
     def _tell_forms(
@@ -205,8 +205,6 @@ class LocalExecutor:
     async def _end(self) -> None:
         self._is_watched = False
         self._recovery.close()
-        if self._looking is not None:
-            self._looking.cancel()
         if self._dealer is not None:
             self._dealer.close()
         await self._crew.close()
@@ -245,7 +243,7 @@ class LocalExecutor:
     def _deliver(self, step: Step, frame: bytes) -> None:
         if step.incarnation != self._recovery.incarnation:
             return
-        self._submitted_s[step.step_id] = time.monotonic()
+        self._overdue.handed_out(step.step_id, step.route, time.monotonic())
         hops = self._replica.routes[step.route][: step.num_hops]
         on_route = {hop.instance for hop in hops}
         for worker in self._crew.workers.values():
@@ -258,7 +256,7 @@ class LocalExecutor:
         self._post(event)
 
     def _forget(self) -> None:
-        self._submitted_s.clear()
+        self._overdue.forget()
         if self._dealer is not None:
             self._dealer.drop()
         if self._lab is not None:
@@ -266,8 +264,7 @@ class LocalExecutor:
 
     def _done(self, result: StepResult) -> None:
         if result.incarnation == self._recovery.incarnation:
-            self._submitted_s.pop(result.step_id, None)
-            self._result_s = time.monotonic()
+            self._overdue.came(result.step_id, time.monotonic())
             self._post(result)
 
     # --- what workers say ---
@@ -325,10 +322,8 @@ class LocalExecutor:
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
             now = time.monotonic()
-            if self._submitted_s:
-                waited_s = now - max(self._result_s, min(self._submitted_s.values()))
-                if waited_s > _NO_RESULT_S:
-                    self._recovery.nothing_came(_NO_RESULT_S)
+            if self._overdue.is_late(now):
+                self._recovery.nothing_came(_NO_RESULT_S)
             if self._dealer is not None:
                 self._dealer.look(now, self._recovery.down)
             if self._lab is not None and self._lab.changed():

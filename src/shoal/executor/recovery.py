@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
@@ -31,9 +31,11 @@ _WATCH_EVERY_S = 0.1
 _SLEPT_S = 0.6
 _BLAME_AFTER_S = 0.3
 _START_LIMIT_S = 300.0
+_LONGER_THAN_AT_FIRST = 3.0
+"""Times what all took to be ready at first, if that is more: a disk may be slower now."""
 _MAX_RESTARTS = 5
 _RESTARTS_WITHIN_S = 60.0
-_FIRST_PAUSE_S = 0.1
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 30.0
 
 
 class Recovery:
@@ -63,19 +65,27 @@ class Recovery:
         self._give_up = give_up
         self._starting: set[int] = set()
         self._parted: set[int] = set()
-        self._restarts: deque[float] = deque()
+        self._restarts: defaultdict[int, deque[float]] = defaultdict(deque)
+        self._start_limit_s = _START_LIMIT_S
         self._tasks: set[asyncio.Task[None]] = set()
         per_stage = Counter(replica.stage_of(i) for i in range(len(replica.instances)))
         self._stand_ins = {
             i: per_stage[replica.stage_of(i)] - 1 for i in range(len(replica.instances))
         }
 
-    def watch(self) -> None:
-        """Begin: all workers are ready."""
+    def watch(self, loading_s: float) -> None:
+        """Begin: all workers are ready, which took so long."""
+        self._start_limit_s = max(_START_LIMIT_S, _LONGER_THAN_AT_FIRST * loading_s)
         now = time.monotonic()
         for name in self._crew.workers:
             self.liveness.begin(name, now)
-        self._spawn(self._watch())
+        self.follow(self._watch())
+
+    def follow(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run it until `close`. If it fails, workers are not followed any more: all is given up."""
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
 
     @property
     def down(self) -> frozenset[int]:
@@ -104,10 +114,10 @@ class Recovery:
             self._fail(failed.reason, step_id=failed.step_id, kv_lost={worker.instance})
         else:
             # Most often because a rank died, which is about to be noticed by itself.
-            self._spawn(self._blame_later(worker, failed))
+            self.follow(self._blame_later(worker, failed))
 
     def nothing_came(self, seconds: float) -> None:
-        """No Step came back for so long, though all workers are alive."""
+        """No Step of some route came back for so long, though all workers are alive."""
         self._fail(f"no Step came back for {seconds:g} s")
 
     def reset_done(self, worker: WorkerProcess, incarnation: int) -> None:
@@ -134,7 +144,7 @@ class Recovery:
             for worker in self._crew.of(instance):
                 self.liveness.end(worker.name)
                 worker.kill()
-            self._spawn(self._start_again(instance))
+            self.follow(self._start_again(instance))
         now = time.monotonic()
         for worker in self._crew.workers.values():
             if worker.instance not in lost:
@@ -162,7 +172,7 @@ class Recovery:
         while not await self._try_to_start(instance):
             await self._crew.end(self._crew.of(instance))
             await asyncio.sleep(pause_s)
-            pause_s *= 4
+            pause_s = min(4 * pause_s, _LONGEST_PAUSE_S)
         now = time.monotonic()
         for worker in self._crew.of(instance):
             self.liveness.begin(worker.name, now)
@@ -174,22 +184,25 @@ class Recovery:
     async def _try_to_start(self, instance: int) -> bool:
         self._count_start(instance)
         try:
-            async with asyncio.timeout(_START_LIMIT_S):
+            async with asyncio.timeout(self._start_limit_s):
                 await self._crew.ready(await self._crew.start(instance, self.incarnation))
-        except (ShoalError, OSError, TimeoutError) as error:
+        except TimeoutError:
+            log.error("instance %d was not ready after %g s", instance, self._start_limit_s)
+            return False
+        except (ShoalError, OSError) as error:
             log.error("instance %d did not start again: %s", instance, error)
             return False
         return True
 
     def _count_start(self, instance: int) -> None:
-        now = time.monotonic()
-        self._restarts.append(now)
-        while now - self._restarts[0] > _RESTARTS_WITHIN_S:
-            self._restarts.popleft()
-        if len(self._restarts) > _MAX_RESTARTS:
+        now, restarts = time.monotonic(), self._restarts[instance]
+        restarts.append(now)
+        while now - restarts[0] > _RESTARTS_WITHIN_S:
+            restarts.popleft()
+        if len(restarts) > _MAX_RESTARTS:
             self._give_up(
-                f"instance {instance} was lost again: workers were started {_MAX_RESTARTS} times "
-                f"within {_RESTARTS_WITHIN_S:g} s; look above for what ended them, and start again"
+                f"instance {instance} was lost again: it was started {_MAX_RESTARTS} times "
+                f"within {_RESTARTS_WITHIN_S:g} s; look above for what ended it, and start again"
             )
 
     # --- signs of life ---
@@ -235,11 +248,6 @@ class Recovery:
 
     def _instance_of(self, name: str) -> int:
         return self._crew.workers[name].instance
-
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._finished)
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

@@ -216,7 +216,7 @@ class _WorkerProcess:
         try:
             for message in messages:
                 self._take(message)
-        except (OSError, ShoalError):
+        except Exception:
             log.exception("the executor cannot be understood any more")
         finally:
             os._exit(0)

@@ -213,7 +213,7 @@ class StageRunner:
             case Reset(incarnation):
                 self._begin(incarnation)
             case Chore(do):
-                do()
+                _do(do)
 
     def _take_message(self, item: FromPeer) -> None:
         message = item.message
@@ -341,6 +341,14 @@ class StageRunner:
         )
         if self._group is not None:
             self._group.abort()  # the other ranks need not wait for this one
+
+
+def _do(chore: Callable[[], None]) -> None:
+    try:
+        chore()
+    except Exception:
+        # Whoever waits for it has a time limit; Steps must go on.
+        log.exception("what was to be done between two Steps failed")
 
 
 def _unsent(peer: str, error: Exception) -> Exception:

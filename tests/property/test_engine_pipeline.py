@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from random import Random
 
 import pytest
 from engine_bench import Bench, make_config, make_request
@@ -100,6 +101,25 @@ def test_streams_that_end_leave_hardly_a_stage_idle() -> None:
     assert sum(busy) >= 0.97 * 3 * len(busy)
 
 
+@pytest.mark.parametrize("num_stages", [2, 3, 4])
+def test_streams_that_come_and_go_leave_hardly_a_stage_idle(num_stages: int) -> None:
+    """The number of those that decode changes all the time: a Step that took one of the Step
+    before it, to be as large as that, would wait for its token."""
+    bench, rng = make_bench(num_stages), Random(num_stages)
+    busy, num_late = [], 0
+    for number in range(150 * num_stages):
+        if number % num_stages == 0:
+            prompt = [1 + number % 40] * rng.randrange(2, 80)
+            bench.submit(make_request(f"r{number}", prompt, max_tokens=rng.randrange(10, 30)))
+        busy.append(tick(bench))
+        step = bench.steps[-1]
+        latest = {step.step_id - back for back in range(1, num_stages)}
+        num_late += any(row.token_ref and row.token_ref.step_id in latest for row in step.rows)
+    busy = busy[20 * num_stages :]
+    assert sum(busy) >= 0.97 * num_stages * len(busy)
+    assert num_late <= 4 * num_stages, "while there are few"
+
+
 def test_a_prompt_does_not_stop_the_others() -> None:
     bench = make_bench(3)
     for i in range(6):
@@ -129,7 +149,7 @@ def test_rebuilding_and_decoding_take_turns() -> None:
     """Streams that lost KV at the middle stage come back while new ones are served."""
     bench = make_bench(3, max_num_seqs=16)
     for i in range(4):
-        bench.submit(make_request(f"old{i}", [i + 1] * 300, max_tokens=60))
+        bench.submit(make_request(f"old{i}", [i + 1] * 500, max_tokens=60))
     ticks_until(bench, lambda: all(len(output) > 3 for output in bench.outputs.values()))
     bench.fail(lost=[1], down=[1])
     bench.submit(make_request("new", [9] * 10, max_tokens=60))
@@ -138,5 +158,5 @@ def test_rebuilding_and_decoding_take_turns() -> None:
     assert any(step.num_hops == 2 for step in bench.steps), "the old ones are not done yet"
     ticks_until(bench, lambda: len(bench.finished) == 5)
     for i in range(4):
-        want = bench.expected(make_request("", [i + 1] * 300, max_tokens=60))
+        want = bench.expected(make_request("", [i + 1] * 500, max_tokens=60))
         assert bench.outputs[f"old{i}"][: len(want)] == want

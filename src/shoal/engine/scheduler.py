@@ -6,9 +6,7 @@ there is beside those that decode, `engine/chunks.py` says. When KV runs out the
 running sequence gives its blocks back and is computed again later; the best-ranked one therefore
 always advances, so the whole does.
 
-A Step follows one route. In a pipeline of S stages it decodes for one S-th of those that run
-there, in turns, so that every stage has some; rows that rebuild KV on the first hops alone go
-into Steps of their own, in turns with the others.
+A Step follows one route; whose turn it is there, `engine/turns.py` says.
 
 Knows nothing of events, outputs or time.
 """
@@ -28,6 +26,7 @@ from shoal.engine.places import Place, Places
 from shoal.engine.pools import Pools
 from shoal.engine.sequence import HopBlocks, Status
 from shoal.engine.sequence import Sequence as TokenSequence
+from shoal.engine.turns import Turns
 from shoal.policy.cost import Work
 
 
@@ -47,13 +46,9 @@ class Scheduler:
         # Those whose sampler state workers may forget.
         self._released: list[int] = []
         self._is_in_order = len(config.routes) == 1
-        self._has_one_hop = self._is_in_order and len(config.routes[0]) == 1
         # Some sequence may have been in a Step that failed.
         self.has_suspects = False
-        self._max_pending = config.max_steps_in_flight if config.num_stages == 1 else 1
-        self._last_turns: Counter[tuple[int, int]] = Counter()
-        self._num_turns = 0
-        self._num_steps: Counter[int] = Counter()  # of each route
+        self._turns = Turns(config)
         self.num_preemptions = 0
         self.num_admissions = 0
 
@@ -78,22 +73,12 @@ class Scheduler:
             if batch.rows or suspect.in_flight or self._runs_elsewhere(suspect, route):
                 return batch
         self._displace()
-        batch = self._batch(route, step_id, len(self._config.routes[route]))
-        for num_hops, sequences in self._in_turn(route):
-            if num_hops != batch.num_hops:
-                batch = self._batch(route, step_id, num_hops)
-            for sequence in sequences:
-                # An earlier turn of this loop may have preempted it.
-                if sequence.status is Status.RUNNING and self.grow(sequence, batch.rows):
-                    self._put(sequence, batch)
-                if not batch.budget:
-                    break
-            if batch.rows:
-                break
+        batch = self._fill_in_turn(route, step_id, ahead=False)
         self._fill_up(batch)
+        if not batch.rows and len(self._config.routes[route]) > 1:
+            batch = self._fill_in_turn(route, step_id, ahead=True)
         if batch.rows:
-            self._last_turns[route, batch.num_hops] = self._num_turns = batch.turn
-            self._num_steps[route] += 1
+            self._turns.handed_out(batch)
             self.chunks.handed_out(batch, len(self._on(route)))
         return batch
 
@@ -176,31 +161,22 @@ class Scheduler:
         for sequence in self.running:
             assert sequence.num_returned <= sequence.num_scheduled <= sequence.total_len
 
-    # --- whose turn it is ---
+    # --- rows of those that run ---
 
-    def _in_turn(self, route: int) -> Iterable[tuple[int, Sequence[TokenSequence]]]:
-        """Those that could go into a Step: the hops they run, and who, in order.
-
-        A Step takes those of one number of hops; whose turn was longest ago is first.
-        """
-        mine, most = self._on(route), self._max_pending
-        ready = [sequence for sequence in mine if sequence.can_schedule(most)]
-        if self._has_one_hop:
-            # Those that decode, then prompts.
-            ready.sort(key=lambda sequence: sequence.num_in_run > 1)
-            yield 1, ready
-            return
-        turns = self._last_turns
-        counts = {sequence.num_hops_in_run for sequence in ready}
-        for num_hops in sorted(counts, key=lambda count: (turns[route, count], count)):
-            prompts, decoding = list[TokenSequence](), list[TokenSequence]()
-            for sequence in ready:
-                if len(counts) == 1 or sequence.num_hops_in_run == num_hops:
-                    (prompts if sequence.num_in_run > 1 else decoding).append(sequence)
-            if len(self._config.routes[route]) > 1:
-                decoding.sort(key=lambda sequence: (sequence.last_turn, sequence.rank))
-                decoding = decoding[: self._micro_batch(mine, route)]
-            yield num_hops, [*decoding, *prompts]
+    def _fill_in_turn(self, route: int, step_id: int, *, ahead: bool) -> Batch:
+        batch = self._batch(route, step_id, len(self._config.routes[route]))
+        for num_hops, sequences in self._turns.of(self._on(route), route, ahead=ahead):
+            if num_hops != batch.num_hops:
+                batch = self._batch(route, step_id, num_hops)
+            for sequence in sequences:
+                # An earlier turn of this loop may have preempted it.
+                if sequence.status is Status.RUNNING and self.grow(sequence, batch.rows):
+                    self._put(sequence, batch)
+                if not batch.budget:
+                    break
+            if batch.rows:
+                break
+        return batch
 
     def _on(self, route: int) -> list[TokenSequence]:
         """Those that run on a route."""
@@ -208,16 +184,9 @@ class Scheduler:
             return self.running
         return [sequence for sequence in self.running if sequence.route == route]
 
-    def _micro_batch(self, running: Sequence[TokenSequence], route: int) -> int:
-        """Rows that decode in a route's next Step: n of them in S Steps, as even as can be."""
-        num = sum(1 for s in running if s.num_in_run <= 1)
-        stages = len(self._config.routes[route])
-        turn = self._num_steps[route] % stages
-        return max(1, num * (turn + 1) // stages - num * turn // stages)
-
     def _batch(self, route: int, step_id: int, num_hops: int) -> Batch:
         budget = self._config.max_num_batched_tokens
-        return Batch(route, step_id, self._num_turns + 1, budget, num_hops)
+        return Batch(route, step_id, self._turns.next, budget, num_hops)
 
     def _suspect(self) -> TokenSequence | None:
         """The first that was in a Step that failed, and in none that came back since."""
@@ -233,7 +202,7 @@ class Scheduler:
         if (
             suspect.status is Status.RUNNING
             and suspect.route == route
-            and suspect.can_schedule(self._max_pending)
+            and self._turns.can_run(suspect)
             and self.grow(suspect, batch.rows)
         ):
             self._put(suspect, batch)

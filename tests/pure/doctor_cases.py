@@ -25,6 +25,13 @@ GPU = Gpu(
     is_idle=False,
 )
 CARD = Nic(name="eth0", is_up=True, bytes_per_s=12.5e9, driver="mlx5_core", mtu=9000, pcie=FULL)
+BOND = (
+    Nic(name="bond0", is_up=True, bytes_per_s=25e9, mtu=9000, is_virtual=True),
+    replace(CARD, master="bond0"),
+    replace(CARD, name="eth1", master="bond0"),
+    Nic(name="docker0", is_up=True, mtu=1500, is_virtual=True),
+    Nic(name="veth1", is_up=True, bytes_per_s=1.25e9, is_virtual=True, master="docker0"),
+)
 PORT = RdmaPort(device="mlx5_0", port=1, is_active=True, layer="InfiniBand", bytes_per_s=25e9)
 APART = GpuPair(a=0, b=1, connection="bridge", peer_to_peer=False)
 PEERS = GpuPair(a=0, b=1, connection="bridge", peer_to_peer=True)
@@ -63,8 +70,16 @@ def software(*gpus: Gpu, pairs: Sequence[GpuPair] = (), **facts: Any) -> Machine
     return machine(*gpus, pairs=tuple(pairs), software=replace(GOOD, **facts))
 
 
-def environment(*gpus: Gpu, pairs: Sequence[GpuPair] = (), **variables: str) -> Machine:
-    return machine(*gpus, pairs=tuple(pairs), variables=variables, processor=Processor(num_cpus=8))
+def environment(
+    *gpus: Gpu, pairs: Sequence[GpuPair] = (), nics: Sequence[Nic] = (), **variables: str
+) -> Machine:
+    return machine(
+        *gpus,
+        pairs=tuple(pairs),
+        nics=tuple(nics),
+        variables=variables,
+        processor=Processor(num_cpus=8),
+    )
 
 
 def gpu(**facts: Any) -> Machine:
@@ -81,6 +96,22 @@ CASES: list[tuple[str, Machine, str, str]] = [
     ("cpu kernels", software(kernels="", torch_problem="no libc"), "skipped", "no libc"),
     ("cpu instructions", cpu(flags=frozenset({"avx2", "avx512f"})), "ok", "avx512f"),
     ("cpu instructions", cpu(flags=frozenset({"avx2"})), "warn", "neither AVX-512"),
+    ("cpu instructions", cpu(flags=frozenset({"asimd", "fp"})), "warn", "an ARM"),
+    (
+        "cpu instructions",
+        machine(GPU, processor=Processor(flags=frozenset({"asimd"}))),
+        "skipped",
+        "its GPUs serve",
+    ),
+    (
+        "cpu kernels",
+        machine(
+            software=replace(GOOD, kernels="", kernels_problem="not built"),
+            processor=Processor(flags=frozenset({"asimd"})),
+        ),
+        "skipped",
+        "an ARM",
+    ),
     ("cpu instructions", cpu(flags=frozenset({"sse2"})), "fail", "no AVX2"),
     ("cpu instructions", cpu(), "skipped", "does not list"),
     ("cpu quota", cpu(quota_cpus=8.0), "ok", "8 CPUs"),
@@ -117,8 +148,14 @@ CASES: list[tuple[str, Machine, str, str]] = [
     ("open files", machine(room=Room(open_files=1024, most_open_files=1024)), "warn", "1,024"),
     ("open files", machine(room=Room(open_files=100)), "fail", "100"),
     ("locked memory", machine(room=Room(locked_bytes=65536)), "skipped", "no RDMA"),
-    ("locked memory", machine(rdma=(PORT,), room=Room(locked_bytes=8 << 20)), "fail", "0.0 GB"),
-    ("locked memory", machine(rdma=(PORT,)), "ok", "any"),
+    (
+        "locked memory",
+        machine(GPU, rdma=(PORT,), room=Room(locked_bytes=8 << 20)),
+        "fail",
+        "0.0 GB",
+    ),
+    ("locked memory", machine(rdma=(PORT,), room=Room(locked_bytes=8 << 20)), "skipped", "no GPU"),
+    ("locked memory", machine(GPU, rdma=(PORT,)), "ok", "any"),
     ("shared memory", machine(GPU, room=Room(shm_bytes=64 << 20)), "skipped", "between GPUs"),
     ("shared memory", machine(GPU, GPU, room=Room(shm_bytes=64 << 20)), "warn", "0.1 GB"),
     ("shared memory", machine(GPU, GPU, room=Room(shm_bytes=8 << 30)), "ok", "8.6 GB"),
@@ -133,6 +170,9 @@ CASES: list[tuple[str, Machine, str, str]] = [
     ("port", machine(room=Room(port=8000, port_is_taken=True)), "warn", "taken"),
     ("gpu driver", machine(), "skipped", "no NVIDIA GPU"),
     ("gpu driver", machine(driver_problem="version mismatch"), "fail", "version mismatch"),
+    ("gpu driver", machine(undriven=("0000:01:00.0",)), "fail", "0000:01:00.0"),
+    ("gpu driver", machine(foreign=("AMD 0000:03:00.0",)), "skipped", "AMD 0000:03:00.0"),
+    ("gpu driver", machine(lost=("0 (GPU is lost)",)), "fail", "GPU is lost"),
     ("gpu driver", machine(GPU), "ok", "CUDA 13.0"),
     ("gpu driver", machine(GPU, driver_cuda=(12, 8)), "fail", "runs up to 12.8"),
     ("gpu driver", software(GPU, torch_cuda=(13, 2)), "ok", "wants 13.2"),
@@ -162,9 +202,10 @@ CASES: list[tuple[str, Machine, str, str]] = [
     ("gpu power", gpu(power_limit_w=None), "skipped", "does not say"),
     ("gpu clocks", gpu(held_back=("power cap",)), "ok", "nothing"),
     ("gpu clocks", gpu(held_back=("heat (hardware)",), temperature_c=92), "warn", "92 °C"),
-    ("gpu clocks", gpu(held_back=("clocks set by somebody",)), "warn", "by hand"),
+    ("gpu clocks", gpu(held_back=("application clocks",)), "warn", "application clocks"),
     ("gpu persistence", gpu(), "ok", "stays"),
     ("gpu persistence", gpu(is_persistent=False), "warn", "lets go"),
+    ("gpu persistence", gpu(is_persistent=None), "skipped", "does not say"),
     ("gpu instances", gpu(), "ok", "no GPU"),
     ("gpu instances", gpu(has_mig=True), "warn", "MIG"),
     ("pcie", gpu(), "ok", "gen 5 x16"),
@@ -221,8 +262,17 @@ CASES: list[tuple[str, Machine, str, str]] = [
         "carries",
     ),
     ("network slots", machine(), "skipped", "no network card"),
-    ("network choice", machine(nics=(CARD,)), "ok", "one network card"),
-    ("network choice", machine(nics=(CARD, replace(CARD, name="ib0"))), "warn", "any of eth0, ib0"),
+    ("network choice", machine(GPU, nics=(CARD,)), "ok", "one network card"),
+    (
+        "network choice",
+        machine(GPU, nics=(CARD, replace(CARD, name="ib0"))),
+        "warn",
+        "any of eth0, ib0",
+    ),
+    ("network choice", machine(nics=(CARD, replace(CARD, name="ib0"))), "skipped", "no GPU"),
+    ("network choice", machine(GPU, nics=BOND), "ok", "one network card"),
+    ("network choice", environment(GPU, nics=BOND, NCCL_SOCKET_IFNAME="bond0"), "ok", "bond0"),
+    ("network speed", machine(nics=BOND), "ok", "bond0"),
     ("gloo interface", environment(GLOO_SOCKET_IFNAME="^lo,docker"), "warn", "no interface"),
     ("gloo interface", environment(), "ok", "not set"),
     (
@@ -237,7 +287,12 @@ CASES: list[tuple[str, Machine, str, str]] = [
     ("rdma", machine(), "skipped", "no RDMA"),
     ("rdma", machine(rdma=(PORT,)), "ok", "200 Gbit/s"),
     ("rdma", machine(rdma=(replace(PORT, is_active=False),)), "warn", "no port"),
-    ("rdma", machine(rdma=(PORT,), variables={"NCCL_IB_DISABLE": "1"}), "warn", "mlx5_0: unused"),
+    (
+        "rdma",
+        machine(GPU, rdma=(PORT,), variables={"NCCL_IB_DISABLE": "1"}),
+        "warn",
+        "mlx5_0: unused",
+    ),
     ("rdma", machine(rdma=(PORT,), variables={"NCCL_IB_DISABLE": "0"}), "ok", "200 Gbit/s"),
     ("gpu rdma", machine(GPU), "skipped", "not both"),
     ("gpu rdma", machine(GPU, rdma=(PORT,)), "warn", "neither"),

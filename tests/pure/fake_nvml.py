@@ -46,6 +46,8 @@ class FakeNvml:
         return len(self.cards)
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
+        if not self.cards[index]:
+            raise NvmlError(15, "GPU is lost")
         return index
 
     def nvmlSystemGetDriverVersion(self) -> str:  # noqa: N802
@@ -92,7 +94,7 @@ def h100(index: int, peer: int | None = None, **answers: Any) -> dict[str, Any]:
         "Temperature": {0: 41},
         "PersistenceMode": 1,
         "NvLinkState": dict.fromkeys(links, 1),
-        "NvLinkVersion": dict.fromkeys(links, 4),
+        "NvLinkVersion": dict.fromkeys(links, 6),  # 4.0
         "NvLinkRemotePciInfo": ends,
         "NvLinkRemoteDeviceType": dict.fromkeys(links, 0 if ends else 2),
         **answers,

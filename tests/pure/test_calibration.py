@@ -39,8 +39,9 @@ SPEC = ModelSpec(
 INT8 = Numbers(weights="int8", compute="int8", packed=True)
 KINDS = [
     *(((context - 1, 1, True),) * batch for batch in (1, 4, 16) for context in (32, 1024)),
-    *(((0, tokens, True),) for tokens in (16, 64, 256, 512)),
-    ((896, 128, True),),
+    *(((0, tokens, True),) for tokens in (8, 16, 32, 64, 128, 256)),
+    ((992, 32, True),),
+    *((*((31, 1, True),) * 4, (0, tokens, False)) for tokens in (8, 24)),
 ]
 DEPTHS = (Range(0, 16), Range(8, 16))
 
@@ -59,7 +60,7 @@ def _device(host: str, slowness: float = 1.0) -> Device:
     )
 
 
-def _true(device: Device, slowness: float = 1.0) -> Constants:
+def _true(device: Device, slowness: float = 1.0, exposed: float = 0.0) -> Constants:
     return Constants(
         kind="cpu",
         engine="shoal",
@@ -74,6 +75,7 @@ def _true(device: Device, slowness: float = 1.0) -> Constants:
         step_s=2e-3 * slowness,
         row_s=3e-4 * slowness,
         attention=0.1,
+        exposed=exposed,
     )
 
 
@@ -98,16 +100,20 @@ def _taken(
             yield StepTaken(layers, rows, seconds * rng.uniform(1 - noise, 1 + noise))
 
 
-def test_steps_that_were_not_timed_are_foretold() -> None:
+@pytest.mark.parametrize("exposed", [0.1, 0.9])
+def test_steps_that_were_not_timed_are_foretold(exposed: float) -> None:
     device = _device("a")
-    true = _true(device)
+    true = _true(device, exposed=exposed)
     found = device_constants(device, INT8, _runs(device, true), source="a test")
     cluster = Cluster(hosts=(Host(name="a"),), devices=(device,))
     for layers in (Range(0, 16), Range(12, 16), Range(6, 10)):
         cost = InstanceCost(SPEC, [part_of(whole(SPEC), layers)], [device], cluster, INT8)
-        for load in (StepLoad.decode(2, 500), StepLoad.decode(8, 100), StepLoad.prefill(200)):
+        mixed = StepLoad.decode(3, 200) + StepLoad.of([(0, 12, False)])
+        loads = StepLoad.decode(2, 500), StepLoad.decode(8, 100), StepLoad.prefill(200), mixed
+        for load in loads:
             want = cost.under(true).time(load).total_s
             assert cost.under(found).time(load).total_s == pytest.approx(want, rel=0.05)
+    assert found.exposed == pytest.approx(exposed, abs=0.15)
     for name in ("eta", "layer_s", "mfu", "attention", "row_s"):
         assert getattr(found, name) == pytest.approx(getattr(true, name), rel=0.15), name
     assert (found.device, found.precision, found.source) == ("a.cpu", "int8", "a test")
@@ -123,7 +129,7 @@ def test_noise_is_said() -> None:
 def test_too_few_steps_are_refused() -> None:
     device = _device("a")
     steps = list(_taken(SPEC, device, _true(device)))[:3]
-    with pytest.raises(ConfigError, match="six at least"):
+    with pytest.raises(ConfigError, match="seven at least"):
         device_constants(device, INT8, [(SPEC, steps)], source="")
 
 

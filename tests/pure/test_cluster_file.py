@@ -117,7 +117,10 @@ MEASURED = "{kind: new, memory: 24GB, bandwidth: 1000GB/s, flops: {bfloat16: 165
             "hosts:\n- {name: a, devices: L4}\n- {name: b, devices: L4}",
             "no link joins hosts a and b",
         ),
-        ("hosts:\n- {name: a, devices: L4}\n- {name: a, devices: L4}", "two hosts are named 'a'"),
+        (
+            "hosts:\n- {name: a, devices: L4}\n- {name: a, devices: L4}",
+            ":3: two hosts are named 'a'",
+        ),
         (
             "devices: L4\nlinks: [{between: [local, x], latency: 1us, bandwidth: 1GB/s}]",
             "'x' is nei",
@@ -126,12 +129,38 @@ MEASURED = "{kind: new, memory: 24GB, bandwidth: 1000GB/s, flops: {bfloat16: 165
             "hosts:\n- {name: a, devices: L4}\n- {name: b, devices: L4}\nlinks:\n"
             "- {between: [a, b], latency: 1us, bandwidth: 1GB/s}\n"
             "- {between: [b, a], latency: 1us, bandwidth: 2GB/s}",
-            "two links join a and b",
+            ":6: two links join a and b",
         ),
         (
             "devices: L4\nlinks: [{between: [local, local], latency: 1us, bandwidth: 1GB/s}]",
-            "a link joins 'local' to itself",
+            ":2: a link joins 'local' to itself",
         ),
+        (
+            "hosts:\n- {name: node1, devices: L4}\n- {name: node2, devices: L4}\nlinks:\n"
+            "- {between: [node1, nodee2], latency: 1us, bandwidth: 1GB/s}",
+            ":5: 'nodee2' is neither a host nor a device; did you mean node2?",
+        ),
+        (
+            "devices: L4\nsums: [{between: [local, b], points: {1KiB: 9us}}]",
+            ":2: 'b' is neither a host nor a device",
+        ),
+        (
+            "hosts:\n- {name: a, devices: [{kind: L4, name: b}]}\n- {name: b, devices: L4}\n"
+            "network: {latency: 1us, bandwidth: 1GB/s}",
+            "a host and a device are both named 'b'",
+        ),
+        (
+            "devices: L4\nconstants:\n"
+            "- {kind: L4, engine: shoal, precision: int8, eta: 0.8, layer: 40us, mfu: 0.5}\n"
+            "- {kind: L4, engine: shoal, precision: int8, eta: 0.9, layer: 40us, mfu: 0.5}",
+            ":4: constants of L4, shoal, int8 stand there twice",
+        ),
+        (
+            "devices: L4\nconstants:\n"
+            "- {kind: L4, engine: shoal, precision: int8, eta: 1, layer: 9us, mfu: 1, exposed: 2}",
+            "exposed is '2'",
+        ),
+        ("devices: [{kind: L4, launch: 6ms}]", "launch is '6ms'"),
         ("devices: L4\ndisk: 3GB", ":2: disk is '3GB'; it must be a rate with its unit"),
         (
             "devices: L4\nnetwork: {latency: 20, bandwidth: 1GB/s}",
@@ -321,3 +350,27 @@ def test_too_many_devices_are_counted_before_they_are_made(
     hosts = "".join(f"- {{name: h{n}, devices: 1024x L4 pcie4}}\n" for n in range(5))
     found = _refused(tmp_path, f"hosts:\n{hosts}network: {{latency: 1us, bandwidth: 1GB/s}}\n")
     assert "the cluster has 5120 devices; 4096 at most" in found
+
+
+def test_a_large_cluster_that_was_probed_is_read_again(tmp_path: Path) -> None:
+    """Constants of each device in three precisions."""
+    device = "{kind: cpu, memory: 8GiB, bandwidth: 9GB/s, flops: {int8: 90G}}"
+    fitted = "engine: shoal, eta: 1, layer: 1us, mfu: 1"
+    names = ("bfloat16", "int8", "int4")
+    text = "\n".join(
+        [
+            "hosts:",
+            *(f"- {{name: h{number}, devices: [{device}]}}" for number in range(100)),
+            "network: {latency: 1us, bandwidth: 1GB/s}",
+            "constants:",
+            *(
+                f"- {{device: h{number}.cpu, precision: {name}, {fitted}}}"
+                for number in range(100)
+                for name in names
+            ),
+        ]
+    )
+    path = tmp_path / "cluster.yaml"
+    path.write_text(text)
+    cluster = read_cluster(path)
+    assert sum(bool(each.device) for each in cluster.constants) == 300

@@ -125,6 +125,7 @@ ODD = Cluster(
             step_s=3e-4,
             row_s=3.1e-12,
             attention=0.25,
+            exposed=0.9178,
         ),
         *catalogue.known_constants(),
     ),

@@ -322,6 +322,24 @@ def test_decode_waits_for_memory_and_prefill_for_arithmetic() -> None:
     assert prefill.compute_s > 10 * prefill.memory_s
 
 
+def test_what_the_longer_does_not_hide_adds_up() -> None:
+    cluster = cluster_of("H100-SXM", 1)
+    cost = InstanceCost(LLAMA_8B, [whole(LLAMA_8B)], cluster.devices, cluster, BF16)
+    (hidden,) = cost.constants
+    for load in (StepLoad.decode(1, 1), StepLoad.prefill(200), StepLoad.prefill(8192)):
+        times = [
+            cost.under(replace(hidden, exposed=share)).time(load).total_s for share in (0, 0.5, 1)
+        ]
+        # All of both: no less than half of it is the longer.
+        assert times[0] < times[1] < times[2] <= 2 * times[0]
+        assert times[1] == pytest.approx((times[0] + times[2]) / 2)
+    decode = cost.under(replace(hidden, exposed=0.5)).time(StepLoad.decode(1, 1))
+    flops = 2 * (8.03e9 - 128256 * 4096)
+    device = cluster.devices[0]
+    products_s = flops / (device.flops_per_s("bfloat16") * hidden.mfu)
+    assert decode.compute_s == pytest.approx(products_s / 2, rel=0.01)
+
+
 def test_published_tensor_against_pipeline_parallel() -> None:
     """175B on 8 A100 in bf16: eight stages take near 8 times what eight ranks take (202 : 26 ms by
     formula, 230 : 44 measured on BLOOM)."""

@@ -245,6 +245,45 @@ def test_a_damaged_record_is_said(tmp_path: Path) -> None:
     assert list((tmp_path / "x").iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("record.json", "[1, 2]"),
+        ("record.json", '{"server_pid": 1}'),
+        ("record.json", '{"server_pid": 1, "server_started_s": 0, "cuts": 3}'),
+        ("record.json", '{"server_pid": 1, "server_started_s": 0, "cuts": [], "later": 1}'),
+        ("settings.json.workers", '{"s0.i0.r0": null}'),
+        ("settings.json.workers", "7"),
+    ],
+)
+def test_whatever_is_damaged_goes_all_the_same(name: str, text: str, tmp_path: Path) -> None:
+    path = tmp_path / "labs" / "lab"
+    (path / "a folder").mkdir(parents=True)
+    (path / "settings.json").write_text("{}")
+    (path / name).write_text(text)
+    done = shoal_lab(tmp_path, "down")
+    assert (done.returncode, done.stdout) == (0, "the lab is down\n"), done.stderr
+    assert "cannot be read" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_that_nobody_wrote_down_is_ended(tmp_path: Path) -> None:
+    """`shoal lab up` was killed just after it had started one."""
+    path = tmp_path / "labs" / "lab"
+    path.mkdir(parents=True)
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)", "serve", "x", "--plan"]
+    ours = subprocess.Popen([*sleep, str(path / "plan.yaml")])
+    another = subprocess.Popen([*sleep, str(tmp_path / "plan.yaml")])
+    try:
+        assert shoal_lab(tmp_path, "down").stdout == "the lab is down\n"
+        assert ours.wait(60) is not None
+        assert another.poll() is None
+    finally:
+        for each in (ours, another):
+            each.kill()
+            each.wait()
+
+
 def test_only_the_process_that_was_recorded_is_ended() -> None:
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     try:

@@ -279,6 +279,27 @@ def test_gpus_of_a_host_and_what_holds_them_back(tmp_path: Path) -> None:
     assert "sums of h.0 and h.1 go at" in said
 
 
+def test_gpus_that_cuda_sees_are_found_among_those_of_the_driver(tmp_path: Path) -> None:
+    """CUDA_VISIBLE_DEVICES=3,2: neither the first ones nor in order; the others have no NVLink."""
+    uuids = ("0001", "0002", "1234", "5678")
+    cards = [
+        replace(CARD, index=index, uuid=f"GPU-{uuid}", default_power_limit_w=300.0, pcie=None)
+        for index, uuid in enumerate(uuids)
+    ]
+    pairs = (
+        GpuPair(a=0, b=1, connection="bridge"),
+        GpuPair(a=2, b=3, connection="nvlink", bytes_per_s=4.5e11),
+    )
+    first = replace(GPU, uuid="5678")
+    topology = Topology(gpus=tuple(cards), pairs=pairs)
+    sites = [site("h", "cuda:0"), site("h", "cuda:1")]
+    found, _ = surveyed(sites, answering({"h.0": first, "h.1": GPU}, {"h.0": topology}))
+    assert written(found, tmp_path).link("h.0", "h.1").kind == "nvlink"
+    said = warnings_of(found)
+    assert any("sums of h.0 and h.1 go at" in each for each in said)
+    assert not any("power cap" in each for each in said)  # its own
+
+
 def test_a_network_card_that_says_more_than_it_carries() -> None:
     nics = (
         Nic(name="eth0", is_up=True, bytes_per_s=1.25e9),

@@ -186,3 +186,70 @@ def test_an_old_card_that_says_almost_nothing(tmp_path: Path) -> None:
     (gpu,) = read_topology(tmp_path, FakeNvml([card])).gpus
     assert (gpu.compute_capability, gpu.pcie, gpu.power_limit_w) == (None, None, None)
     assert (gpu.nvlinks, gpu.is_persistent, gpu.is_idle, gpu.memory_bytes) == (0, None, True, 0)
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "expected"),
+    [
+        (5, (8, 0), 25e9),
+        (6, (9, 0), 25e9),
+        (7, (10, 0), 50e9),
+        (5, (8, 6), 14.0625e9),
+        (99, (9, 9), 0),
+    ],
+    ids=["A100", "H100", "B200", "RTX 3090", "not known yet"],
+)
+def test_nvlinks_are_numbered_by_version_and_not_by_generation(
+    tmp_path: Path, version: int, capability: tuple[int, int], expected: float
+) -> None:
+    said = {"NvLinkVersion": dict.fromkeys(range(4), version), "CudaComputeCapability": capability}
+    found = read_topology(tmp_path, FakeNvml([h100(0, 1, **said), h100(1, 0, **said)]))
+    assert found.gpus[0].nvlink_bytes_per_s == 4 * expected
+    assert (found.pairs[0].connection, found.pairs[0].bytes_per_s) == ("nvlink", 4 * expected)
+
+
+def test_a_gpu_that_fell_off_the_bus_is_told_and_the_others_count(tmp_path: Path) -> None:
+    found = read_topology(tmp_path, FakeNvml([h100(0), {}, h100(2)]))
+    assert [gpu.index for gpu in found.gpus] == [0, 2]
+    assert found.lost == ("1 (GPU is lost)",)
+    assert found.pair(0, 2) is not None
+
+
+def test_a_gpu_on_no_bus_with_an_old_library_and_driver(tmp_path: Path) -> None:
+    """A Jetson; names in bytes; clocks by the question's older name."""
+    card = {"Name": b"Orin", "CurrentClocksThrottleReasons": 0x40}
+    (gpu,) = read_topology(tmp_path, FakeNvml([card])).gpus
+    assert (gpu.name, gpu.uuid, gpu.pci_address) == ("Orin", "", "")
+    assert (gpu.held_back, gpu.is_idle) == (("heat (hardware)",), False)
+
+
+def test_cards_without_their_driver_and_of_other_makers(tmp_path: Path) -> None:
+    cards = {
+        "0000:01:00.0": ("0x10de", "0x030000"),
+        "0000:01:00.1": ("0x10de", "0x040300"),  # its sound
+        "0000:02:00.0": ("0x10de", "0x030200"),  # lent to a virtual machine
+        "0000:03:00.0": ("0x1002", "0x038000"),
+        "0000:04:00.0": ("0x1a03", "0x030000"),  # a server's own
+    }
+    for address, (vendor, kind) in cards.items():
+        write(tmp_path / "sys/bus/pci/devices" / address, vendor=vendor, **{"class": kind})
+    driver = tmp_path / "sys/bus/pci/drivers/vfio-pci"
+    driver.mkdir(parents=True)
+    (tmp_path / "sys/bus/pci/devices/0000:02:00.0/driver").symlink_to(driver)
+    missing = FakeNvml(refuses=NvmlError(12, "NVML Shared Library Not Found"))
+    found = read_topology(tmp_path, missing)
+    assert (found.undriven, found.driver_problem) == (("0000:01:00.0",), "")
+    assert found.foreign == ("AMD 0000:03:00.0",)
+    assert read_topology(tmp_path, FakeNvml([h100(0)])).undriven == ()
+
+
+def test_a_bond_stands_for_its_parts(tmp_path: Path) -> None:
+    interface(tmp_path, "bond0", None, operstate="up", mtu="9000")
+    for number, speed in enumerate(("100000", "25000")):
+        card = slot(tmp_path, f"0000:0{number + 1}:00.0", numa_node="0")
+        interface(tmp_path, f"eth{number}", card, speed=speed, operstate="up", mtu="9000")
+        real = (tmp_path / f"sys/class/net/eth{number}").resolve()
+        (real / "master").symlink_to((tmp_path / "sys/class/net/bond0").resolve())
+    interface(tmp_path, "docker0", None, operstate="up", mtu="1500")
+    found = read_topology(tmp_path, FakeNvml(refuses=NvmlError(12)))
+    assert [(nic.name, nic.bytes_per_s) for nic in found.network_cards] == [("bond0", 12.5e9)]

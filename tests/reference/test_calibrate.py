@@ -9,7 +9,7 @@ import pytest
 from shoal.core.model_spec import ExpertsSpec, LayerSpec, ModelSpec, RopeSpec
 from shoal.core.options import EngineOptions
 from shoal.core.split import Range
-from shoal.worker.calibrate import calibrate, shallow
+from shoal.worker.calibrate import affordable, calibrate, shallow, step_kinds
 
 TINY = ModelSpec(
     architecture="llama",
@@ -51,7 +51,8 @@ def test_steps_of_all_kinds_at_two_depths_are_timed(
     chunks = {each.rows[0][1] for each in found.taken}
     contexts = {each.rows[0][0] for each in found.taken}
     assert batches >= {1, 4, 16}
-    assert chunks >= {1, 16, 512}
+    assert chunks >= {1, 8, 64}
+    assert any(len({row[1] for row in each.rows}) > 1 for each in found.taken)  # a prompt beside
     assert contexts >= {0, 31, 1023}
     assert all(each.seconds > 0 for each in found.taken)
 
@@ -76,6 +77,19 @@ def test_a_labs_device_pays_after_each_step(monkeypatch: pytest.MonkeyPatch) -> 
     assert told[1::2] == ["begin"] * (len(told) // 2)
     assert told[2::2] == ["pay"] * (len(told) // 2)
     assert len(told) // 2 > 3 * len(found.taken)
+
+
+@pytest.mark.parametrize(
+    ("token_s", "longest"), [(1e-5, 512), (6e-4, 256), (1.2e-3, 128), (1e-2, 64), (10.0, 64)]
+)
+def test_a_slow_device_runs_short_steps_only(token_s: float, longest: int) -> None:
+    kinds = list(step_kinds(TINY))
+    able = affordable(kinds, token_s, 2.5)
+    sizes = [sum(row.num_tokens for row in rows) for rows in able]
+    assert max(sizes) == longest
+    assert len([size for size in sizes if size <= 64]) == len(
+        [rows for rows in kinds if sum(row.num_tokens for row in rows) <= 64]
+    )
 
 
 def test_large_models_are_measured_by_a_few_layers_and_words() -> None:

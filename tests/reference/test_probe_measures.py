@@ -101,6 +101,8 @@ def test_what_the_kernel_says_of_cpus(tmp_path: Path) -> None:
     governor.parent.mkdir(parents=True)
     governor.write_text("powersave\n")
     assert list(held_back(1, tmp_path)) == ["the frequency governor is powersave"]
+    governor.with_name("scaling_driver").write_text("intel_pstate\n")  # scales by itself
+    assert list(held_back(1, tmp_path)) == []
 
 
 def test_a_disk_is_read_and_nothing_is_left_there(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from shoal.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from types import FrameType
 
     from shoal.core.model_spec import ModelSpec
     from shoal.core.plan import ReplicaPlan
@@ -82,6 +83,7 @@ def up(
             "`shoal plan` make one)"
         )
     folder = _named_folder(name)
+    signal.signal(signal.SIGTERM, leave)
     with folder.locked():
         _refuse_second(folder)
         _take_down(folder)  # what a lab that crashed has left
@@ -285,8 +287,12 @@ def _take_down(folder: LabFolder) -> bool:
     try:
         if (record := folder.read_record()) is not None:
             server.end(record.server_pid, record.server_started_s)
-        server.end_workers(folder.worker_pids().values())
     except ConfigError as error:  # damaged files must not keep the rest from going
+        print(f"{error}", file=sys.stderr)
+    was_there |= server.end_strays(folder.plan) > 0
+    try:
+        server.end_workers(folder.worker_pids().values())
+    except ConfigError as error:
         print(f"{error}", file=sys.stderr)
     removed = network_of(folder.path).remove()
     folder.clear()
@@ -336,7 +342,8 @@ def _refuse_second(folder: LabFolder) -> None:
     record = folder.read_record()
     if record is not None and is_alive(record.server_pid, record.server_started_s):
         raise ConfigError(
-            f"a lab is up at {record.url}; end it with `shoal lab down`, or choose another --name"
+            f"a lab is up at {record.url or 'an address to come'}; end it with `shoal lab down`, "
+            "or choose another --name"
         )
 
 
@@ -374,6 +381,11 @@ def _named_folder(name: str) -> LabFolder:
     if not name.isalnum() or len(name) > 20:
         raise ConfigError(f"--name is {name!r}; use up to 20 letters and digits")
     return LabFolder(models_folder().parent / "labs" / name)
+
+
+def leave(signum: int, frame: FrameType | None) -> None:
+    """SIGTERM as an exception, so that what is half there is taken down."""
+    raise SystemExit(128 + signum)
 
 
 def network_of(folder: Path) -> Network:

@@ -21,6 +21,7 @@ from shoal.core.cluster import Cluster, Constants, Precision
 from shoal.core.errors import ConfigError
 from shoal.core.model_spec import ModelSpec
 from shoal.core.plan import ReplicaPlan
+from shoal.core.split import Range
 from shoal.core.step_times import ReplicaSteps
 from shoal.policy.cost_model.loads import StepLoad, windows_of
 from shoal.policy.cost_model.numbers import Numbers
@@ -29,10 +30,12 @@ from shoal.policy.cost_model.times import ReplicaCost
 _TIMEOUT_S = 30.0
 _MAX_BYTES = 64 << 20
 _NUM_REQUESTS, _PROMPT_TOKENS = 9, 16
+_TOLD_WITHIN_S = 2.5
+"""Workers and engines tell of their Steps once a second at least."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Served:
+class Served:
     """A replica as its server tells of it."""
 
     plan: ReplicaPlan
@@ -113,7 +116,7 @@ def _get(client: httpx.Client, path: str) -> bytes:
         ) from error
 
 
-def _served(told: ReplicaSteps, spec: ModelSpec, cluster: Cluster) -> _Served:
+def _served(told: ReplicaSteps, spec: ModelSpec, cluster: Cluster) -> Served:
     from shoal.planner.formats import numbers_for
 
     plan = told.plan if told.plan is not None else _only_device(spec, cluster)
@@ -125,7 +128,7 @@ def _served(told: ReplicaSteps, spec: ModelSpec, cluster: Cluster) -> _Served:
             f"the server runs {weights} weights, which the cluster file says its devices have no "
             "kernels for; add it to their precisions"
         )
-    return _Served(plan, numbers, told)
+    return Served(plan, numbers, told)
 
 
 def _only_device(spec: ModelSpec, cluster: Cluster) -> ReplicaPlan:
@@ -160,13 +163,9 @@ def _precision(name: str) -> Precision:
 
 
 def _request_s(
-    client: httpx.Client, spec: ModelSpec, served: Sequence[_Served], cluster: Cluster
+    client: httpx.Client, spec: ModelSpec, served: Sequence[Served], cluster: Cluster
 ) -> float:
     """What the median of some short requests took beyond their Steps; the server should be idle."""
-    load = StepLoad.prefill(_PROMPT_TOKENS, 0, windows_of(spec))
-    steps_s = statistics.mean(
-        ReplicaCost(spec, each.plan, cluster, each.numbers).latency_s(load) for each in served
-    )
     try:
         model = str(client.get("/v1/models").raise_for_status().json()["data"][0]["id"])
         taken = [
@@ -175,7 +174,39 @@ def _request_s(
         ]
     except httpx.HTTPError as error:
         raise ConfigError(f"{client.base_url} takes no requests: {error}; see its log") from error
-    return max(statistics.median(taken) - steps_s, 0.0)
+    time.sleep(_TOLD_WITHIN_S)
+    after = [_served(each, spec, cluster) for each in _replicas(client)]
+    return max(statistics.median(taken) - short_steps_s(spec, served, after, cluster), 0.0)
+
+
+def short_steps_s(
+    spec: ModelSpec, before: Sequence[Served], after: Sequence[Served], cluster: Cluster
+) -> float:
+    """What the Steps of a short request took, of those that came between; the median.
+
+    Where their Steps are not told of, the least that the cost model says: an idle replica that is
+    quicker gets them.
+    """
+    told: list[float] = []
+    guessed: list[float] = []
+    for then, now in zip(before, after, strict=False):
+        cost = ReplicaCost(spec, now.plan, cluster, now.numbers)
+        guessed.append(cost.latency_s(StepLoad.prefill(_PROMPT_TOKENS, 0, windows_of(spec))))
+        known = {layers: len(seconds) for layers, seconds in _short_steps(then).items()}
+        new = [seconds[known.get(layers, 0) :] for layers, seconds in _short_steps(now).items()]
+        if new and all(new):
+            total = sum(map(statistics.median, new)) + sum(cost.hop_times(_PROMPT_TOKENS))
+            told += [total] * len(new[0])
+    return statistics.median(told) if told else min(guessed)
+
+
+def _short_steps(served: Served) -> dict[Range, list[float]]:
+    """Seconds of Steps that hold one short request, by the layers they went through."""
+    found: dict[Range, list[float]] = {}
+    for each in served.told.steps:
+        if each.taken.rows == ((0, _PROMPT_TOKENS, True),):
+            found.setdefault(each.taken.layers, []).append(each.taken.seconds)
+    return found
 
 
 def _short_request_s(client: httpx.Client, model: str, number: int, vocab_size: int) -> float:

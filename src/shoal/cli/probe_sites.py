@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 import psutil
@@ -83,7 +82,7 @@ def lab_place(path: Path, namespaces: bool | None) -> Iterator[Place]:
     Raises:
         ConfigError: the lab file says nothing of its hosts' speeds, or is wrong.
     """
-    from shoal.cli.lab import make_hosts, network_of
+    from shoal.cli.lab import leave, make_hosts, network_of
     from shoal.executor.launcher import LocalLauncher
     from shoal.lab.file import read_lab
 
@@ -91,7 +90,7 @@ def lab_place(path: Path, namespaces: bool | None) -> Iterator[Place]:
     cpus = lab.cpus(num_cpus())
     with tempfile.TemporaryDirectory(prefix="shoal-probe-") as folder:
         network = network_of(Path(folder))
-        signal.signal(signal.SIGTERM, _leave)  # or namespaces would outlive us
+        signal.signal(signal.SIGTERM, leave)  # or namespaces would outlive us
         try:
             hosts, has_namespaces = make_hosts(network, lab, namespaces)
             links = {
@@ -117,10 +116,6 @@ def lab_place(path: Path, namespaces: bool | None) -> Iterator[Place]:
             yield Place(sites=sites, launcher=lambda: LocalLauncher(nets), links=links)
         finally:
             network.remove()
-
-
-def _leave(signum: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + signum)
 
 
 def _here() -> Place:

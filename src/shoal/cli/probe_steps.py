@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from shoal.core.cluster import Device
     from shoal.probe.survey import Survey
 
-_BUDGET_S, _TIMES = 2.5, 2
+_BUDGET_S, _TIMES = 2.0, 2
 """A machine that is slow for a while is so to the model's width and to half of it."""
 
 

@@ -23,8 +23,9 @@ One host needs no more than `devices: 2x RTX-4090 pcie4`. Devices are called a.0
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from pathlib import Path
 from typing import cast, get_args
 
@@ -48,7 +49,7 @@ from shoal.core.cluster import (
 from shoal.core.errors import ConfigError
 from shoal.plan_file.fields import Field, read_fields
 
-MAX_HOSTS, MAX_DEVICES, MAX_LINKS, MAX_POINTS, MAX_CONSTANTS = 1024, 4096, 65536, 256, 256
+MAX_HOSTS, MAX_DEVICES, MAX_LINKS, MAX_POINTS, MAX_CONSTANTS = 1024, 4096, 65536, 256, 4096
 MAX_TABLES = 1024
 
 _HOST_KEYS = ("name", "devices", "link", "all_reduce", "disk")
@@ -56,7 +57,7 @@ _CLUSTER_KEYS = ("hosts", "network", "links", "sums", "constants", "layer_times"
 _LINK_KEYS = ("latency", "bandwidth", "points", "kind")
 _LINK_KINDS = (*catalogue.LINK_NAMES, "network", "measured")
 _CONSTANT_KEYS = ("engine", "precision", "eta", "layer", "mfu")
-_MORE_CONSTANTS = ("kind", "device", "error", "step", "row", "attention", "source")
+_MORE_CONSTANTS = ("kind", "device", "error", "step", "row", "attention", "exposed", "source")
 _ENGINES = ("shoal", "vllm", "trtllm", "sglang", "llama.cpp")
 _LEAST_RATE, _MOST_RATE = 1e5, 1e13
 _FITTED_ERROR = 0.1
@@ -83,11 +84,15 @@ def read_cluster(path: Path) -> Cluster:
     for place, name, drafts, given in hosts:
         made.append(_host(place, name, drafts, given))
         devices += _named(drafts, name)
+    host_names = [name for _, name, _, _ in hosts]
+    _check_twice([place for place, *_ in hosts], host_names)
     network = _link(entries["network"], "network") if "network" in entries else None
     links = entries["links"].items(MAX_LINKS, least=0) if "links" in entries else []
     sums = entries["sums"].items(MAX_TABLES, least=0) if "sums" in entries else []
     fitted = entries["constants"].items(MAX_CONSTANTS) if "constants" in entries else []
-    own_constants = tuple(_constants(each, devices) for each in fitted)
+    like = {("device", each.name): each for each in devices}
+    like |= {("kind", each.kind): each for each in reversed(devices)}
+    own_constants = _all_constants(fitted, like)
     layers = entries["layer_times"].items(MAX_CONSTANTS) if "layer_times" in entries else []
     kinds = {each.kind for each in devices}
     try:
@@ -95,8 +100,8 @@ def read_cluster(path: Path) -> Cluster:
             hosts=tuple(made),
             devices=tuple(devices),
             network=network,
-            links=tuple(_between(each) for each in links),
-            all_reduce=tuple(_sums(each) for each in sums),
+            links=_links(links, {*host_names, *(each.name for each in devices)}),
+            all_reduce=tuple(_sums(each, host_names) for each in sums),
             request_s=time_s(entries["request"], 1e-9, 10.0) if "request" in entries else 0.0,
             constants=(*own_constants, *catalogue.known_constants()),
             layer_times=tuple(read_layer_times(each, kinds) for each in layers),
@@ -213,14 +218,52 @@ def _link(field: Field, kind: str) -> Link:
     return _link_of(field, field.entries(_LINK_KEYS), kind)
 
 
-def _between(field: Field) -> Between:
+def _check_twice(places: Sequence[Field], names: Sequence[str]) -> None:
+    lines: dict[str, int] = {}
+    for place, name in zip(places, names, strict=True):
+        if name in lines:
+            raise place.error(
+                f"two hosts are named {name!r}, the other one in line {lines[name]}; give each its "
+                "own name"
+            )
+        lines[name] = place.line
+
+
+def _links(fields: Sequence[Field], names: Set[str]) -> tuple[Between, ...]:
+    found: dict[frozenset[str], Between] = {}
+    for field in fields:
+        each = _between(field, names)
+        ends = frozenset((each.a, each.b))
+        if ends in found:
+            raise field.error(
+                f"two links join {' and '.join(sorted(ends))}; leave the one that holds"
+            )
+        found[ends] = each
+    return tuple(found.values())
+
+
+def _end(field: Field, names: Collection[str]) -> str:
+    name = field.text()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(names)[:8])}"
+        raise field.error(f"{name!r} is neither a host nor a device; {hint}")
+    return name
+
+
+def _between(field: Field, names: Set[str]) -> Between:
     entries = field.entries(("between", *_LINK_KEYS))
     if "between" not in entries:
         raise field.error("there is no key between; name two hosts or devices: between: [a, b]")
     ends = entries["between"].items(2)
     if len(ends) != 2:
         raise entries["between"].error("between names one end; name two: [a, b]")
-    return Between(ends[0].text(), ends[1].text(), _link_of(field, entries, "measured"))
+    a, b = (_end(each, names) for each in ends)
+    if a == b:
+        raise entries["between"].error(
+            f"a link joins {a!r} to itself; name two hosts or two devices, or say link: of the host"
+        )
+    return Between(a, b, _link_of(field, entries, "measured"))
 
 
 def _link_of(field: Field, entries: Mapping[str, Field], kind: str) -> Link:
@@ -282,20 +325,33 @@ def _check_units(field: Field, tables: Sequence[AllReduceTable], link: Link) -> 
                 )
 
 
-def _sums(field: Field) -> AllReduceTable:
+def _sums(field: Field, names: Sequence[str]) -> AllReduceTable:
     entries = field.entries(("between", "points"))
     for key in ("between", "points"):
         if key not in entries:
             raise field.error(
                 f"sums have no {key}; say both: {{between: [a, b], points: {{16KiB: 90us}}}}"
             )
-    hosts = tuple(each.text() for each in entries["between"].items(MAX_HOSTS))
+    hosts = tuple(_end(each, names) for each in entries["between"].items(MAX_HOSTS))
     if len(set(hosts)) != len(hosts) or len(hosts) < 2:
         raise entries["between"].error("sums need two hosts or more, each once: between: [a, b]")
     return AllReduceTable(num_ranks=len(hosts), points=_points(entries["points"]), hosts=hosts)
 
 
-def _constants(field: Field, devices: Sequence[Device]) -> Constants:
+def _all_constants(
+    fields: Sequence[Field], devices: Mapping[tuple[str, str], Device]
+) -> tuple[Constants, ...]:
+    found: dict[tuple[str, ...], Constants] = {}
+    for field in fields:
+        each = _constants(field, devices)
+        key = each.device or each.kind, each.engine, each.precision
+        if key in found:
+            raise field.error(f"constants of {', '.join(key)} stand there twice; remove one")
+        found[key] = each
+    return tuple(found.values())
+
+
+def _constants(field: Field, devices: Mapping[tuple[str, str], Device]) -> Constants:
     entries = field.entries((*_CONSTANT_KEYS, *_MORE_CONSTANTS))
     for key in _CONSTANT_KEYS:
         if key not in entries:
@@ -318,18 +374,20 @@ def _constants(field: Field, devices: Sequence[Device]) -> Constants:
         step_s=time_s(entries["step"], 0.0, 1.0) if "step" in entries else 0.0,
         row_s=time_s(entries["row"], 0.0, 0.1) if "row" in entries else 0.0,
         attention=entries["attention"].number(5e-5, 5.0) if "attention" in entries else None,
+        exposed=entries["exposed"].number(0.0, 1.0) if "exposed" in entries else 0.0,
     )
 
 
-def _fitted_on(field: Field, entries: Mapping[str, Field], devices: Sequence[Device]) -> Device:
+def _fitted_on(
+    field: Field, entries: Mapping[str, Field], devices: Mapping[tuple[str, str], Device]
+) -> Device:
     """The device that constants name, or one of the kind they do."""
     key = "device" if "device" in entries else "kind"
     if key not in entries:
         raise field.error("constants name no kind and no device; say what they were fitted on")
     name = entries[key].text()
-    for each in devices:
-        if name == (each.name if key == "device" else each.kind):
-            return each
+    if (key, name) in devices:
+        return devices[key, name]
     what = "" if key == "device" else "of kind "
     raise entries[key].error(f"the cluster has no device {what}{name!r}; remove them")
 

@@ -162,6 +162,8 @@ def _constants(fitted: Constants) -> Iterator[tuple[str, str]]:
         yield "row", time_text(fitted.row_s)
     if fitted.attention is not None:
         yield "attention", number_text(fitted.attention)
+    if fitted.exposed:
+        yield "exposed", number_text(fitted.exposed)
     yield "error", number_text(fitted.error)
     if fitted.source:
         yield "source", _quoted(fitted.source)

@@ -1,12 +1,13 @@
-"""Network cards, RDMA ports and NUMA nodes, as Linux shows them under /sys.
+"""Network cards, RDMA ports, NUMA nodes and graphics cards, as Linux shows them under /sys.
 
 What is missing or unreadable is left out: containers and virtual machines show a part only. Knows
-nothing of GPUs or of what any of it is good for.
+nothing of drivers or of what any of it is good for.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from shoal.cluster.topology import Nic, NumaNode, PcieLink, RdmaPort
@@ -14,16 +15,41 @@ from shoal.cluster.topology import Nic, NumaNode, PcieLink, RdmaPort
 _GENERATIONS = {"2.5": 1, "5.0": 2, "5": 2, "8.0": 3, "16.0": 4, "32.0": 5, "64.0": 6}
 """By GT/s."""
 
+_MAKERS = {"0x10de": "NVIDIA", "0x1002": "AMD"}
+_GRAPHICS = ("0x0300", "0x0302", "0x0380", "0x1200")
+"""VGA, 3D and other displays, and accelerators."""
+_LENT = "vfio-pci"
+
+SCALES_BY_ITSELF = ("intel_pstate", "amd-pstate-epp", "amd_pstate_epp")
+"""Drivers of a CPU's frequency whose governor `powersave` holds nothing back."""
+
 _MAX_ENTRIES = 4096
 _PCI_ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
 
 
 def read_nics(root: Path = Path("/")) -> tuple[Nic, ...]:
-    """Interfaces but loopback, by name."""
-    return tuple(
+    """Interfaces but loopback, by name; a bond or bridge is as fast as the fastest of its parts,
+    where it does not say."""
+    nics = [
         _nic(folder)
         for folder in _folders(root / "sys/class/net")
         if folder.name != "lo" and (folder / "mtu").exists()
+    ]
+    parts: dict[str, float] = {}
+    for nic in nics:
+        parts[nic.master] = max(parts.get(nic.master, 0.0), nic.bytes_per_s or 0.0)
+    return tuple(replace(nic, bytes_per_s=nic.bytes_per_s or parts.get(nic.name)) for nic in nics)
+
+
+def read_graphics(root: Path = Path("/")) -> tuple[tuple[str, str], ...]:
+    """Maker and PCI address of GPUs of makers that have any of use, by address; but those that are
+    lent to a virtual machine."""
+    return tuple(
+        (_MAKERS[maker], folder.name)
+        for folder in _folders(root / "sys/bus/pci/devices")
+        if (maker := _text(folder / "vendor")) in _MAKERS
+        and _text(folder / "class").startswith(_GRAPHICS)
+        and (folder / "driver").resolve().name != _LENT
     )
 
 
@@ -93,6 +119,7 @@ def _nic(folder: Path) -> Nic:
         driver=(device / "driver").resolve().name if (device / "driver").exists() else "",
         mtu=_number(folder / "mtu") or 0,
         is_virtual="virtual" in folder.resolve().parts,
+        master=(folder / "master").resolve().name if (folder / "master").exists() else "",
         pcie=read_pcie(_pci_device(device)),
         numa_node=numa_node(_pci_device(device)),
     )

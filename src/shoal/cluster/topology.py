@@ -16,8 +16,14 @@ from typing import Literal
 PCIE_LANE_BYTES_PER_S = {1: 0.25e9, 2: 0.5e9, 3: 0.985e9, 4: 1.969e9, 5: 3.938e9, 6: 7.563e9}
 """One way, by generation, after the line's coding."""
 
-NVLINK_BYTES_PER_S = {1: 20e9, 2: 25e9, 3: 25e9, 4: 25e9, 5: 50e9}
-"""Of one link one way, by generation: 18 of the fourth make an H100's 450 GB/s."""
+NVLINK_BYTES_PER_S = {1: 20e9, 2: 25e9, 3: 25e9, 4: 25e9, 5: 25e9, 6: 25e9, 7: 50e9, 8: 50e9}
+"""Of one link one way, by NVML's number of its version (1.0, 2.0, 2.2, 3.0, 3.1, 4.0, 5.0, 6.0): an
+A100 says 5, an H100 6, whose 18 links make 450 GB/s."""
+NARROW_NVLINK_BYTES_PER_S = 14.0625e9
+"""Of those of GA102 (RTX 3090, A40, A6000), which also say 3.1."""
+
+POWER_CAP = "power cap"
+"""Of `Gpu.held_back`: what a busy GPU reaches."""
 
 Connection = Literal[
     "nvlink", "nvswitch", "board", "switch", "switches", "bridge", "node", "system"
@@ -116,6 +122,7 @@ class Nic:
         bytes_per_s: as negotiated; None: unknown (virtual ones, or no cable).
         driver: "mlx5_core", "virtio_net", ...; "": none.
         is_virtual: a bridge, a tunnel, a container's end: no hardware of its own.
+        master: the bond or bridge that it is a part of, which has its address; "": none.
     """
 
     name: str
@@ -124,6 +131,7 @@ class Nic:
     driver: str = ""
     mtu: int = 1500
     is_virtual: bool = False
+    master: str = ""
     pcie: PcieLink | None = None
     numa_node: int | None = None
 
@@ -158,6 +166,9 @@ class Topology:
         driver: NVIDIA's version, "" without.
         driver_cuda: newest CUDA that the driver runs: (13, 0).
         driver_problem: why the driver could not be asked, where there is one.
+        lost: GPUs that the driver counts and cannot speak to, with what it says.
+        undriven: PCI addresses of NVIDIA's cards where no driver answers at all.
+        foreign: other makers' GPUs, as "AMD 0000:03:00.0".
     """
 
     gpus: tuple[Gpu, ...] = ()
@@ -168,6 +179,20 @@ class Topology:
     driver: str = ""
     driver_cuda: tuple[int, int] | None = None
     driver_problem: str = ""
+    lost: tuple[str, ...] = ()
+    undriven: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
+
+    @property
+    def network_cards(self) -> tuple[Nic, ...]:
+        """Interfaces that are up and lead to other machines: hardware, and bonds and bridges of it
+        in place of their parts."""
+        joined = {nic.master for nic in self.nics if nic.master and not nic.is_virtual}
+        return tuple(
+            nic
+            for nic in self.nics
+            if nic.is_up and not nic.master and (not nic.is_virtual or nic.name in joined)
+        )
 
     def pair(self, a: int, b: int) -> GpuPair | None:
         """Of two GPUs by index."""

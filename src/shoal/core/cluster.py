@@ -315,6 +315,10 @@ class Cluster:
                 if name in seen:
                     raise ConfigError(f"two {what} are named {name!r}; give each its own name")
                 seen.add(name)
+        for name in self._hosts.keys() & self._devices.keys():
+            raise ConfigError(
+                f"a host and a device are both named {name!r}; links could mean either: rename one"
+            )
         places = set()
         for device in self.devices:
             self.host(device.host)

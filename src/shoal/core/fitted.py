@@ -32,6 +32,8 @@ class Constants:
         device: the one that they were fitted on, by name; "": they are the whole kind's.
         step_s, row_s: of a Step, and of each of its rows that samples, whatever they compute.
         attention: share of the flops that attention reaches; None: as products do.
+        exposed: of reading and multiplying, the share of the shorter that the longer does not hide;
+            0: all of it is hidden, as a roofline has it.
     """
 
     kind: str
@@ -48,6 +50,7 @@ class Constants:
     step_s: float = 0.0
     row_s: float = 0.0
     attention: float | None = None
+    exposed: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

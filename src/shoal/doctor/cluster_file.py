@@ -143,7 +143,7 @@ def _constants(cluster: Cluster) -> Iterator[Verdict]:
     if missing := sorted(kinds - fitted):
         yield warn(
             f"nothing was fitted on {', '.join(missing)}: predictions may be off by a quarter",
-            "compare plans with each other, or measure: shoal probe",
+            "compare plans with each other, or measure: shoal probe --model MODEL",
         )
     else:
         yield ok("the cost model's constants were fitted on each kind of device")

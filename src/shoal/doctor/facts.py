@@ -30,6 +30,11 @@ class Processor:
     governors: tuple[str, ...] = ()
     frequency_driver: str = ""
 
+    @property
+    def is_arm(self) -> bool:
+        """By what ARMs, and only they, list (arch/arm64/kernel/cpuinfo.c)."""
+        return bool(self.flags & {"asimd", "neon"})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from shoal.cluster.topology import Gpu
+from shoal.cluster.topology import POWER_CAP, Gpu, Topology
 from shoal.doctor.facts import Machine
 from shoal.doctor.finding import Check, Verdict, fail, gigabytes, ok, skipped, warn
 
@@ -15,7 +15,6 @@ _NO_GPU = "no NVIDIA GPU is visible here"
 _FREE_SHARE, _POWER_SHARE = 0.9, 0.95
 _TRITON, _BF16, _FP8 = (7, 0), (8, 0), (8, 9)
 _LEAST_CUDA_13 = (7, 5)
-_HARMLESS = ("power cap",)
 
 
 def _driver(machine: Machine) -> Iterator[Verdict]:
@@ -25,8 +24,13 @@ def _driver(machine: Machine) -> Iterator[Verdict]:
             f"the driver does not answer: {topology.driver_problem}",
             "reboot after a driver update, so that kernel module and libraries are of one version",
         )
-    elif not topology.gpus:
-        yield skipped(_NO_GPU)
+    elif topology.undriven:
+        yield fail(
+            f"NVIDIA's GPU at {', '.join(topology.undriven)}, and no driver answers",
+            "install NVIDIA's driver; in a container: docker run --gpus all",
+        )
+    elif not topology.gpus and not topology.lost:
+        yield skipped(_without(topology))
     elif software.torch_problem:
         yield fail(
             f"torch cannot be loaded: {software.torch_problem}",
@@ -39,6 +43,17 @@ def _driver(machine: Machine) -> Iterator[Verdict]:
         )
     else:
         yield from _cuda_versions(machine, software.torch_cuda)
+    for each in topology.lost:
+        yield fail(
+            f"the driver counts GPU {each}, and cannot speak to it",
+            "see `dmesg | grep Xid`, its power and riser; then reboot",
+        )
+
+
+def _without(topology: Topology) -> str:
+    if not topology.foreign:
+        return _NO_GPU
+    return f"{_NO_GPU}; {', '.join(topology.foreign)}: shoal has no kernels for it, its CPU serves"
 
 
 def _cuda_versions(machine: Machine, wanted: tuple[int, int]) -> Iterator[Verdict]:
@@ -131,11 +146,11 @@ def _held_back(machine: Machine) -> Iterator[Verdict]:
     if not machine.topology.gpus:
         yield skipped(_NO_GPU)
     for gpu in machine.topology.gpus:
-        reasons = [each for each in gpu.held_back if each not in _HARMLESS]
+        reasons = [each for each in gpu.held_back if each != POWER_CAP]
         heat = "" if gpu.temperature_c is None else f", at {gpu.temperature_c} °C"
-        if any("clocks set" in each for each in reasons):
+        if any("application clocks" in each for each in reasons):
             yield warn(
-                f"clocks of {_name(gpu)} were set by hand",
+                f"{_name(gpu)} is held at application clocks, below what it could run at",
                 f"nvidia-smi -i {gpu.index} --reset-gpu-clocks, and -rac for application clocks",
             )
         elif reasons:
@@ -157,6 +172,8 @@ def _persistence(machine: Machine) -> Iterator[Verdict]:
             f"the driver lets go of {', '.join(_name(gpu) for gpu in off)} when nobody uses them",
             "nvidia-smi -pm 1 (or the service nvidia-persistenced)",
         )
+    elif any(gpu.is_persistent is None for gpu in machine.topology.gpus):
+        yield skipped("the driver does not say whether it stays loaded (under Windows it does)")
     else:
         yield ok("the driver stays loaded between runs")
 

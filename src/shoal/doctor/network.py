@@ -37,7 +37,7 @@ def _speed(machine: Machine) -> Iterator[Verdict]:
 
 
 def _slots(machine: Machine) -> Iterator[Verdict]:
-    known = [nic for nic in _cards(machine) if nic.pcie is not None]
+    known = [nic for nic in machine.topology.nics if nic.is_up and nic.pcie is not None]
     if not known:
         yield skipped("no network card says how it is connected")
     for nic in known:
@@ -56,7 +56,9 @@ def _slots(machine: Machine) -> Iterator[Verdict]:
 def _chosen(machine: Machine) -> Iterator[Verdict]:
     pattern, cards = machine.variable("NCCL_SOCKET_IFNAME"), _cards(machine)
     if not pattern:
-        if len(cards) > 1:
+        if not machine.topology.gpus:
+            yield skipped("only NCCL chooses by itself, and there is no GPU; shoal names one")
+        elif len(cards) > 1:
             yield warn(
                 f"NCCL may take any of {', '.join(nic.name for nic in cards)}",
                 f"for GPUs on several machines: export NCCL_SOCKET_IFNAME=={_fastest(cards).name}, "
@@ -126,7 +128,7 @@ def _rdma(machine: Machine) -> Iterator[Verdict]:
             f"{', '.join(port.device for port in ports)}: no port is active",
             "plug the cable in, and on InfiniBand start a subnet manager",
         )
-    elif machine.has("NCCL_IB_DISABLE"):
+    elif machine.has("NCCL_IB_DISABLE") and machine.topology.gpus:
         yield warn(
             f"{', '.join(port.device for port in active)}: unused, NCCL_IB_DISABLE is set",
             "unset NCCL_IB_DISABLE",
@@ -154,8 +156,7 @@ def _gpu_direct(machine: Machine) -> Iterator[Verdict]:
 
 
 def _cards(machine: Machine) -> Sequence[Nic]:
-    """That lead to other machines."""
-    return [nic for nic in machine.topology.nics if nic.is_up and not nic.is_virtual]
+    return machine.topology.network_cards
 
 
 def _fastest(nics: Sequence[Nic]) -> Nic:

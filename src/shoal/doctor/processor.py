@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from shoal.cluster.sysfs import SCALES_BY_ITSELF
 from shoal.doctor.facts import Machine
 from shoal.doctor.finding import Check, Verdict, fail, gigabytes, ok, skipped, warn
 
-_SCALES_BY_ITSELF = ("intel_pstate", "amd-pstate-epp", "amd_pstate_epp")
 _SLOW_GOVERNORS = {"powersave", "conservative", "userspace"}
 _LEAST_FREE, _LEAST_SHARE = 1e9, 0.1
 _VECTORS = ("avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "avx2")
@@ -23,6 +23,8 @@ def _kernels(machine: Machine) -> Iterator[Verdict]:
         yield ok(f"compiled for this CPU: {software.kernels}")
     elif software.torch_problem:
         yield skipped(f"torch cannot be loaded ({software.torch_problem}), so they can't either")
+    elif machine.processor.is_arm:
+        yield skipped("they are written for x86, and this CPU is an ARM")
     else:
         yield warn(
             f"there are none: {software.kernels_problem or 'they do not load'}",
@@ -32,6 +34,14 @@ def _kernels(machine: Machine) -> Iterator[Verdict]:
 
 def _instructions(machine: Machine) -> Iterator[Verdict]:
     flags, model = machine.processor.flags, machine.processor.model or "this CPU"
+    if machine.processor.is_arm:
+        found = f"{model} is an ARM, which the compiled kernels are not written for"
+        yield (
+            skipped(f"{found}; its GPUs serve")
+            if machine.topology.gpus
+            else warn(found, "expect plain PyTorch's speed, or leave this CPU out of plans")
+        )
+        return
     if not flags:
         yield skipped("the kernel does not list this CPU's instructions")
         return
@@ -68,7 +78,7 @@ def _governor(machine: Machine) -> Iterator[Verdict]:
         return
     slow = sorted(_SLOW_GOVERNORS.intersection(processor.governors))
     named = ", ".join(processor.governors)
-    if slow and processor.frequency_driver not in _SCALES_BY_ITSELF:
+    if slow and processor.frequency_driver not in SCALES_BY_ITSELF:
         yield warn(
             f"governor {', '.join(slow)} with {processor.frequency_driver or 'no known driver'}",
             "cpupower frequency-set -g performance",

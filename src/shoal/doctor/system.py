@@ -35,6 +35,9 @@ def _locked_memory(machine: Machine) -> Iterator[Verdict]:
     if not any(port.is_active for port in machine.topology.rdma):
         yield skipped("only RDMA locks memory, and no RDMA port is active")
         return
+    if not machine.topology.gpus:
+        yield skipped("only NCCL uses RDMA, and there is no GPU")
+        return
     locked = machine.room.locked_bytes
     if locked is None:
         yield ok("any amount may be locked")

@@ -69,7 +69,7 @@ def _frames(machines: Machines) -> Iterator[Verdict]:
     sizes = {
         machine.name: max(nics, key=lambda nic: nic.bytes_per_s or 0.0).mtu
         for machine in machines
-        if (nics := [nic for nic in machine.topology.nics if nic.is_up and not nic.is_virtual])
+        if (nics := machine.topology.network_cards)
     }
     if len(set(sizes.values())) > 1:
         said = ", ".join(f"{name}: {mtu}" for name, mtu in sizes.items())

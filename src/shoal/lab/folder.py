@@ -126,8 +126,11 @@ class LabFolder:
         if not self.has_record:
             return None
         read = _read(self._record)
-        read["cuts"] = tuple((one, other) for one, other in read["cuts"])
-        return Record(**read)
+        try:
+            read["cuts"] = tuple((one, other) for one, other in read["cuts"])
+            return Record(**read)
+        except (KeyError, TypeError, ValueError) as error:
+            raise _damaged(self._record, error) from error
 
     def write_record(self, record: Record) -> None:
         _write(self._record, json.dumps(asdict(record), indent=1))
@@ -138,16 +141,20 @@ class LabFolder:
         for path in sorted(self.path.glob(f"{self.settings.name}.workers*")):
             replica = path.name.removeprefix(f"{self.settings.name}.workers").removeprefix(".")
             for name, pid in _read(path).items():
+                if not isinstance(pid, int):
+                    raise _damaged(path, f"{pid!r} is no process")
                 if replica:
-                    found[f"{replica}/{name}"] = int(pid)
+                    found[f"{replica}/{name}"] = pid
                 if replica in ("", "replica-0"):
-                    found[str(name)] = int(pid)
+                    found[str(name)] = pid
         return found
 
     def clear(self) -> None:
         """Remove all of it but the lock, which is held."""
         for path in self.path.iterdir():
-            if path.name != ".lock":
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != ".lock":
                 path.unlink()
 
     def remove(self) -> None:
@@ -177,10 +184,12 @@ def _settings(read: Mapping[str, Any]) -> Settings:
 def _read(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"the lab's {path} cannot be read ({error}); take it down: shoal lab down"
-        ) from error
+    except (OSError, TypeError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, why: object) -> ConfigError:
+    return ConfigError(f"the lab's {path} cannot be read ({why}); take it down: shoal lab down")
 
 
 def _write(path: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
@@ -110,6 +111,22 @@ def end_workers(pids: Iterable[int]) -> None:
                 process.wait(_STOP_S)
         except (psutil.NoSuchProcess, psutil.TimeoutExpired):
             continue
+
+
+def end_strays(plan: Path) -> int:
+    """End servers of this plan that nobody wrote down; how many there were."""
+    found = [each for each in psutil.process_iter() if _serves(each, str(plan))]
+    for process in found:
+        end(process.pid, started_s(process.pid))
+    return len(found)
+
+
+def _serves(process: psutil.Process, plan: str) -> bool:
+    try:
+        words = process.cmdline()
+    except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+        return False
+    return "serve" in words and ("--plan", plan) in itertools.pairwise(words)
 
 
 def _is_worker(process: psutil.Process) -> bool:

@@ -285,6 +285,7 @@ def _splits(problem: Problem, devices: Sequence[Device], numbers: Numbers) -> It
             flops_per_s=each.flops_per_s,
             attention_flops_per_s=each.attention_flops_per_s,
             layer_s=each.layer_s,
+            exposed=each.exposed,
         )
         for each in rates
     ]

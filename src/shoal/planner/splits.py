@@ -47,6 +47,7 @@ class RankRates:
     flops_per_s: float
     attention_flops_per_s: float
     layer_s: float
+    exposed: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,15 +135,17 @@ class _Layer:
         head_weights = 2.0 * spec.head_dim * spec.hidden_size * (heads + kv)
         column_weights = 3.0 * spec.hidden_size * GRANULE
         reads_s = weight_bytes / rates
-        step_s = np.maximum(reads_s, 2 * of_loads("num_tokens") / flops)[:, None]
-        prompt_s = np.maximum(reads_s, 2 * prompt.num_tokens / flops)
+        exposed = of_ranks("exposed")
+        step_s = _both(reads_s, 2 * of_loads("num_tokens") / flops, exposed)[:, None]
+        prompt_s = _both(reads_s, 2 * prompt.num_tokens / flops, exposed)
         attention = of_ranks("attention_flops_per_s")
-        step_attention_s = np.maximum(
+        step_attention_s = _both(
             of_loads("kv_read_bytes")[:, None] * kv / rates,
             of_loads("head_flops")[:, None] * heads / attention,
+            exposed,
         )
-        prompt_attention_s = np.maximum(
-            prompt.kv_read_bytes * kv / rates, prompt.head_flops * heads / attention
+        prompt_attention_s = _both(
+            prompt.kv_read_bytes * kv / rates, prompt.head_flops * heads / attention, exposed
         )
         # (K, C, R) and (K, 1, R); (C, R) and (R).
         self.step_s = of_ranks("layer_s") + step_attention_s + head_weights * step_s
@@ -240,6 +243,11 @@ class _Layer:
             if not beaten:
                 kept.append(number)
         return [found[number] for number in sorted(kept)]
+
+
+def _both(reads_s: Array, products_s: Array, exposed: Array) -> Array:
+    """The longer, and of the shorter what it does not hide."""
+    return np.maximum(reads_s, products_s) + exposed * np.minimum(reads_s, products_s)
 
 
 def _kv_heads(spec: ModelSpec, heads: npt.NDArray[Any]) -> npt.NDArray[Any]:

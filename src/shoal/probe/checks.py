@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from shoal.cluster.topology import Gpu, Topology
+from shoal.cluster.topology import POWER_CAP, Gpu, Topology
 from shoal.cluster.units import text
 from shoal.core.measured import DeviceMeasure, bytes_per_s
 from shoal.probe.survey import Survey
@@ -28,10 +28,10 @@ def _devices(survey: Survey) -> Iterator[str]:
         alone = survey.alone.get(site.name)
         if alone is None:
             continue
+        gpu = survey.gpu(site.name)
         for reason in alone.held_back:
-            yield f"{site.name} is held back: {reason}"
-        topology = survey.topologies.get(site.host)
-        gpu = _gpu(topology, alone) if topology is not None else None
+            if reason != POWER_CAP or gpu is None or _is_capped(gpu):
+                yield f"{site.name} is held back: {reason}"
         if gpu is not None:
             yield from _slot(site.name, gpu, alone)
         together = survey.together.get(site.name)
@@ -44,15 +44,18 @@ def _devices(survey: Survey) -> Iterator[str]:
                 )
 
 
-def _gpu(topology: Topology, measure: DeviceMeasure) -> Gpu | None:
-    named = (each for each in topology.gpus if measure.uuid and each.uuid.endswith(measure.uuid))
-    return next(named, None)
+def _is_capped(gpu: Gpu) -> bool:
+    """Below what its maker gives it; up to that, reaching its cap is what a busy GPU does."""
+    limit, default = gpu.power_limit_w, gpu.default_power_limit_w
+    return limit is not None and default is not None and limit < default
 
 
 def _slot(name: str, gpu: Gpu, measure: DeviceMeasure) -> Iterator[str]:
-    limit, default = gpu.power_limit_w, gpu.default_power_limit_w
-    if limit is not None and default is not None and limit < default:
-        yield f"{name} may draw {limit:g} W; it was made for {default:g} W"
+    if _is_capped(gpu):
+        yield (
+            f"{name} may draw {gpu.power_limit_w:g} W; it was made for "
+            f"{gpu.default_power_limit_w:g} W"
+        )
     if gpu.pcie is None:
         return
     if gpu.pcie.width < gpu.pcie.max_width:
@@ -66,11 +69,11 @@ def _slot(name: str, gpu: Gpu, measure: DeviceMeasure) -> Iterator[str]:
 
 
 def _pairs(survey: Survey) -> Iterator[str]:
-    """The first two GPUs of a host, whose sums were measured."""
+    """Two GPUs of a host, whose sums were measured."""
     for sums in survey.sums:
         hosts = {site.host for site in survey.sites if site.name in sums.devices}
-        topology = survey.topologies.get(hosts.pop()) if len(hosts) == 1 else None
-        pair = topology.pair(0, 1) if topology is not None and len(sums.devices) == 2 else None
+        is_pair = len(hosts) == 1 and len(sums.devices) == 2
+        pair = survey.pair(*sums.devices) if is_pair else None
         if pair is None or pair.connection not in ("nvlink", "nvswitch"):
             continue
         rate = bytes_per_s(sums.points)

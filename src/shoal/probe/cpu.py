@@ -16,8 +16,9 @@ from pathlib import Path
 import psutil
 import torch
 
+from shoal.cluster.sysfs import SCALES_BY_ITSELF
 from shoal.core.cluster import Precision
-from shoal.core.control_groups import quota_cpus
+from shoal.core.control_groups import quota_cpus, text
 from shoal.core.measured import DeviceMeasure
 from shoal.kernels.cpu.arena import Arena, PackedFormat, packed_bytes
 from shoal.kernels.cpu.step import Session
@@ -129,9 +130,7 @@ def held_back(num_threads: int, root: Path = Path("/")) -> Iterator[str]:
     if quota is not None and quota < num_threads:
         yield f"a control group allows {quota:g} CPUs, and {num_threads} threads work"
     folder = root / "sys/devices/system/cpu/cpu0/cpufreq"
-    try:
-        governor = (folder / "scaling_governor").read_text().strip()
-    except OSError:
-        return
-    if governor == "powersave":
+    governor = text(folder / "scaling_governor")
+    driver = text(folder / "scaling_driver")
+    if governor == "powersave" and driver not in SCALES_BY_ITSELF:
         yield "the frequency governor is powersave"

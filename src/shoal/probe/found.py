@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 
 from shoal.cluster import catalogue
 from shoal.cluster.cluster_writer import Remarks
+from shoal.cluster.topology import GpuPair
 from shoal.cluster.units import text
 from shoal.core.cluster import (
     AllReduceTable,
@@ -129,18 +130,17 @@ def _plain(model: str) -> str:
 
 def _host(survey: Survey, name: str) -> Host:
     own = {site.name for site in survey.sites if site.host == name}
-    tables = tuple(
-        AllReduceTable(num_ranks=len(each.devices), points=each.points)
-        for each in survey.sums
-        if own.issuperset(each.devices)
-    )
+    sums = [each for each in survey.sums if own.issuperset(each.devices)]
+    tables = tuple(AllReduceTable(num_ranks=len(each.devices), points=each.points) for each in sums)
     link = None
-    pairs = [each for each in tables if each.num_ranks == 2]
+    pairs = [each for each in sums if len(each.devices) == 2]
     if pairs:
         # Of two ranks each sends all of it once.
         points = pairs[0].points
         link = Link(
-            latency_s=latency_s(points), bytes_per_s=bytes_per_s(points), kind=_kind(survey, name)
+            latency_s=latency_s(points),
+            bytes_per_s=bytes_per_s(points),
+            kind=_kind(survey.pair(*pairs[0].devices)),
         )
     host = Host(name=name, link=link, all_reduce=tables)
     if name not in survey.disks:
@@ -148,10 +148,8 @@ def _host(survey: Survey, name: str) -> Host:
     return Host(name=name, link=link, all_reduce=tables, disk_bytes_per_s=survey.disks[name])
 
 
-def _kind(survey: Survey, host: str) -> str:
+def _kind(pair: GpuPair | None) -> str:
     """By which links of GPUs go, as the driver says."""
-    topology = survey.topologies.get(host)
-    pair = topology.pair(0, 1) if topology is not None else None
     if pair is None:
         return "measured"
     if pair.connection in ("nvlink", "nvswitch"):

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 
 import msgspec
 
-from shoal.cluster.topology import Topology
+from shoal.cluster.topology import Gpu, GpuPair, Topology
 from shoal.core.cluster import Points
 from shoal.core.errors import ShoalError
 from shoal.core.measured import DeviceMeasure
@@ -83,6 +83,22 @@ class Survey:
     topologies: dict[str, Topology] = field(default_factory=dict)
     calibrated: dict[str, list[Calibrated]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+
+    def gpu(self, name: str) -> Gpu | None:
+        """What the driver says of a device; CUDA may count others, and otherwise, than it does."""
+        site = next(each for each in self.sites if each.name == name)
+        uuid, topology = self.alone[name].uuid, self.topologies.get(site.host)
+        if not uuid or topology is None:
+            return None
+        return next((each for each in topology.gpus if each.uuid.endswith(uuid)), None)
+
+    def pair(self, a: str, b: str) -> GpuPair | None:
+        """What the driver says of two GPUs of a host."""
+        one, other = self.gpu(a), self.gpu(b)
+        host = next(each.host for each in self.sites if each.name == a)
+        if one is None or other is None:
+            return None
+        return self.topologies[host].pair(one.index, other.index)
 
 
 def survey(

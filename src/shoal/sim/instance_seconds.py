@@ -1,7 +1,8 @@
 """Seconds of a Step on an instance by the cost model, for whoever asks a million times.
 
     time(load)   what tokens alone decide (weights, products, sums between ranks)   kept by tokens
-                 + attention: what is read or what is multiplied, if that is more   linear in both
+                 + attention: what is read or multiplied, the longer and of the shorter what is
+                   exposed                                                       linear in both
 
 Both slopes are taken from the model itself, with loads too long to leave anything else in sight.
 Knows nothing of Steps.
@@ -30,20 +31,23 @@ class InstanceSeconds:
         self._none = (0,) * len(windows)
         self._reads = self._slopes(reads=True)
         self._pairs = self._slopes(reads=False)
+        self._exposed = cost.exposed
         # By tokens, rows that sample, and prompts that end.
         self._fixed: dict[tuple[int, int, int], tuple[tuple[float, ...], float]] = {}
 
     def __call__(self, load: StepLoad) -> float:
         fixed, communication_s = self._without_attention(load)
         if len(fixed) == len(self._windows) == 1:
-            attention_s = max(
-                self._reads[0][0] * load.kv_tokens[0], self._pairs[0][0] * load.pairs[0]
+            attention_s = _both(
+                self._reads[0][0] * load.kv_tokens[0],
+                self._pairs[0][0] * load.pairs[0],
+                self._exposed[0],
             )
             return fixed[0] + attention_s + communication_s
-        ranks = zip(fixed, self._reads, self._pairs, strict=True)
+        ranks = zip(fixed, self._reads, self._pairs, self._exposed, strict=True)
         slowest = max(
-            seconds + max(_sum(reads, load.kv_tokens), _sum(pairs, load.pairs))
-            for seconds, reads, pairs in ranks
+            seconds + _both(_sum(reads, load.kv_tokens), _sum(pairs, load.pairs), exposed)
+            for seconds, reads, pairs, exposed in ranks
         )
         return slowest + communication_s
 
@@ -59,9 +63,17 @@ class InstanceSeconds:
         bare = StepLoad(num_rows, num_rows, self._windows, self._none, self._none)
         fixed, communication_s = self._without_attention(bare)
         # A token reads as many positions as it makes pairs.
+        reads = range(total, total + count * num_rows, num_rows)
+        if any(self._exposed):
+            of_ranks = zip(fixed, self._reads, self._pairs, self._exposed, strict=True)
+            ranks = [(f, r[0], p[0], exposed) for f, r, p, exposed in of_ranks]
+            return [
+                max(f + _both(r * n, p * n, exposed) for f, r, p, exposed in ranks)
+                + communication_s
+                for n in reads
+            ]
         slopes = (max(r[0], p[0]) for r, p in zip(self._reads, self._pairs, strict=True))
         lines = list(dict.fromkeys(zip(fixed, slopes, strict=True)))
-        reads = range(total, total + count * num_rows, num_rows)
         if len(lines) > 1:
             return [max(f + slope * n for f, slope in lines) + communication_s for n in reads]
         ((seconds, slope),) = lines
@@ -113,6 +125,10 @@ def decode_loads(lengths: Sequence[int], count: int, windows: Windows) -> Iterat
             for window in windows
         )
         yield StepLoad(num_rows, num_rows, windows, read, read)
+
+
+def _both(reads: float, pairs: float, exposed: float) -> float:
+    return reads + exposed * pairs if reads >= pairs else pairs + exposed * reads
 
 
 def _sum(slopes: Sequence[float], amounts: Sequence[int]) -> float:

@@ -1,11 +1,14 @@
 """Steps of a model's shape on this device, timed: what the cost model's constants are fitted to.
 
     weights    random; as many layers as no cache holds
-    Steps      one token of several sequences, near and far into their context; prompts
+    Steps      one token of several sequences, near and far into their context; chunks of prompts,
+               alone and beside others' tokens, as served Steps hold them: a few tokens up
                through all layers, and through the last half: a layer's part is told from the rest
 
+A slow device leaves out long chunks, so that Steps fit the time there is.
+
 They run as served ones do: the same loading, kernels, runner, threads, and a lab's slowness. A time
-is the lower quartile of several: what disturbs a Step only adds. Knows nothing of formulas.
+is the median of several. Knows nothing of formulas.
 """
 
 from __future__ import annotations
@@ -40,11 +43,15 @@ _LEAST_LAYERS = 2
 _FAR = 1024
 _DECODES = ((1, 32), (4, 32), (8, 32), (16, 32), (1, _FAR), (4, _FAR))
 """Sequences, and the context of each."""
-_PROMPTS = ((0, 16), (0, 64), (0, 256), (_FAR - 128, 128), (0, 512))
+_PROMPTS = ((0, 8), (0, 16), (0, 32), (_FAR - 32, 32), (0, 64), (0, 128), (0, 256), (0, 512))
 """Positions before a chunk, and its tokens."""
+_MIXED = ((4, 32, 8), (4, 32, 24))
+"""Sequences that get a token, the context of each, and tokens of somebody's prompt."""
+_LEAST_CHUNK = 64
+"""Up to so many tokens run however slow a device is, and say how slow."""
 _BLOCKS_OF_CONTEXT = _FAR // BLOCK_SIZE
 _NUM_BLOCKS = 4 * _BLOCKS_OF_CONTEXT
-_LEAST_ROUNDS, _MOST_ROUNDS, _IN_A_ROW = 2, 5, 2
+_MOST_ROUNDS, _IN_A_ROW = 5, 2
 """Rounds go through all Steps: a machine that is slow for some seconds is so to all of them."""
 
 Say = Callable[[str], None]
@@ -77,7 +84,7 @@ def calibrate(
     Args:
         options: `model_path` is not read.
         speed: of a lab's device.
-        budget_s: for all Steps; they still run a few times.
+        budget_s: for all Steps; the short ones still run once and again.
 
     Raises:
         DeviceError, ConfigError: the device has no memory for a layer, or no such precision.
@@ -101,24 +108,44 @@ def calibrate(
     )
     _fill(loaded.worker.kv)
     clock = _Steps(loaded.worker, Speed(speed))
-    kinds = [(route, layers, rows) for rows in _kinds(small) for route, layers in enumerate(depths)]
-    times: list[list[float]] = [[] for _ in kinds]
     began_s = time.perf_counter()
-    for number in range(_MOST_ROUNDS):
-        for (route, layers, rows), seconds in zip(kinds, times, strict=True):
-            seconds += clock.seconds(route, rows, from_hidden=layers.start > 0)
-        spent_s = time.perf_counter() - began_s
-        if number + 1 >= _LEAST_ROUNDS and spent_s > budget_s:
+    every = list(step_kinds(small))
+    known = max((rows for rows in every if _num_tokens(rows) <= _LEAST_CHUNK), key=_num_tokens)
+    seconds = statistics.mean(clock.seconds(0, known, from_hidden=False))
+    able = affordable(every, seconds / _num_tokens(known), budget_s)
+    kinds = [(route, layers, rows) for rows in able for route, layers in enumerate(depths)]
+    times: list[list[float]] = [[] for _ in kinds]
+    for _ in range(_MOST_ROUNDS):
+        for (route, layers, rows), taken_s in zip(kinds, times, strict=True):
+            taken_s += clock.seconds(route, rows, from_hidden=layers.start > 0)
+        if time.perf_counter() - began_s > budget_s:
             break
     taken = tuple(
         StepTaken(layers, tuple((row.start, row.num_tokens, row.samples) for row in rows), each)
-        for (_, layers, rows), each in zip(kinds, map(_lower_quartile, times), strict=True)
+        for (_, layers, rows), each in zip(kinds, map(statistics.median, times), strict=True)
     )
     return Calibration(small, loaded.facts.dtype, taken)
 
 
-def _lower_quartile(seconds: Sequence[float]) -> float:
-    return statistics.quantiles(seconds, n=4, method="inclusive")[0]
+def affordable(
+    kinds: Sequence[tuple[StepRow, ...]], token_s: float, budget_s: float
+) -> list[tuple[StepRow, ...]]:
+    """Without the longest chunks, until a round of all is likely to fit.
+
+    Args:
+        token_s: that a Step takes for each of its tokens, about.
+    """
+    sizes = [_num_tokens(rows) for rows in kinds]
+    # Each once more, untimed, and again through half of the layers.
+    token_s *= (1 + _IN_A_ROW) * 1.5
+    most = max(sizes)
+    while most > _LEAST_CHUNK and token_s * sum(n for n in sizes if n <= most) > budget_s:
+        most = max(size for size in sizes if size < most)
+    return [rows for rows, size in zip(kinds, sizes, strict=True) if size <= most]
+
+
+def _num_tokens(rows: Sequence[StepRow]) -> int:
+    return sum(row.num_tokens for row in rows)
 
 
 def shallow(spec: ModelSpec) -> ModelSpec:
@@ -164,7 +191,7 @@ class _Steps:
         return time.perf_counter() - began_s
 
 
-def _kinds(spec: ModelSpec) -> Iterator[tuple[StepRow, ...]]:
+def step_kinds(spec: ModelSpec) -> Iterator[tuple[StepRow, ...]]:
     """The rows of each Step."""
     longest = min(_FAR, spec.max_positions)
     for batch, context in _DECODES:
@@ -173,9 +200,13 @@ def _kinds(spec: ModelSpec) -> Iterator[tuple[StepRow, ...]]:
     for start, count in _PROMPTS:
         if start + count <= longest:
             yield (_row(0, 1, start, count),)
+    for batch, context, count in _MIXED:
+        if max(context, count) <= longest:
+            rows = [_row(n, batch + 1, context - 1, 1) for n in range(batch)]
+            yield (*rows, _row(batch, batch + 1, 0, count, samples=False))
 
 
-def _row(number: int, batch: int, start: int, count: int) -> StepRow:
+def _row(number: int, batch: int, start: int, count: int, *, samples: bool = True) -> StepRow:
     """One of a batch that shares out the blocks."""
     first = number * (_NUM_BLOCKS // batch)
     blocks = tuple(first + n for n in range(-(-(start + count) // BLOCK_SIZE)))
@@ -187,7 +218,7 @@ def _row(number: int, batch: int, start: int, count: int) -> StepRow:
         start=start,
         token_ids=(0,) * count,
         block_ids=(blocks,),
-        samples=True,
+        samples=samples,
         start_state=opening,
     )
 

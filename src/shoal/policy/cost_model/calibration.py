@@ -1,6 +1,6 @@
 """Constants from Steps that were timed: of a device by itself, or of a running replica's.
 
-    alone       Steps of random weights (`worker/calibrate.py`): all six constants of the device
+    alone       Steps of random weights (`worker/calibrate.py`): all constants of the device
     running     Steps of each instance as it served them; what lies between two Steps is in them,
                 and what its neighbours on the machine took from it
 
@@ -34,7 +34,7 @@ _MOST_ALIKE = 64
 _MOST_KEPT = 64
 """The same constants are asked for once for each Step."""
 
-_USUAL_STEP_S, _USUAL_ROW_S = 1e-4, 1e-5
+_USUAL_STEP_S, _USUAL_ROW_S, _USUAL_EXPOSED = 1e-4, 1e-5, 0.5
 
 _GRANULE = 64
 """Columns of half a layer are a whole number of these, so that every precision packs them."""
@@ -182,6 +182,7 @@ def _changed(own: Sequence[Constants], first: Constants) -> list[Constants]:
             step_s=each.step_s * first.step_s / was.step_s,
             row_s=each.row_s * first.row_s / was.row_s,
             attention=(each.attention or was.attention) * first.attention / was.attention,
+            exposed=min(each.exposed * first.exposed / was.exposed, 1.0),
         )
         for each in own
     ]
@@ -190,7 +191,7 @@ def _changed(own: Sequence[Constants], first: Constants) -> list[Constants]:
 def _start(
     cluster: Cluster, device: Device, engine: str, numbers: Numbers, source: str
 ) -> Constants:
-    """The device's constants so far, with all six."""
+    """The device's constants so far, with all that are fitted."""
     known = constants_for(cluster, device, engine, numbers.precision)
     attention = known.attention
     if attention is None:
@@ -208,6 +209,7 @@ def _start(
         step_s=known.step_s or _USUAL_STEP_S,
         row_s=known.row_s or _USUAL_ROW_S,
         attention=attention,
+        exposed=known.exposed or _USUAL_EXPOSED,
     )
 
 

@@ -1,7 +1,7 @@
 """Constants from measured times: least squares of relative errors, of which large ones count less.
 
     measured ~ a / eta + b c + d / mfu + e      a, b, d, e: what the model says by itself
-               (+ f step + g row + h / attention, where those are wanted too)
+               (+ f step + g row + h / attention + i exposed, where those are wanted too)
 
 Which kernels wait for memory and which for arithmetic depends on eta and mfu, so a, b and d (how
 what is predicted grows with each) are made again from what was found, until it stays; from several
@@ -31,7 +31,7 @@ _PLAIN = 0.05
 """Relative errors beyond this count by themselves, not by their squares (Huber, 1964)."""
 _SHARES = (1 / 1.2, 1 / 0.02)
 _NUDGE = 1e-3
-_NUMBERS = {3: "three", 6: "six"}
+_NUMBERS = {3: "three", 7: "seven"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,7 @@ _ALL = (
     _Unknown("step_s", 1e-9, 1.0, usual=1e-4, doubt=5e-3),
     _Unknown("row_s", 1e-9, 0.1, usual=1e-5, doubt=1e-3),
     _Unknown("attention", 1 / 4.0, 1e4, is_share=True, usual=4.0),
+    _Unknown("exposed", 1e-6, 1.0, usual=0.5, doubt=0.5),
 )
 
 NUM_ALL = len(_ALL)

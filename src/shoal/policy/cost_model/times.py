@@ -1,6 +1,7 @@
 """Seconds of a Step: on one instance, and on the stages of a replica.
 
     instance   sum over kernels of max(bytes / (eta x bandwidth), flops / (mfu x flops/s))
+               + exposed x the shorter of the two
                + layers x c + what a Step and a row that samples cost, of the slowest rank
                + (2 x layers + 1) all-reduces      of hidden states, tokens x hidden x bytes
     hop        hidden states from one stage to the next
@@ -79,6 +80,7 @@ class Rates:
     attention_flops_per_s: float
     step_s: float
     row_s: float
+    exposed: float
 
     @classmethod
     def of(cls, device: Device, constants: Constants, numbers: Numbers) -> Rates:
@@ -93,6 +95,7 @@ class Rates:
             attention * speed,
             constants.step_s / speed,
             constants.row_s / speed,
+            constants.exposed,
         )
 
 
@@ -104,8 +107,10 @@ def rank_time(work: ShardWork, rates: Rates, load: StepLoad) -> StepTime:
         read, multiply = part.size_bytes / rates.bytes_per_s, part.flops / flops_per_s
         if read >= multiply:
             memory += read
+            compute += rates.exposed * multiply
         else:
             compute += multiply
+            memory += rates.exposed * read
     overhead = work.num_layers * rates.layer_s + rates.step_s
     if work.head_bytes:
         overhead += load.num_sampled * rates.row_s
@@ -162,6 +167,11 @@ class InstanceCost:
         if self._measured is not None:
             return self._measured.error
         return max(each.error for each in self.constants)
+
+    @property
+    def exposed(self) -> tuple[float, ...]:
+        """Of each rank's constants."""
+        return tuple(each.exposed for each in self._rates)
 
     @property
     def step_s(self) -> float:

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -34,14 +34,19 @@ from shoal.cluster import catalogue
 from shoal.core.cluster import Cluster, Constants, Host
 from shoal.core.latency import percentile
 from shoal.core.plan import InstancePlan, RankPlan, ReplicaPlan, StagePlan, default_routes
+from shoal.core.request import Output
 from shoal.core.split import Range, split_by_weights
+from shoal.core.stats import Computed
 from shoal.core.workload import Arrival, Workload, poisson_workload, read_workload
 from shoal.engine.config import EngineConfig
+from shoal.engine.events import Submit
 from shoal.model.known_shapes import shape_folder
 from shoal.model.spec import read_spec
 from shoal.policy.cost_model import Numbers, ReplicaCost
 from shoal.sim import ModelledCost, ReplicaSetup, Simulation, summarise
-from shoal.sim.records import RequestRecord
+from shoal.sim.prompts import Prompts
+from shoal.sim.records import Records, RequestRecord
+from shoal.sim.replica import SimulatedReplica
 
 NUM_FITTED, NUM_SIMULATED_TO_FIT = 100, 130
 NUM_DEVICES = 1000
@@ -142,6 +147,7 @@ def _setup_of(meta: dict[str, Any]) -> Callable[[Point], ReplicaSetup]:
         max_num_seqs=given["max_num_seqs"],
         max_num_batched_tokens=given["max_num_batched_tokens"],
         max_waiting=10_000,
+        batching="continuous",
         prefix_caching=meta["kv_cache"]["enable_prefix_caching"],
     )
     cluster, replica = _one_gpu("RTX-4090")
@@ -167,8 +173,34 @@ def _setup_of(meta: dict[str, Any]) -> Callable[[Point], ReplicaSetup]:
 
 
 def _simulate(measured: Sequence[Measured], setup: ReplicaSetup) -> list[RequestRecord]:
+    """Without a router, which lets requests wait before engines: nothing stood before vLLM."""
     workload = Workload("measured", tuple(each.arrival for each in measured))
-    return Simulation(workload, [setup], Random(0), num_samples=2).run().requests
+    prompts = Prompts(workload, setup.config.max_model_len)
+    arrivals = workload.arrivals
+    records = Records([RequestRecord(each.arrival_s, each.prompt_tokens) for each in arrivals])
+
+    def report(outputs: Sequence[Output], times: Sequence[float], _: Computed) -> None:
+        for output in outputs:
+            records.note(int(output.request_id), output, times)
+
+    def moves_nothing(*_: object) -> None:
+        raise AssertionError("there is nobody else")
+
+    replica = SimulatedReplica(
+        replace(setup.config, vocab_size=prompts.vocab_size),
+        setup.cost,
+        report,
+        records.note_started,
+        moves_nothing,
+        runs=True,
+        tells_late=False,
+    )
+    for number, each in enumerate(arrivals):
+        replica.catch_up(each.arrival_s)
+        replica.tell(Submit(prompts.request(number)), each.arrival_s)
+    while (due_s := replica.next_s) is not None:
+        replica.advance(due_s)
+    return records.requests
 
 
 def _fit(

@@ -7,12 +7,15 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import uvicorn
 from starlette.applications import Starlette
@@ -22,8 +25,9 @@ from starlette.routing import Route
 from typer.testing import CliRunner, Result
 
 from shoal.cli.bench import measure
-from shoal.cli.loadgen import LoadConfig
+from shoal.cli.loadgen import LoadConfig, RequestRecord, run_load
 from shoal.cli.main import app
+from shoal.cli.stream_transport import StreamTransport
 from shoal.core.errors import ConfigError
 from shoal.core.workload import Arrival, Workload
 
@@ -34,7 +38,8 @@ class FakeServer:
     """Counts a word as a token, and one more for BOS; says " x" in pieces of two tokens.
 
     The number of tokens asked for picks the behaviour: 413 is refused, 500 fails, 404 breaks
-    off, 408 sends an error within the stream, 402 says nothing visible, 4 waits for company.
+    off, 408 sends an error within the stream, 402 says nothing visible, 406 says what is no event
+    of OpenAI's, 4 waits for company.
     """
 
     def __init__(self, *, ignore_eos: bool = True, tokenize: bool = True) -> None:
@@ -96,6 +101,8 @@ class FakeServer:
             if tokens == 408:
                 yield 'data: {"error": {"message": "replica died"}}\n\n'
                 return
+            if tokens == 406:
+                yield 'data: {"choices": [null]}\n\n'
             for _ in range(0, 0 if tokens == 402 else tokens, 2):
                 yield event(" x\u2028x")
                 await asyncio.sleep(GAP_S)
@@ -181,23 +188,23 @@ def test_prompts_are_as_long_as_asked(running: Running) -> None:
 
 
 def test_every_kind_of_failure_is_told_apart(running: Running) -> None:
-    report = run(running.url, workload(2, 413, 500, 404, 408, 402, 413), slo={"ttft": 60.0})
+    report = run(running.url, workload(2, 413, 500, 404, 408, 402, 413, 406), slo={"ttft": 60.0})
     assert report["requests"] == {
-        "planned": 7,
-        "finished": 7,
+        "planned": 8,
+        "finished": 8,
         "succeeded": 2,
         "refused": 2,
-        "failed": 3,
+        "failed": 4,
     }
     assert {kind: found["count"] for kind, found in report["errors"].items()} == {
         "refused": 2,
         "http_500": 1,
         "truncated": 1,
-        "stream": 1,
+        "stream": 2,
     }
     assert report["errors"]["refused"]["example"] == "status 429"
     assert report["errors"]["stream"]["example"] == "replica died"
-    assert report["goodput"]["share"] == pytest.approx(2 / 7)
+    assert report["goodput"]["share"] == pytest.approx(2 / 8)
 
 
 def test_a_request_past_its_deadline_is_a_timeout(running: Running) -> None:
@@ -217,6 +224,26 @@ def test_arrivals_do_not_wait_for_answers_unless_limited(running: Running) -> No
     assert any("held back 6 requests" in note for note in limited["notes"])
     # Their wait counts: the last of four waves is due as early as the first.
     assert limited["latency_s"]["ttft"]["max"] > 4 * FIRST_S
+
+
+def test_connections_are_as_many_as_streams_and_used_again(running: Running) -> None:
+    async def rounds() -> list[int]:
+        transport, found = StreamTransport(), list[int]()
+        async with httpx.AsyncClient(transport=transport, base_url=running.url) as client:
+            for num_together in (20, 3, 20):
+                config, records = LoadConfig(model="fake"), list[RequestRecord]()
+                running.fake.most_under_way, running.fake.starts_with = 0, num_together
+                load = workload(*[4] * num_together, gap_s=0.0)
+                await run_load(client, config, load, lambda *_: "x", records)
+                assert [each.error for each in records] == [None] * num_together
+                found.append(transport.num_connections)
+            # What breaks off leaves a connection that others can go on with.
+            broken = list[RequestRecord]()
+            await run_load(client, config, workload(404, 404), lambda *_: "x", broken)
+            assert {each.error for each in broken} == {"truncated"}
+        return [*found, transport.num_connections]
+
+    assert asyncio.run(rounds()) == [20, 20, 20, 20]
 
 
 def test_without_tokenize_lengths_are_approximate_and_say_so() -> None:
@@ -264,6 +291,17 @@ def test_command_with_a_rate_and_json(running: Running) -> None:
     report = json.loads(result.stdout)
     assert report["requests"]["succeeded"] == 6
     assert set(report["latency_s"]) == {"ttft", "tpot", "itl", "e2e"}
+
+
+def test_streams_may_be_more_than_the_files_that_are_allowed_at_first(running: Running) -> None:
+    """Nobody gets an answer before all of them ask."""
+    running.fake.starts_with = 90
+    flags = ["--rate", "1000", "--num-requests", "90", "--input-tokens", "9", "--output-tokens"]
+    shoal = [sys.executable, "-m", "shoal", "bench", running.url, *flags, "4", "--json"]
+    limited = ["sh", "-c", 'ulimit -S -n 64; exec "$0" "$@"', *shoal]
+    done = subprocess.run(limited, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["requests"]["succeeded"] == 90
 
 
 def test_flags_that_make_no_sense_are_explained(running: Running, tmp_path: Path) -> None:

@@ -91,6 +91,19 @@ def test_a_recording_is_bounded_and_says_so(tmp_path: Path) -> None:
     assert cut.difference is None
 
 
+@pytest.mark.parametrize("num_lost", [1, 2, 7, 12])
+def test_a_recording_whose_last_line_is_cut_is_taken_up_to_there(
+    tmp_path: Path, num_lost: int
+) -> None:
+    """Its writer was killed, or the disk was full."""
+    some_run(Recorder(tmp_path, "some", what="engine", config=CONFIG))
+    path = tmp_path / "some.jsonl"
+    path.write_text(path.read_text().removesuffix("\n")[:-num_lost])
+    found = replay(path)
+    assert (found.num_events, found.difference) == (2, None)
+    assert found.ended == "its last line is cut off"
+
+
 def test_what_cannot_be_written_ends_a_recording(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, "some", what="engine", config=CONFIG)
 

@@ -27,6 +27,7 @@ from shoal.engine.config import EngineConfig
 from shoal.model.known_shapes import shape_folder
 from shoal.model.spec import read_spec
 from shoal.policy.cost_model import Numbers, ReplicaCost, StepLoad
+from shoal.policy.cost_model.constants import TYPICAL
 from shoal.sim import (
     Fault,
     ModelledCost,
@@ -242,13 +243,19 @@ def test_gaps_are_right_to_half_a_percent() -> None:
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("window", [None, 300])
-def test_seconds_asked_often_are_the_cost_model_s(num_ranks: int, window: int | None) -> None:
+@pytest.mark.parametrize("exposed", [0.0, 0.7])
+def test_seconds_asked_often_are_the_cost_model_s(
+    num_ranks: int, window: int | None, exposed: float
+) -> None:
     spec = read_spec(shape_folder("llama-3.1-8b"))
     layers = [replace(each, window=window if i % 2 else None) for i, each in enumerate(spec.layers)]
     spec = replace(spec, layers=tuple(layers))
     kind = catalogue.kind("RTX-4090")
     devices = tuple(kind.device(f"a.{i}", "a", f"cuda:{i}") for i in range(num_ranks))
-    cluster = Cluster(hosts=(Host(name="a", link=kind.link("pcie")),), devices=devices)
+    constants = replace(TYPICAL, kind=kind.name, engine="shoal", exposed=exposed)
+    cluster = Cluster(
+        hosts=(Host(name="a", link=kind.link("pcie")),), devices=devices, constants=(constants,)
+    )
     instance = InstancePlan(
         layers=Range(0, spec.num_layers),
         ranks=tuple(RankPlan(device=each.device) for each in devices),
@@ -267,6 +274,14 @@ def test_seconds_asked_often_are_the_cost_model_s(num_ranks: int, window: int | 
     ):
         load = StepLoad.of(rows, cost.windows)
         assert cost.compute_s(load, 0, 0) == pytest.approx(model.step_times(load)[0].total_s)
+    (found,) = cost.decodes_s([500, 90], 1, 0, 0)
+    load = StepLoad.of([(499, 1, True), (89, 1, True)], cost.windows)
+    assert found == pytest.approx(model.step_times(load)[0].total_s)
+    lengths = [500, 90, 7001]
+    loads = (
+        StepLoad.of([(n - 1 + at, 1, True) for n in lengths], cost.windows) for at in range(50)
+    )
+    assert cost.decodes_s(lengths, 50, 0, 0) == [cost.compute_s(load, 0, 0) for load in loads]
 
 
 # --- as a command ---

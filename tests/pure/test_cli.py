@@ -100,9 +100,9 @@ def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run `shoal ARGS` in this process; (exit code, stdout, stderr)."""
 
-    def run(*args: str, stdin: str = "") -> tuple[int, str, str]:
+    def run(*args: str, stdin: str | io.TextIOBase = "") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["shoal", *args])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
         with pytest.raises(SystemExit) as left:
             main()
         told = capsys.readouterr()
@@ -488,6 +488,13 @@ def test_generate_refuses(prompts: list[str], words: str, run: Run, models: list
     assert code == 1
     assert words in err
     assert models == []
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_what_is_no_text_on_stdin_is_said(command: str, run: Run, models: list[FakeLLM]) -> None:
+    stdin = io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), "utf-8", "strict")
+    code, _, err = run(command, "m", stdin=stdin)
+    assert (code, err.splitlines()[-1].startswith("error: what came through stdin")) == (1, True)
 
 
 def test_a_missing_chat_template_is_said(run: Run, models: list[FakeLLM]) -> None:

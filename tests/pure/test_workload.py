@@ -60,6 +60,26 @@ def test_mooncake_is_spread_over_its_ticks() -> None:
     assert parse(rows, seed=1) != workload
 
 
+@pytest.mark.parametrize(
+    "times", [[0, 0, 40, 277], [0, 3000, 6000], [500, 500, 500], [0, 3000, 3000, 4000]]
+)
+def test_mooncake_s_times_stay_where_they_are_told_finely(times: list[int]) -> None:
+    """As in its synthetic trace, and in those of others who took up its format."""
+    rows = (f'{{"timestamp": {t}, "input_length": 9, "output_length": 7}}\n' for t in times)
+    found = [arrival.arrival_s for arrival in parse("".join(rows)).arrivals]
+    assert found == [(each - times[0]) / 1000 for each in times]
+
+
+def test_tables_as_other_tools_write_them() -> None:
+    """With quotes, a column of numbers, and counts as floats, since a row once lacked them."""
+    quoted = '\ufeff"","TIMESTAMP","ContextTokens","GeneratedTokens"\r\n'
+    rows = '"0","2023-11-16 18:15:46.5","374.0","44"\r\n"1","2023-11-16 18:15:47","3","9.0"\r\n'
+    assert shape(parse(quoted + rows)) == [(0.0, 374, 44), (0.5, 3, 9)]
+    spaced = ' {"arrival_s": 0, "prompt": "x", "prompt_tokens": null, "output_tokens": 2.0}\n'
+    assert shape(parse(spaced)) == [(0.0, 0, 2)]
+    assert parse(OWN.replace("1}", '1, "hash_ids": null}')).arrivals[0].block_hashes == ()
+
+
 def test_our_own_format() -> None:
     workload = parse(
         '{"arrival_s": 1.5, "prompt_tokens": 12, "output_tokens": 3}\n'
@@ -106,6 +126,11 @@ OWN = '{"arrival_s": 0, "prompt_tokens": 1, "output_tokens": 1}\n'
         (OWN + OWN.replace("1}", '1, "hash_ids": [1e999]}'), "line 2: cannot convert"),
         (CSV + '"0,1,1\n' + "1,1,1\n" * 30_000, "field larger than field limit (131072)"),
         (CSV + "0,1,1\n1," + "x" * 1000 + ",1\n", "line 3: invalid literal"),
+        (CSV + "0,1.5,1\n", "line 2: 1.5 tokens; it must be a whole number"),
+        ("x" * 200_000 + "\n", "its header is no CSV (field larger"),
+        ("[" + OWN + "]", "line 1: not JSON"),
+        (OWN + OWN.replace("1}", '1, "hash_ids": "12"}'), "line 2: hash_ids is '12'"),
+        (OWN.replace('s": 1,', 's": -5, "prompt": "a",'), "line 1: prompt of -5 tokens"),
     ],
 )
 def test_a_malformed_trace_names_file_and_line(text: str, message: str) -> None:

@@ -21,6 +21,9 @@ from shoal.cli import workloads
 from shoal.cli.bench_prompts import CHARS_PER_TOKEN, PromptSource, token_id_source, word_source
 from shoal.cli.bench_report import render, summarise
 from shoal.cli.loadgen import LoadConfig, RequestRecord, first_model, run_load, warm_up
+from shoal.cli.open_files import allow_files
+from shoal.cli.result_file import write_result
+from shoal.cli.stream_transport import StreamTransport
 from shoal.core.errors import ConfigError
 from shoal.core.latency import parse_slo
 from shoal.core.workload import Workload
@@ -78,6 +81,7 @@ def bench(
         max_concurrency=max_concurrency,
         timeout_s=timeout,
     )
+    allow_files()
     report = asyncio.run(
         measure(
             url,
@@ -95,7 +99,7 @@ def bench(
     else:
         Console().print(render(report))
     if output is not None:
-        _write(output, text)
+        write_result(output, text + "\n", "--output")
     if report["interrupted"]:
         raise typer.Exit(130)
     if not report["requests"]["succeeded"]:
@@ -187,14 +191,5 @@ def _client(url: str, api_key: str | None) -> httpx.AsyncClient:
         headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
         # Each request has its own deadline; nothing here may queue one behind another.
         timeout=httpx.Timeout(None, connect=30.0),
-        limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+        transport=StreamTransport(),
     )
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write {path}: {error.strerror}; choose another --output"
-        ) from error

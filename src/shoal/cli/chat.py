@@ -21,8 +21,9 @@ import typer
 
 from shoal.cli import options
 from shoal.cli.terminal import open_model, printable
-from shoal.core.errors import RequestError, ShoalError
+from shoal.core.errors import ConfigError, RequestError, ShoalError
 from shoal.core.request import SamplingParams
+from shoal.core.whole_file import write_whole
 
 if TYPE_CHECKING:
     from shoal.cli.talk import Message, Talker
@@ -140,6 +141,8 @@ def _converse(talker: Talker, conversation: Conversation, params: SamplingParams
             continue
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"what came through stdin is no text ({error}); give UTF-8") from None
         if text.strip() == "/exit":
             return
         try:
@@ -222,7 +225,7 @@ def _obey(text: str, conversation: Conversation) -> None:
             conversation.system = rest or None
             _say("(system prompt set)" if rest else "(system prompt removed)")
         case "/save" if rest:
-            _save(Path(rest).expanduser(), conversation)
+            _save(Path(rest), conversation)
         case "/save":
             _say("give a file: /save FILE")
         case _:
@@ -232,9 +235,11 @@ def _obey(text: str, conversation: Conversation) -> None:
 def _save(path: Path, conversation: Conversation) -> None:
     text = json.dumps(conversation.messages(), indent=2, ensure_ascii=False)
     try:
-        path.write_text(text + "\n", "utf-8")
+        write_whole(path.expanduser(), text + "\n")
     except OSError as error:
         _say(f"cannot write {path}: {error.strerror}")
+    except (RuntimeError, UnicodeError) as error:  # ~nobody; what the terminal sent is no text
+        _say(f"cannot write {path}: {error}")
     else:
         _say(f"(saved to {path})")
 

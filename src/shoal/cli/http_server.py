@@ -11,7 +11,6 @@ import errno
 import gc
 import ipaddress
 import os
-import resource
 import signal
 import socket
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 
 import uvicorn
 
+from shoal.cli.open_files import allow_files
 from shoal.core.errors import ConfigError
 from shoal.router.driver import Router
 from shoal.server.bounded_http import BoundedHttp
@@ -55,17 +55,8 @@ def bind(host: str, port: int, api_keys: tuple[str, ...]) -> socket.socket:
             ) from error
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
     sock.listen(2048)
-    _allow_files()
+    allow_files()
     return sock
-
-
-def _allow_files() -> None:
-    """As many as may be: each client has one, and so has what it waits for. Many systems begin
-    with 1,024, for the sake of programs that use select()."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(OSError, ValueError):  # some allow less than they say
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def url_of(host: str, port: int) -> str:

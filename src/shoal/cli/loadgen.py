@@ -24,6 +24,7 @@ ErrorKind = Literal["refused", "http", "connection", "timeout", "truncated", "st
 
 # Prompts are made ahead of their time: long ones take milliseconds.
 _PREPARED_AHEAD = 64
+_SHOWN = 80
 
 
 @dataclass(slots=True)
@@ -216,17 +217,32 @@ async def _read_stream(response: httpx.Response, record: RequestRecord, origin_s
         if event.get("error"):
             record.error, record.message = "stream", _error_message(json.dumps(event))
             return
-        if usage := event.get("usage"):
-            record.prompt_tokens = usage.get("prompt_tokens")
-            record.output_tokens = usage.get("completion_tokens")
-        for choice in event.get("choices") or ():
-            ends = choice.get("finish_reason") is not None
-            # An output whose tokens have no text has come when it is over.
-            if _has_text(choice) or (ends and not record.chunk_times_s):
-                record.chunk_times_s.append(now_s)
-            finished = finished or ends
+        try:
+            finished = _note_event(record, event, now_s) or finished
+        except (AttributeError, TypeError):
+            record.error, record.message = "stream", f"no such event: {str(event)[:_SHOWN]}"
+            return
     if not finished:
         record.error, record.message = "truncated", "the stream ended without a finish_reason"
+
+
+def _note_event(record: RequestRecord, event: dict[str, Any], now_s: float) -> bool:
+    """Whether the output ends with it.
+
+    Raises:
+        AttributeError, TypeError: it is none of OpenAI's.
+    """
+    if usage := event.get("usage"):
+        record.prompt_tokens = usage.get("prompt_tokens")
+        record.output_tokens = usage.get("completion_tokens")
+    finished = False
+    for choice in event.get("choices") or ():
+        ends = choice.get("finish_reason") is not None
+        # An output whose tokens have no text has come when it is over.
+        if _has_text(choice) or (ends and not record.chunk_times_s):
+            record.chunk_times_s.append(now_s)
+        finished = finished or ends
+    return finished
 
 
 async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:

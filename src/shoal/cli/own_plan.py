@@ -16,6 +16,7 @@ from shoal.core.cluster import Precision
 from shoal.core.errors import ConfigError
 from shoal.core.options import EngineOptions, Quantization
 from shoal.core.plan import Plan, ReplicaPlan
+from shoal.core.whole_file import write_whole
 from shoal.plan_file import PlanFile, dump_plan, read_plan
 
 
@@ -60,10 +61,7 @@ def _planned(model: Path, options: EngineOptions, path: Path) -> PlanFile | None
     found = find_plan(Problem(read_spec(model), cluster, goal, "shoal"))
     made = to_plan(found.choices, cluster, None)
     text = dump_plan(Plan(replicas=tuple(map(_as_served, made.replicas))))
-    folder = models_folder().parent / "plans"
-    folder.mkdir(parents=True, exist_ok=True)
-    written = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml"
-    written.write_text(text, "utf-8")
+    written = _kept(text, models_folder().parent / "plans")
     used = sum(len(each.ranks) for replica in made.replicas for each in replica.instances)
     print(
         f"plan       made for {used} of the {len(cluster.devices)} devices in {path}: {written} "
@@ -72,6 +70,20 @@ def _planned(model: Path, options: EngineOptions, path: Path) -> PlanFile | None
         file=sys.stderr,
     )
     return read_plan(written)
+
+
+def _kept(text: str, folder: Path) -> Path:
+    """By its content: other servers that start now write the same."""
+    written = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(written, text)
+    except OSError as error:
+        raise ConfigError(
+            f"the plan can't be kept in {folder}: {error.strerror}; set SHOAL_CACHE to a folder "
+            "that can be written, or name a plan (--plan)"
+        ) from error
+    return written
 
 
 def probed_cluster() -> Path | None:

@@ -15,12 +15,14 @@ import typer
 
 from shoal.cli.model_shape import spec_of
 from shoal.cli.options import Json
+from shoal.cli.result_file import write_result
 from shoal.cli.wrong_input import engine_of, judges_input, precisions_of, share_of
 from shoal.cluster.cluster_file import read_cluster
-from shoal.core.cluster import Precision
+from shoal.core.cluster import Cluster, Precision
 from shoal.core.errors import ConfigError
 from shoal.core.latency import Slo, parse_slo
 from shoal.core.workload import read_workload
+from shoal.model.known_shapes import known_shapes
 from shoal.plan_file import dump_plan
 from shoal.planner.engines import emit as emit_for
 from shoal.planner.engines import engine_to_emit
@@ -130,6 +132,7 @@ def plan(
     )
     known = read_cluster(cluster)
     problem = Problem(spec_of(model), known, goal, engine_of(engine, known))
+    changes = [(each, changed(known, each)) for each in what_if or ()]
     found = find_plan(problem)
     made = to_plan(found.choices, problem.cluster, model)
     full = report(
@@ -138,17 +141,18 @@ def plan(
         list(one_more(found)) if explain else (),
         list(runner_ups(found)) if explain else (),
     )
-    full["what_if"] = [_compared(problem, found, each) for each in what_if or ()]
-    if output is not None:
-        _write(output, dump_plan(made))
-    if emit is not None:
-        print("\n".join(emit_for(made, emit, model, problem.spec)))
-    elif as_json:
-        print(json.dumps({"model": model, **full, "plan": dump_plan(made)}, indent=2))
+    full["what_if"] = [_compared(problem, found, *each) for each in changes]
+    words = [] if emit is None else emit_for(made, emit, model, problem.spec, goal.kv_precision)
+    if as_json:
+        emitted = {} if emit is None else {"emitted": words}
+        print(json.dumps({"model": model, **full, "plan": dump_plan(made), **emitted}, indent=2))
     else:
-        print("\n".join(text(full, explained=explain)))
-        for each in full["what_if"]:
-            print(each["text"])
+        lines = text(full, explained=explain)
+        lines += [each["text"] for each in full["what_if"]]
+        lines += _to_say_again(goal)
+        print("\n".join(lines if emit is None else [*_commented(lines, model), *words]))
+    if output is not None:
+        write_result(output, dump_plan(made), "-o")
 
 
 def _load(
@@ -180,9 +184,27 @@ def _towards(goal: Goal, objective: str | None) -> Goal:
     return replace(goal, objective=objective_of(default if objective is None else objective))
 
 
-def _compared(problem: Problem, found: Outcome, change: str) -> dict[str, object]:
+def _to_say_again(goal: Goal) -> list[str]:
+    """What a plan file does not say."""
+    kept = goal.kv_precision
+    if kept == "bfloat16":
+        return []
+    return [
+        f"KV is planned in {kept}, which a plan does not say: give serve --kv-cache-dtype {kept}, "
+        f"and simulate --kv-cache-precision {kept}"
+    ]
+
+
+def _commented(lines: list[str], model: str) -> list[str]:
+    """Before a command for a shell."""
+    if model in known_shapes():
+        lines = [*lines, f"{model} stands for its checkpoint: put an id, a folder or a file there"]
+    return [f"# {each}".rstrip() for each in lines]
+
+
+def _compared(problem: Problem, found: Outcome, change: str, cluster: Cluster) -> dict[str, object]:
     """A plan of the changed cluster for what was asked for, beside the one found."""
-    other_problem = replace(problem, cluster=changed(problem.cluster, change))
+    other_problem = replace(problem, cluster=cluster)
     try:
         other = find_plan(other_problem)
     except ConfigError as error:
@@ -235,12 +257,3 @@ def _cost_unit(name: str) -> CostUnit:
             f"--cost-unit is {name!r}; it must be one of {', '.join(get_args(CostUnit))}"
         )
     return cast(CostUnit, name)
-
-
-def _write(path: Path, content: str) -> None:
-    try:
-        path.write_text(content, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"-o {path}: {error.strerror}; name a file that can be written"
-        ) from error

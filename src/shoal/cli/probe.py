@@ -23,6 +23,7 @@ import typer
 from shoal.cli.options import Json
 from shoal.cli.probe_sites import Place, here_or_cluster, lab_place, probe_cache
 from shoal.cli.probe_steps import Steps
+from shoal.cli.result_file import write_result
 from shoal.cli.wrong_input import judges_input
 from shoal.cluster.cluster_file import read_cluster
 from shoal.cluster.cluster_writer import Remarks, dump_cluster, warnings_in
@@ -86,12 +87,12 @@ def probe(
         kept = probe_cache().path(place.key)
         if kept is None or refresh or model is not None:
             probed = _measure(place, seconds, model, precision)
-            probe_cache().write(place.key, probed.text)
+            _keep(place.key, probed.text)
         else:
             probed = _Probed(kept.read_text("utf-8"), read_cluster(kept))
             print("kept from before; --refresh measures again", file=sys.stderr)
     if output is not None:
-        _write(output, probed.text)
+        write_result(output, probed.text, "-o")
     if as_json:
         print(json.dumps(_as_json(probed), indent=2))
         return
@@ -200,6 +201,14 @@ def _device_lines(device: Device) -> Iterator[str]:
     yield f"    filled at {filled}, a kernel starts in {launch}{power}"
 
 
+def _keep(key: str, content: str) -> None:
+    """For the next time; what was measured is told all the same."""
+    try:
+        probe_cache().write(key, content)
+    except OSError as error:
+        print(f"not kept for the next time: {error}", file=sys.stderr)
+
+
 def _link_text(link: Link) -> str:
     return f"{text(link.latency_s, 's')}, {text(link.bytes_per_s * 8, 'bit/s')}"
 
@@ -222,12 +231,3 @@ def _as_json(probed: _Probed) -> dict[str, object]:
         "warnings": probed.warnings,
         "cluster": probed.text,
     }
-
-
-def _write(path: Path, content: str) -> None:
-    try:
-        path.write_text(content, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"-o {path}: {error.strerror}; name a file that can be written"
-        ) from error

@@ -22,6 +22,7 @@ from shoal.cli.fault_file import read_faults
 from shoal.cli.latency_table import goodput_lines, latency_table, policy_table
 from shoal.cli.model_shape import spec_of
 from shoal.cli.options import Batching, TpotTarget
+from shoal.cli.result_file import write_result
 from shoal.cli.router_options import Collapse, Hedging
 from shoal.cli.wrong_input import engine_of, judges_input
 from shoal.cluster.cluster_file import read_cluster
@@ -43,7 +44,11 @@ from shoal.sim.faults import Fault, RequestStall, drains
 from shoal.sim.from_plan import Limits, planned_links, precision_of, replica_setups
 
 _MOST_S = 30 * 86400.0
-"""Thirty days: routers look at their replicas four times a second, all of the time."""
+"""Thirty days, of a load and once more for what is left of it: routers look at their replicas four
+times a second, all of the time."""
+
+_MOST_SHOWN = 16
+"""Replicas."""
 
 
 @judges_input
@@ -102,6 +107,13 @@ def simulate(
     ] = None,
 ) -> None:
     """Predict TTFT, TPOT, goodput and utilisation of a plan under a load."""
+    policies = [each.strip() for each in router_policy.split(",")]
+    for each in policies:
+        policy_named(each)
+    if html is not None and len(policies) > 1:
+        raise ConfigError("--html shows one run; name one --router-policy, or leave it out")
+    for path, flag in ((html, "--html"), (output, "--output")):
+        _check_folder(path, flag)
     load = workloads.chosen_workload(
         workload,
         rate,
@@ -129,7 +141,7 @@ def simulate(
     name, spec, chosen = _chosen(file, plan, model, known, limits)
     setups = replica_setups(chosen, spec, known, limits)
     faults = read_faults(events) if events is not None else ()
-    _check_times(load, faults)
+    last_s = _last_s(load, faults)
     may_move = any(each.role != "any" for each in setups) or drains(faults)
     links = planned_links(chosen, spec, known, limits) if may_move else None
 
@@ -147,7 +159,7 @@ def simulate(
             collapse=collapse,
             kv_links=links,
         )
-        records = simulation.run(math.inf if until is None else until)
+        records = simulation.run(min(last_s + _MOST_S, math.inf if until is None else until))
         summary = summarise(records, setups, simulation.stats(), bounds)
         summary["hedges"] = asdict(simulation.hedges)
         summary["kv_moved"] = asdict(simulation.kv_moved)
@@ -155,34 +167,30 @@ def simulate(
         report["notes"] += _idle(chosen)
         return report
 
-    policies = [each.strip() for each in router_policy.split(",")]
-    for each in policies:
-        policy_named(each)
-    if html is not None and len(policies) > 1:
-        raise ConfigError("--html shows one run; name one --router-policy, or leave it out")
     reports = {each: simulated(each) for each in policies}
     report = reports[policies[0]] if len(policies) == 1 else {"policies": reports}
     if html is not None:
-        _write(html, html_page(report), "--html")
+        write_result(html, html_page(report), "--html")
     text = json.dumps(report, indent=1)
     if output is not None:
-        _write(output, text + "\n", "--output")
+        write_result(output, text + "\n", "--output")
     if as_json:
         typer.echo(text)
     else:
         Console().print(_rendered(report))
 
 
-def _check_times(load: Workload, faults: Sequence[Fault | RequestStall]) -> None:
-    """Of clocks, that still tell a step from the next one."""
-    last_s = max((each.arrival_s for each in load.arrivals), default=0.0)
-    timed = [("an event is", each.at_s) for each in faults if isinstance(each, Fault)]
-    for what, at_s in (("the load lasts", last_s), *timed):
+def _last_s(load: Workload, faults: Sequence[Fault | RequestStall]) -> float:
+    """When all that is to come has come; clocks must still tell a step from the next one."""
+    times = [("the load lasts", load.duration_s)]
+    times += [("an event is", each.at_s) for each in faults if isinstance(each, Fault)]
+    for what, at_s in times:
         if not at_s <= _MOST_S:
             raise ConfigError(
                 f"{what} until {at_s:g} s; a simulation takes 30 days at most: check --rate, "
                 "--time-scale and the times in the trace and in --events"
             )
+    return max(at_s for _, at_s in times)
 
 
 def _chosen(
@@ -209,6 +217,7 @@ def _report(
     notes = [f"{name}: times may be off by {error}" for name, error in errors.items()]
     if len(notes) > 1 and len(set(errors.values())) == 1:
         notes = [f"all {len(notes)} replicas: times may be off by {setups[0].cost.error:.0%}"]
+    notes += [f"{count} requests failed: {code}" for code, count in summary["errors"].items()]
     if left := summary["requests"]["never_ended"]:
         notes.append(f"{left} requests had not ended when the simulation did")
     if later := summary["requests"]["not_come"]:
@@ -245,12 +254,15 @@ def _rendered(report: Mapping[str, Any]) -> RenderableType:
     lines += [
         f"{each['name']}: busy {', '.join(f'{share:.0%}' for share in each['utilisation'])}, "
         f"{each['preemptions']} preemptions, {each['cached_tokens']:,} prompt tokens cached"
-        for each in report["replicas"]
+        for each in report["replicas"][:_MOST_SHOWN]
     ]
-    if any((hedges := report["hedges"]).values()):
+    if (num_more := len(report["replicas"]) - _MOST_SHOWN) > 0:
+        lines.append(f"... and {num_more:,} replicas more: --json and --html have them all")
+    hedges = report["hedges"]
+    if num_second := hedges["hedged"] + hedges["rescued"]:
         extra = hedges["extra_tokens"] + hedges["rescued_tokens"]
         lines.append(
-            f"second attempts: {hedges['hedged'] + hedges['rescued']}, {hedges['won']} won; "
+            f"second attempts: {num_second}, {hedges['won']} won; "
             f"{extra / max(hedges['computed_tokens'], 1):.1%} more tokens were computed"
         )
     if (moved := report["kv_moved"])["pulls"]:
@@ -263,10 +275,8 @@ def _rendered(report: Mapping[str, Any]) -> RenderableType:
     return Group(table, *(Text(line) for line in lines))
 
 
-def _write(path: Path, text: str, flag: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write {path}: {error.strerror}; choose another {flag}"
-        ) from error
+def _check_folder(path: Path | None, flag: str) -> None:
+    """Before the work is done, not after."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        what = "is a folder" if path.is_dir() else f"lies in no folder that there is: {path.parent}"
+        raise ConfigError(f"cannot write {path}: it {what}; choose another {flag}")

@@ -2,16 +2,16 @@
 
     FOLDER/<key>.yaml       the cluster file
 
-Files appear by rename, so each is whole. Knows nothing of how anything is measured.
+Knows nothing of how anything is measured.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+from shoal.core.whole_file import write_whole
 
 _VERSION = 1
 
@@ -43,7 +43,6 @@ class ProbeCache:
             OSError: it cannot be written.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self._folder)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        return Path(name).replace(self._folder / f"{key}.yaml")
+        path = self._folder / f"{key}.yaml"
+        write_whole(path, text)
+        return path

@@ -50,6 +50,8 @@ class Slo:
     def __str__(self) -> str:
         parts = [
             f"{name} <= {value * 1e3:,.0f} ms"
+            if value >= 0.1
+            else f"{name} <= {value * 1e3:.3g} ms"
             for name, value in (("TTFT", self.ttft_s), ("TPOT", self.tpot_s))
             if value is not None
         ]

@@ -18,6 +18,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -27,7 +28,8 @@ from shoal.core.errors import ConfigError
 HASH_BLOCK_TOKENS = 512
 """Prompt tokens that one of an arrival's `block_hashes` stands for (Mooncake's)."""
 
-_MOONCAKE_TICK_S = 3.0
+_TICK_S, _TICK_SLACK_S = 3.0, 0.01
+"""Of Mooncake's published traces of real traffic; its synthetic one tells milliseconds."""
 _MOST_S, _MOST_TOKENS = 1e12, 2**31 - 1
 """Times since 1970 in seconds are below."""
 _SHOWN = 200
@@ -127,18 +129,24 @@ def parse_workload(name: str, lines: Iterable[str], rng: Random) -> Workload:
     """The same from lines; `name` stands for the file in messages."""
     rest = iter(lines)
     first = next((line for line in rest if line.strip()), "").lstrip("\ufeff")
-    rows = _json_rows(name, first, rest) if first.startswith("{") else _csv_rows(name, first, rest)
+    is_json = first.lstrip().startswith(("{", "["))
+    rows = _json_rows(name, first, rest) if is_json else _csv_rows(name, first, rest)
     arrivals: list[Arrival] = []
-    read: Callable[[Mapping[str, Any], Random], Arrival] | None = None
+    read: Callable[[Mapping[str, Any]], Arrival] | None = None
     for line, row in rows:
         read = read or _reader_of(name, row)
         try:
-            arrivals.append(_checked(read(row, rng)))
+            arrivals.append(_checked(read(row)))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             what = f"no {error}" if isinstance(error, KeyError) else str(error)[:_SHOWN]
             raise ConfigError(f"{name}, line {line}: {what}; mend or remove the row") from error
     if not arrivals:
         raise ConfigError(f"{name} holds no arrivals; give a trace with at least one row")
+    if read is _mooncake and _is_in_ticks([each.arrival_s for each in arrivals]):
+        # Unspread, each tick would be one burst.
+        arrivals = [
+            replace(each, arrival_s=each.arrival_s + rng.uniform(0, _TICK_S)) for each in arrivals
+        ]
     arrivals.sort(key=lambda arrival: arrival.arrival_s)
     start_s = arrivals[0].arrival_s
     shifted = (replace(arrival, arrival_s=arrival.arrival_s - start_s) for arrival in arrivals)
@@ -146,7 +154,11 @@ def parse_workload(name: str, lines: Iterable[str], rng: Random) -> Workload:
 
 
 def _csv_rows(name: str, header: str, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(lines, fieldnames=[field.strip() for field in header.split(",")])
+    try:
+        fields = next(csv.reader([header], skipinitialspace=True), [])
+    except csv.Error as error:
+        raise ConfigError(f"{name}: its header is no CSV ({error}); give a trace") from error
+    reader = csv.DictReader(lines, fieldnames=[field.strip() for field in fields])
     while True:
         try:
             row = next(reader)
@@ -187,7 +199,7 @@ def _json_rows(
             return
 
 
-def _reader_of(name: str, row: Mapping[str, Any]) -> Callable[[Mapping[str, Any], Random], Arrival]:
+def _reader_of(name: str, row: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Arrival]:
     readers = (
         ({"TIMESTAMP", "ContextTokens", "GeneratedTokens"}, _azure),
         ({"timestamp_s", "input_tokens", "output_tokens"}, _servegen),
@@ -203,43 +215,68 @@ def _reader_of(name: str, row: Mapping[str, Any]) -> Callable[[Mapping[str, Any]
     )
 
 
-def _azure(row: Mapping[str, Any], _: Random) -> Arrival:
+def _azure(row: Mapping[str, Any]) -> Arrival:
     return Arrival(
         arrival_s=_timestamp_s(row["TIMESTAMP"]),
-        prompt_tokens=int(row["ContextTokens"]),
-        output_tokens=int(row["GeneratedTokens"]),
+        prompt_tokens=_count(row["ContextTokens"]),
+        output_tokens=_count(row["GeneratedTokens"]),
     )
 
 
-def _servegen(row: Mapping[str, Any], _: Random) -> Arrival:
+def _servegen(row: Mapping[str, Any]) -> Arrival:
     return Arrival(
         arrival_s=float(row["timestamp_s"]),
-        prompt_tokens=int(row["input_tokens"]),
-        output_tokens=int(row["output_tokens"]),
+        prompt_tokens=_count(row["input_tokens"]),
+        output_tokens=_count(row["output_tokens"]),
     )
 
 
-def _mooncake(row: Mapping[str, Any], rng: Random) -> Arrival:
-    # The trace tells the time in steps of 3 s; unspread, each step would be one burst.
+def _mooncake(row: Mapping[str, Any]) -> Arrival:
     return Arrival(
-        arrival_s=float(row["timestamp"]) / 1000 + rng.uniform(0, _MOONCAKE_TICK_S),
-        prompt_tokens=int(row["input_length"]),
-        output_tokens=int(row["output_length"]),
-        block_hashes=tuple(int(name) for name in row.get("hash_ids", ())),
+        arrival_s=float(row["timestamp"]) / 1000,
+        prompt_tokens=_count(row["input_length"]),
+        output_tokens=_count(row["output_length"]),
+        block_hashes=_hashes(row),
     )
 
 
-def _own(row: Mapping[str, Any], _: Random) -> Arrival:
+def _own(row: Mapping[str, Any]) -> Arrival:
     prompt = row.get("prompt")
     if prompt is not None and not isinstance(prompt, str):
         raise ValueError(f"prompt is {prompt!r}; it must be text")
+    known = row["prompt_tokens"] if prompt is None else row.get("prompt_tokens") or 0
     return Arrival(
         arrival_s=float(row["arrival_s"]),
-        prompt_tokens=int(row["prompt_tokens"] if prompt is None else row.get("prompt_tokens", 0)),
-        output_tokens=int(row["output_tokens"]),
+        prompt_tokens=_count(known),
+        output_tokens=_count(row["output_tokens"]),
         prompt=prompt,
-        block_hashes=tuple(int(name) for name in row.get("hash_ids", ())),
+        block_hashes=_hashes(row),
     )
+
+
+def _count(value: Any) -> int:
+    """Tokens; tables that once had a gap write 12 as 12.0."""
+    if isinstance(value, int) or (isinstance(value, str) and "." not in value):
+        return int(value)
+    number = float(value)
+    if number != int(number):
+        raise ValueError(f"{value} tokens; it must be a whole number")
+    return int(number)
+
+
+def _hashes(row: Mapping[str, Any]) -> tuple[int, ...]:
+    names = row.get("hash_ids") or ()
+    if not isinstance(names, list | tuple):
+        raise ValueError(f"hash_ids is {names!r}; it must be a list of numbers")
+    return tuple(int(name) for name in names)
+
+
+def _is_in_ticks(times: Sequence[float]) -> bool:
+    """Whether requests share times that lie whole ticks apart."""
+    known = sorted(set(times))
+    gaps = [(later - time) % _TICK_S for time, later in pairwise(known)]
+    in_ticks = all(min(gap, _TICK_S - gap) < _TICK_SLACK_S for gap in gaps)
+    return in_ticks and 1 < len(known) < len(times)
 
 
 def _checked(arrival: Arrival) -> Arrival:
@@ -247,7 +284,7 @@ def _checked(arrival: Arrival) -> Arrival:
         raise ValueError(
             f"arrival is at {arrival.arrival_s} s; it must be a finite time, below {_MOST_S:g} s"
         )
-    if arrival.prompt_tokens < 1 and arrival.prompt is None:
+    if arrival.prompt_tokens < (1 if arrival.prompt is None else 0):
         raise ValueError(f"prompt of {arrival.prompt_tokens} tokens; it needs at least 1")
     if arrival.output_tokens < 1:
         raise ValueError(f"output of {arrival.output_tokens} tokens; it needs at least 1")

@@ -7,6 +7,7 @@
     prompts.py    a workload's requests as token ids
     faults.py     slow-downs, deaths, joins, drains
     handovers.py  requests that move, with their KV: kv_traffic.py over kv_links.py
+    past.py       what replicas did before they were lost
     driver.py     arrivals, faults and a router before the replicas
     records.py    what became of every request
     report.py     percentiles, goodput, utilisation: a dict

@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 
+from shoal.core.errors import InvalidRequestError, RequestError
 from shoal.core.latency import Slo
-from shoal.core.request import GenerateRequest, Output
+from shoal.core.request import ErrorInfo, GenerateRequest, Output
 from shoal.core.stats import Computed, EngineStats, HedgeStats
 from shoal.core.workload import Workload
 from shoal.engine.events import Cancel as CancelRequest
@@ -49,8 +50,9 @@ from shoal.sim.faults import Fault, Faults, RequestStall, drains
 from shoal.sim.handovers import Handovers
 from shoal.sim.kv_links import KVLinks
 from shoal.sim.kv_traffic import KVTotals
+from shoal.sim.past import Past
 from shoal.sim.prompts import Prompts
-from shoal.sim.records import Records, Replan, ReplicaSample, RequestRecord, Sample
+from shoal.sim.records import Records, Replan, RequestRecord, Sample
 from shoal.sim.replica import SimulatedReplica
 from shoal.sim.setup import ReplicaSetup, info_of
 from shoal.sim.speeds import speeds_of
@@ -123,7 +125,8 @@ class Simulation:
         self._router = RouterState(config, rng)
         self._replicas: dict[str, SimulatedReplica] = {}
         self._incarnations = dict.fromkeys(self._setups, -1)
-        self._past: dict[str, list[SimulatedReplica]] = {name: [] for name in self._setups}
+        self._past = {each.name: Past(len(each.config.instance_blocks)) for each in replicas}
+        self._context_tokens: int | None = None  # as the router knows it; None: to be asked
         # (when, kind, number); a replica that has something else to do by then is passed over.
         self._agenda: list[tuple[float, int, int]] = []
         self._news: deque[tuple[Event, Sequence[float]]] = deque()
@@ -142,6 +145,7 @@ class Simulation:
         for name in self._setups:
             if not self._faults.joins_later(name):
                 self._join(name, 0.0)
+        self._hear()
         for index, fault in enumerate(self._faults.timed):
             self._push(fault.at_s, _FAULT, index)
         self._push(0.0, _TICK, 0)
@@ -150,6 +154,7 @@ class Simulation:
             self._push(self._records.requests[0].arrival_s + self._request_s, _ARRIVAL, 0)
         while self._num_open and self._num_idle_ticks < _MOST_IDLE_TICKS:
             if self._agenda[0][0] > until_s:
+                self._now = until_s
                 break
             self._now, kind, number = heapq.heappop(self._agenda)
             self._happen(self._now, kind, number)
@@ -162,7 +167,7 @@ class Simulation:
 
     def stats(self) -> dict[str, EngineStats]:
         """Of each replica, counters of all its incarnations together."""
-        return {name: _summed(self._all_of(name)) for name in self._setups}
+        return {name: past.stats(self._replicas.get(name)) for name, past in self._past.items()}
 
     @property
     def hedges(self) -> HedgeStats:
@@ -217,10 +222,26 @@ class Simulation:
             self._settle(name)
 
     def _arrive(self, number: int, now: float) -> None:
-        self._tell_router(Submit(self._prompts.request(number)), now)
+        if (error := self._too_long(number)) is not None:
+            refused = Output(request_id=str(number), finish="error", error=ErrorInfo.of(error))
+            self._deliver([refused], (now,))
+        else:
+            self._tell_router(Submit(self._prompts.request(number)), now)
         if number + 1 < len(self._records.requests):
             arrival_s = self._records.requests[number + 1].arrival_s + self._request_s
             self._push(arrival_s, _ARRIVAL, number + 1)
+
+    def _too_long(self, number: int) -> RequestError | None:
+        """Why a server would not hand it to its router."""
+        if self._context_tokens is None and (info := self._router.info) is not None:
+            self._context_tokens = info.max_model_len
+        wanted, most = self._prompts.num_tokens(number), self._context_tokens
+        if most is None or wanted <= most:
+            return None
+        return InvalidRequestError(
+            f"prompt and output have {wanted} tokens; the context is {most} tokens",
+            code="context_length_exceeded",
+        )
 
     def _tick(self, now: float) -> None:
         is_idle = all(kind >= _WAKE for _, kind, _ in self._agenda)
@@ -237,7 +258,8 @@ class Simulation:
     def _sample(self, now: float) -> None:
         """How all replicas stand; every other look is forgotten when there are too many."""
         samples = self._records.samples
-        samples.append(Sample(now, tuple(self._look_at(name, now) for name in self._names)))
+        looks = (past.sample(self._replicas.get(name), now) for name, past in self._past.items())
+        samples.append(Sample(now, tuple(looks)))
         if len(samples) > self._most_samples:
             del samples[1::2]
             self._sample_every_s *= 2
@@ -279,6 +301,7 @@ class Simulation:
             runs=self._runs and setup.role != "prefill",
             tells_late=not self._may_move,
         )
+        self._context_tokens = None
         self._tell_router(ReplicaReady(name, incarnation, info_of(setup)), now)
 
     def _lose(self, name: str, now: float) -> None:
@@ -286,7 +309,8 @@ class Simulation:
         if replica is None:
             return
         replica.catch_up(now)
-        self._past[name].append(self._replicas.pop(name))
+        self._past[name].add(self._replicas.pop(name))
+        self._context_tokens = None
         if self._handovers is not None:
             self._handovers.lost(name, now)
         self._tell_router(ReplicaLost(name, self._incarnations[name], "simulated"), now)
@@ -313,22 +337,6 @@ class Simulation:
         else:
             replica.restore(instance or 0, now)
         self._settle(name)
-
-    def _all_of(self, name: str) -> list[SimulatedReplica]:
-        now = self._replicas.get(name)
-        return [*self._past[name], *([now] if now is not None else [])]
-
-    def _look_at(self, name: str, now: float) -> ReplicaSample:
-        replica, past = self._replicas.get(name), self._past[name]
-        none = (0.0,) * len(self._setups[name].config.instance_blocks)
-        found = ReplicaSample(0, 0, 0.0, (0,) * len(none), 0, none)
-        if replica is not None:
-            found = replica.sample(now)
-        if not past:
-            return found
-        busy_s = tuple(map(sum, zip(*(each.busy_s for each in past), found.busy_s, strict=True)))
-        tokens = sum(each.stats().output_tokens for each in past) + found.output_tokens
-        return replace(found, busy_s=busy_s, output_tokens=tokens)
 
     # --- the router ---
 
@@ -386,15 +394,3 @@ class Simulation:
         for output in outputs:
             self._records.note(int(output.request_id), output, times)
             self._num_open -= output.finish is not None
-
-
-def _summed(replicas: Sequence[SimulatedReplica]) -> EngineStats:
-    found = [each.stats() for each in replicas]
-    return EngineStats(
-        prompt_tokens=sum(each.prompt_tokens for each in found),
-        cached_tokens=sum(each.cached_tokens for each in found),
-        output_tokens=sum(each.output_tokens for each in found),
-        preemptions=sum(each.preemptions for each in found),
-        computed=Computed(steps=sum(each.computed.steps for each in found)),
-        busy_s=sum(each.busy_s for each in found),
-    )

@@ -40,6 +40,10 @@ class Prompts:
         """Token ids lie below."""
         return len(self._arrivals) + len(self._ids) + 1
 
+    def num_tokens(self, number: int) -> int:
+        """Of an arrival's prompt and output."""
+        return self._arrivals[number].prompt_tokens + self._arrivals[number].output_tokens
+
     def request(self, number: int) -> GenerateRequest:
         """The workload's arrival of that number; its seed says the same number."""
         arrival = self._arrivals[number]

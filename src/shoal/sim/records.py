@@ -104,7 +104,7 @@ class Gaps:
         for bin_number, count in sorted(self.counts.items()):
             wanted -= count
             if wanted <= 0:
-                return float(_BIN_RATIO**bin_number)
+                return min(float(_BIN_RATIO**bin_number), self.longest_s)
         return self.longest_s
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any, get_args
@@ -65,8 +65,9 @@ def replay(path: Path) -> Replay:
         ConfigError: no recording, or one of another version.
     """
     try:
-        lines = path.read_text("utf-8").splitlines()
-        return _replay(lines)
+        text = path.read_text("utf-8")
+        lines, is_cut = text.splitlines(), _is_cut(text)
+        found = _replay(lines[: len(lines) - is_cut])
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}; give a recording") from error
     except (msgspec.MsgspecError, ValueError, TypeError, KeyError, IndexError) as error:
@@ -74,6 +75,7 @@ def replay(path: Path) -> Replay:
             f"{path} is no recording that this version reads ({error}); give a file that "
             "`shoal serve --record` of this version wrote"
         ) from error
+    return replace(found, ended="its last line is cut off") if is_cut else found
 
 
 def _replay(lines: Sequence[str]) -> Replay:
@@ -94,6 +96,16 @@ def _replay(lines: Sequence[str]) -> Replay:
             return Replay(what, number - 2, num_effects, difference)
         num_effects += len(decided)
     return Replay(what, len(lines) - 1, num_effects)
+
+
+def _is_cut(text: str) -> bool:
+    """Whether whoever wrote it was killed over its last line, or found the disk full."""
+    before, _, last = text.rpartition("\n")
+    try:
+        json.loads(last or "0")
+    except ValueError:
+        return bool(before)
+    return False
 
 
 def _machine(header: dict[str, Any]) -> tuple[Handle, dict[str, type]]:

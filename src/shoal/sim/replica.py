@@ -150,8 +150,8 @@ class SimulatedReplica:
 
     def catch_up(self, now: float) -> None:
         """The same, and what it has said is told."""
-        due = self.next_s
-        if self._forecast is not None or (due is not None and due <= now):
+        due = self.next_s if self._forecast is None else self._forecast.times[0]
+        if due is not None and due <= now:
             self.advance(now)
         self._voice.tell()
 

@@ -103,6 +103,17 @@ def test_numbers_beside_a_rate_that_is_too_high_are_those_of_what_is_carried(
         assert "; then TTFT" in text(told, explained=True)[0]
 
 
+def test_a_slo_that_nothing_keeps_leaves_what_is_carried_without_it(tmp_path: Path) -> None:
+    cluster = cluster_of(tmp_path, "devices: 2x H100-SXM nvlink")
+    slo = Slo(ttft_s=1e-6, tpot_s=1e-6)
+    goal = Goal(objective="latency", rate_per_s=1.0, slo=slo)
+    found = find_plan(Problem(SPEC, cluster, goal))
+    free = find_plan(Problem(SPEC, cluster, replace(goal, slo=Slo())))
+    assert found.capacity_per_s == pytest.approx(free.capacity_per_s, rel=1e-6)
+    (missed,) = found.unmet
+    assert "TTFT <= 0.001 ms" in missed and "at this rate TPOT is" in missed
+
+
 def test_a_request_alone_is_told_as_that(tmp_path: Path) -> None:
     problem = Problem(SPEC, cluster_of(tmp_path, "devices: 1x H100-SXM"), Goal())
     missed = replace(problem, goal=Goal(slo=Slo(tpot_s=1e-4), rate_per_s=3.0))
@@ -203,3 +214,12 @@ def test_a_plan_is_simulated_with_the_requests_it_was_made_for(
     bare = (tmp_path / "plan.yaml").read_text("utf-8").replace("max_num_seqs: 16\n", "")
     (tmp_path / "plan.yaml").write_text(bare, "utf-8")
     assert most_running() == 64
+
+
+def test_replicas_of_runner_ups_are_told_with_their_own_stages(tmp_path: Path) -> None:
+    cluster = cluster_of(tmp_path, "devices: 2x H100-SXM nvlink")
+    told = report(find_plan(Problem(SPEC, cluster, Goal())), ())
+    other = {"wish": "w", "requests_per_s": 1.0, "ttft_s": 1.0, "tpot_s": 1.0, "quality_loss": 0.0}
+    for stages, words in (([2, 1, 1], "1 x 2 + 2 x 1 stages"), ([1, 1], "2 x 1 stage,")):
+        told["runner_ups"] = [{**other, "replicas": len(stages), "stages": stages}]
+        assert any(f"instead, w: {words}" in each for each in text(told, explained=True))

@@ -424,6 +424,23 @@ def test_the_command(
     assert "vllm serve" in run(capsys, monkeypatch, *flags, "--emit", "vllm")
 
 
+def test_beside_another_engines_command_nothing_is_left_unsaid(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = cluster_of(tmp_path, "devices: 2x H100-SXM nvlink").devices[0].name
+    path = str(tmp_path / "cluster.yaml")
+    wished = ("--rate", "1e6", "--kv-cache-precision", "fp8", "--what-if", f"{first} at 50%")
+    flags = ("llama-3.1-8b", "--cluster", path, *wished)
+    shown = run(capsys, monkeypatch, *flags, "--emit", "vllm").splitlines()
+    said = [each for each in shown if each.startswith("#")]
+    commands = [each for each in shown if not each.startswith("#")]
+    assert commands and all("vllm serve" in each for each in commands)
+    for words in ("not met: the rate of 1e+06", "what if ", "--kv-cache-dtype fp8", "stands for"):
+        assert any(words in each for each in said)
+    told = json.loads(run(capsys, monkeypatch, *flags, "--emit", "vllm", "--json"))
+    assert set(commands) <= set(told["emitted"]) and told["plan"] and told["unmet"]
+
+
 def test_the_command_as_json_and_what_it_refuses(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -442,6 +459,9 @@ def test_the_command_as_json_and_what_it_refuses(
         (("--isl", "0"), "at least 1"),
         (("--rate", "-1"), "more than 0"),
         (("--rate", "inf"), "a number of more than 0"),
+        (("--rate", "1e308"), "a number of more than 0"),
+        (("--what-if", "without zz"), "no device 'zz'"),
+        (("--what-if", f"without {first.partition('.')[0]}"), "leaves no device"),
         (("--kv-cache-precision", "int4"), "KV is not kept in int4"),
     ):
         assert said in run(capsys, monkeypatch, "llama-3.1-8b", "--cluster", path, *wrong)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from shoal.core.cluster import Precision
 from shoal.core.plan import Plan
 from shoal.model.known_shapes import shape_folder
 from shoal.model.spec import read_spec
@@ -132,3 +133,54 @@ def test_servers_on_other_hosts_have_their_addresses(tmp_path: Path, engine: str
     hosts = [flag(each, "--host") for each in lines if not each.startswith("#")]
     assert hosts == ["a", "b"]
     assert "http://a:8000 http://b:8001" in door and "127.0.0.1" not in door
+
+
+@pytest.mark.parametrize(
+    ("engine", "kv", "said"),
+    [
+        ("vllm", "bfloat16", "--max-model-len auto --max-num-seqs 48"),
+        ("vllm", "fp8", "--kv-cache-dtype fp8"),
+        ("sglang", "bfloat16", "--max-running-requests 48"),
+        ("sglang", "fp8", "--kv-cache-dtype fp8_e4m3"),
+        # 1 GiB of 32 layers x 2 x 8 heads x 128 x 2 bytes.
+        ("llama.cpp", "bfloat16", "-np 48 --kv-unified -c 8192"),
+        ("llama.cpp", "int8", "-c 15887 -fa on -ctk q8_0 -ctv q8_0"),
+    ],
+)
+def test_how_many_at_once_and_their_kv(
+    tmp_path: Path, engine: str, kv: Precision, said: str
+) -> None:
+    stages = "stages: [{devices: [cuda:0], kv_cache_memory: 1GiB}]"
+    plan = plan_of(tmp_path, f"max_num_seqs: 48\n{stages}")
+    assert said in command(emit(plan, engine, "m", SPEC, kv))
+
+
+@pytest.mark.parametrize("engine", ENGINES[:2])
+def test_kv_in_int8_is_said_to_be_none_of_theirs(tmp_path: Path, engine: str) -> None:
+    plan = plan_of(tmp_path, "stages: [{devices: [cuda:0]}]")
+    lines = emit(plan, engine, "m", SPEC, "int8")
+    assert any("KV in int8" in each for each in lines if each.startswith("#"))
+    assert "--kv-cache-dtype" not in command(lines)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_a_plan_does_not_say_is_left_to_the_engine(tmp_path: Path, engine: str) -> None:
+    line = command(emit(plan_of(tmp_path, "stages: [{devices: [cuda:0]}]"), engine, "m", SPEC))
+    assert not re.search(r" (-np|-c|--max-num-seqs|--max-running-requests) ", line)
+
+
+def test_llama_cpp_counts_the_devices_of_other_hosts_first(tmp_path: Path) -> None:
+    plan = plan_of(
+        tmp_path,
+        "stages:\n"
+        "  - {layers: 0-10, devices: [{device: cuda:3, host: a}]}\n"
+        "  - {layers: 10-12, devices: [{device: cuda:1, host: b}]}\n"
+        "  - {layers: 12-29, devices: [{device: cuda:0, host: c}]}\n"
+        "  - {layers: 29-32, devices: [{device: cuda:2, host: b}]}\n",
+    )
+    lines = emit(plan, "llama.cpp", "m", SPEC)
+    line = command(lines)
+    assert flag(line, "--host") == "b" and flag(line, "--rpc") == "a:50052,c:50052"
+    assert flag(line, "--tensor-split") == "10.00,17.00,2.00,3.00"
+    assert flag(line, "CUDA_VISIBLE_DEVICES") == "1,2"
+    assert any("rpc-server" in each and " a, c " in each for each in lines)

@@ -17,10 +17,10 @@ from shoal.core.cluster import Cluster
 from shoal.core.latency import Slo
 from shoal.model.known_shapes import shape_folder
 from shoal.model.spec import read_spec
-from shoal.planner.columns import _packed_stages, _traced
 from shoal.planner.goal import Goal
 from shoal.planner.inventory import Form, Inventory
 from shoal.planner.large import LargeSearch
+from shoal.planner.pricing import packed_stages, traced
 from shoal.planner.profiles import Problem
 from shoal.planner.program import pack
 from shoal.planner.search import find_plan
@@ -134,7 +134,7 @@ def test_the_cheapest_stages_are_those_of_all_ways() -> None:
     for _ in range(20):
         items = [(rng.uniform(0, 3), rng.randint(1, 6), rng.randint(1, 3)) for _ in range(4)]
         depth, num_layers = rng.randint(1, 5), rng.randint(3, 12)
-        cost, taken = _packed_stages(items, depth, num_layers)
+        cost, taken = packed_stages(items, depth, num_layers)
         ways = itertools.product(*(range(copies + 1) for *_, copies in items))
         prices = [
             sum(n * price for n, (price, _, _) in zip(way, items, strict=True))
@@ -144,7 +144,7 @@ def test_the_cheapest_stages_are_those_of_all_ways() -> None:
         ]
         assert cost[depth, num_layers] == pytest.approx(min(prices, default=np.inf))
         if prices:
-            counts = _traced(taken, [held for _, held, _ in items], depth, num_layers)
+            counts = traced(taken, [held for _, held, _ in items], depth, num_layers)
             assert sum(counts) == depth
             own = sum(n * price for n, (price, _, _) in zip(counts, items, strict=True))
             assert own == pytest.approx(min(prices))

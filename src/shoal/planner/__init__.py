@@ -19,6 +19,10 @@
     latency.py     the same for the least latency at a rate
     inventory.py   many devices, by what they are and which are free
     program.py     a linear program: the most from what there is, and its prices
+    pricing.py     pipelines that bring more than their devices' prices
+    kv_links.py    how long KV of a prompt takes from host to host
+    mix.py         how many of each replica, with or without roles
+    roles.py       replicas with roles among many devices, where that is better
     large.py       a good plan of many devices, and a bound on any better one
     more_bits.py   bits of a plan's stages that its pace does not need to lose
     search.py      one of both; where a wish can't be met, the nearest plan

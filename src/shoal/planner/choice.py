@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from shoal.core.plan import Role
 from shoal.planner.chains import Bench, Names
 from shoal.planner.pipeline import Chain, Operation, Segment
+from shoal.policy.cost_model.numbers import Numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,12 @@ class Choice:
         return self.operation.rate_per_s
 
     @property
+    def keeps(self) -> set[Numbers]:
+        """How its stages keep weights and KV."""
+        parts = zip(self.chain.segments, self.operation.variants, strict=True)
+        return {segment.group.variants[number].numbers for segment, number in parts}
+
+    @property
     def log_loss(self) -> float:
         """Of quality: ln(perplexity / perplexity in 16 bits)."""
         return self.chain.limit.loss(self.operation.held)
@@ -42,18 +49,18 @@ class Choice:
 
 def carried(choices: Sequence[Choice]) -> float:
     """Requests per second: those that are started must also be gone on with."""
-    rates: dict[Role, float] = {"any": 0.0, "prefill": 0.0, "decode": 0.0}
-    for each in choices:
-        rates[each.chain.role] += each.rate_per_s
+    rates = _by_role(choices)
     return rates["any"] + min(rates["prefill"], rates["decode"])
 
 
 def share_of(choice: Choice, choices: Sequence[Choice]) -> float:
-    """Of the requests that replicas of its role get."""
+    """Of all requests, those that it has a part in."""
     if choice.share is not None:
         return choice.share
+    rates, total = _by_role(choices), carried(choices)
     role = choice.chain.role
-    return choice.rate_per_s / sum(each.rate_per_s for each in choices if each.chain.role == role)
+    own = rates["any"] if role == "any" else total - rates["any"]
+    return own / total * choice.rate_per_s / rates[role]
 
 
 def moved(bench: Bench, chain: Chain, names: Names) -> Chain:
@@ -73,3 +80,10 @@ def moved(bench: Bench, chain: Chain, names: Names) -> Chain:
         for segment in chain.segments
     ]
     return Chain(bench.problem, segments).acting(chain.role, chain.moved_s)
+
+
+def _by_role(choices: Sequence[Choice]) -> dict[Role, float]:
+    rates: dict[Role, float] = {"any": 0.0, "prefill": 0.0, "decode": 0.0}
+    for each in choices:
+        rates[each.chain.role] += each.rate_per_s
+    return rates

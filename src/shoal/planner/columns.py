@@ -3,13 +3,12 @@ of.
 
     column     stages in order, each so many alike groups of one form (its instances)
     at first   pipelines of one form, and of two, just large enough for the model
-    priced     stages of any forms that bring more than their devices' prices, found by dynamic
-               programming: for a batch, a number of stages S and the time of the slowest,
-
-                   cost[s, l] = min over forms f, instances k of
-                                k price_f + cost[s - 1, l - layers of f in that time]
-
-               and the cheapest that hold all layers are worked out closely
+    priced     stages of any forms that are thought to bring more than their devices' prices
+               (`pricing.py`), worked out closely
+    roles      some of those at first for prompts only, and single stages for decoding only, nowhere
+               where KV gets to slowly (`kv_links.py`). Not pipelines: each request that gets there
+               is a Step of its own at first, one more in flight than stages (simulated: 69 ms a
+               token instead of 40)
 
 Groups are made once for each form and moved to the devices they are taken from, anew where those
 are joined otherwise. Knows nothing of how many of a column there will be.
@@ -21,15 +20,16 @@ import itertools
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
 from shoal.core.cluster import Device
+from shoal.core.plan import Role
 from shoal.planner.choice import Choice
 from shoal.planner.inventory import Form, Inventory
 from shoal.planner.joins import joined
+from shoal.planner.kv_links import KvLinks
 from shoal.planner.pipeline import Chain, Segment
+from shoal.planner.pricing import Offer, Pricing, Stages
 from shoal.planner.profiles import Group, Problem, Variant
+from shoal.planner.prompts import kv_bytes
 from shoal.planner.service import peak
 
 _MOST_COLUMNS = 1000
@@ -38,20 +38,10 @@ _MOST_FORMS = 48
 _SPARE_STAGES = 2
 """Pipelines of one form: so many stages more than the fewest that hold the model."""
 MOST_STAGES = 32
-_DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
-"""Stages of pipelines that prices are asked for."""
-_BATCHES = (1, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256)
-_SLACKS = (1.0, 0.7, 0.5)
-"""Of the time that the SLO leaves for a step of the slowest stage."""
-_PACES = (1.1, 1.4, 2.0, 3.0)
-"""Without a SLO: of the time that a stage of the quickest form takes for its part."""
 _MOST_INSTANCES = 2
 _MOST_PRICED = 40
 """New columns at a time."""
 _WORTH = 1e-3
-
-Stages = tuple[tuple[Form, int], ...]
-"""Of each stage its form and how many groups of it are its instances."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,37 +63,49 @@ class Column:
     def rate_per_s(self) -> float:
         return self.choice.rate_per_s
 
+    @property
+    def role(self) -> Role:
+        return self.choice.chain.role
+
 
 class Columns:
     """
+    Args:
+        poor: hosts to which KV gets slowly: none has a role, and none is taken for the like of
+            others.
+
     Attributes:
         stock: what there is of each resource (`inventory.py`); the first `num_sorts` are devices.
     """
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        self._scratch = Inventory(problem.cluster)
+    def __init__(self, problem: Problem, poor: frozenset[str] = frozenset()) -> None:
+        self.problem, self._poor = problem, poor
+        self._scratch = self.inventory()
         self.stock = self._scratch.stock()
         self.num_sorts = len(self._scratch.sorts)
         self._groups: dict[Form, Group] = {}
         self._joined: dict[tuple[Form, Hashable], Group] = {}
-        self._known: dict[Stages, Column | None] = {}
+        self._known: dict[tuple[Stages, Role], Column | None] = {}
+        self._kv_links = KvLinks(problem.cluster, poor)
         self.forms = tuple(each for each in self._scratch.forms() if self._group(each).variants)
-        self._tables = int(problem.spec.num_layers * 0.05) + 1
 
-    def example(self, sort: int) -> str:
-        """Name of a device of a sort."""
-        return self._scratch.example(sort).name
+    def inventory(self) -> Inventory:
+        """All devices, free."""
+        return Inventory(self.problem.cluster, self._poor)
+
+    def example(self, sort: int) -> Device:
+        """Of a sort."""
+        return self._scratch.example(sort)
 
     def uses(self, form: Form) -> tuple[tuple[int, int], ...]:
         """What a group takes of each resource."""
         return self._scratch.uses(form)
 
-    def column(self, stages: Stages) -> Column | None:
+    def column(self, stages: Stages, role: Role = "any") -> Column | None:
         """None: there are not enough devices, or it keeps no SLO."""
-        if stages not in self._known:
-            self._known[stages] = self._made(stages)
-        return self._known[stages]
+        if (stages, role) not in self._known:
+            self._known[stages, role] = self._made(stages, role)
+        return self._known[stages, role]
 
     def taken(self, column: Column, inventory: Inventory) -> Choice | None:
         """One more replica of a column, with the links that its devices have; None: there are not
@@ -111,9 +113,11 @@ class Columns:
         taken = inventory.take([form for form, n in column.stages for _ in range(n)])
         if taken is None:
             return None
-        chain, example = self._chain(column.stages, taken, self._on), column.choice
+        example = column.choice
+        chain = self._acting(self._chain(column.stages, taken, self._on), column.role)
         stages = zip(chain.segments, example.chain.segments, strict=True)
-        if all(a.group.variants is b.group.variants for a, b in stages):
+        is_like = all(a.group.variants is b.group.variants for a, b in stages)
+        if is_like and chain.moved_s == example.chain.moved_s:
             return Choice(chain, example.operation)
         found = peak(chain)
         if found is None:
@@ -121,25 +125,31 @@ class Columns:
             return None
         return Choice(chain, found)
 
-    def at_first(self) -> list[Column]:
-        pure = [each for form in self.forms for each in self._pure(form)]
-        chosen = self._best_forms(pure)
+    def at_first(self, role: Role = "any") -> list[Column]:
+        forms = self._forms_for(role)
+        pure = [each for form in forms for each in self._pure(form, role)]
+        chosen = self._best_forms(forms, pure)
         pairs = [
             (slack, forms)
             for first, second in itertools.combinations(chosen, 2)
             for slack, forms in self._pairs(first, second)
         ]
         pairs.sort(key=lambda each: each[0])  # stable: ties stay in the order of forms
-        mixed = (self.column(_single(forms)) for _, forms in pairs[: _MOST_COLUMNS - len(pure)])
+        most = max(_MOST_COLUMNS - len(pure), 0)
+        mixed = (self.column(_single(forms), role) for _, forms in pairs[:most])
         return [*pure, *(each for each in mixed if each is not None)]
 
     def priced(self, prices: Sequence[float], stock: Sequence[int]) -> list[Column]:
         """New columns that bring more than the prices of their devices, of what is in stock."""
-        asked = _Pricing(self, prices, stock)
-        ranked = sorted(asked.pipelines().items(), key=lambda each: -each[1])
+        offers = list(self._offers(prices, stock))
+        if not offers:
+            return []
+        ranked = sorted(
+            Pricing(self.problem, offers, stock).pipelines().items(), key=lambda each: -each[1]
+        )
         found = []
         for stages, _ in ranked:
-            if stages in self._known:
+            if (stages, "any") in self._known:
                 continue
             column = self.column(stages)
             if column is not None and column.rate_per_s > _price(column, prices) * (1 + _WORTH):
@@ -148,8 +158,26 @@ class Columns:
                 break
         return found
 
-    def _made(self, stages: Stages) -> Column | None:
-        if len(stages) > min(self.problem.spec.num_layers, MOST_STAGES):
+    def _offers(self, prices: Sequence[float], stock: Sequence[int]) -> Iterator[Offer]:
+        for form in self.forms:
+            uses, variants = self.uses(form), self.variants(form)
+            copies = min(stock[each] // count for each, count in uses)
+            price = sum(prices[each] * count for each, count in uses)
+            for n in range(1, min(_MOST_INSTANCES, copies) + 1):
+                yield Offer(form, n, uses, copies // n, price * n, variants)
+
+    def _forms_for(self, role: Role) -> Sequence[Form]:
+        if role == "any" or not self._poor:
+            return self.forms
+        return [
+            form
+            for form in self.forms
+            if not any(self.example(sort).host in self._poor for sort, _ in form.counts)
+        ]
+
+    def _made(self, stages: Stages, role: Role) -> Column | None:
+        most = 1 if role == "decode" else min(self.problem.spec.num_layers, MOST_STAGES)
+        if len(stages) > most:
             return None
         uses = [0] * len(self.stock)
         for form, instances in stages:
@@ -160,9 +188,17 @@ class Columns:
         taken = self._scratch.peek([form for form, n in stages for _ in range(n)])
         if taken is None:
             return None
-        chain = self._chain(stages, taken, self._like)
+        chain = self._acting(self._chain(stages, taken, self._like), role)
         found = peak(chain)
         return None if found is None else Column(stages, tuple(uses), Choice(chain, found))
+
+    def _acting(self, chain: Chain, role: Role) -> Chain:
+        if role != "decode":
+            return chain if role == "any" else chain.acting(role)
+        devices = [d for each in chain.segments for group in each.groups for d in group.devices]
+        size_bytes = kv_bytes(self.problem, devices)
+        hosts = {each.host for each in devices}
+        return chain.acting(role, self._kv_links.slowest_s(hosts, size_bytes))
 
     def _chain(
         self,
@@ -179,10 +215,10 @@ class Columns:
         segments.sort(key=lambda each: _strength(each.group))
         return Chain(self.problem, segments, thorough=False)
 
-    def _pure(self, form: Form) -> Iterator[Column]:
+    def _pure(self, form: Form, role: Role) -> Iterator[Column]:
         fewest = -(-self.problem.spec.num_layers // max(self._room(form), 1))
         for count in range(fewest, fewest + _SPARE_STAGES + 1):
-            column = self.column(_single((form,) * count))
+            column = self.column(_single((form,) * count), role)
             if column is not None:
                 yield column
 
@@ -201,19 +237,19 @@ class Columns:
                     (first,) * count + (second,) * num,
                 )
 
-    def _best_forms(self, pure: Sequence[Column]) -> list[Form]:
+    def _best_forms(self, forms: Sequence[Form], pure: Sequence[Column]) -> list[Form]:
         """Of each sort, those whose own pipelines give most for a device; mixed ones besides."""
-        density = dict.fromkeys(self.forms, 0.0)
+        density = dict.fromkeys(forms, 0.0)
         for column in pure:
             form = column.stages[0][0]
             density[form] = max(density[form], column.rate_per_s / column.num_devices)
         best: list[Form] = []
         for sort in range(self.num_sorts):
-            own_forms = [each for each in self.forms if [s for s, _ in each.counts] == [sort]]
+            own_forms = [each for each in forms if [s for s, _ in each.counts] == [sort]]
             # Those that hold no model by themselves: the largest first.
             own_forms.sort(key=lambda each: (-density[each], -each.num_devices))
             best += own_forms[:_FORMS_OF_A_SORT]
-        best += [each for each in self.forms if len(each.counts) > 1]
+        best += [each for each in forms if len(each.counts) > 1]
         return sorted(best, key=lambda each: -density[each])[:_MOST_FORMS]
 
     def _group(self, form: Form) -> Group:
@@ -244,130 +280,6 @@ class Columns:
         """Layers that fit beside the KV of one sequence."""
         variants = self.variants(form)
         return max((each.most_layers(1, False, False) for each in variants), default=0)
-
-
-class _Pricing:
-    """One question: which pipelines bring more than their devices' prices."""
-
-    def __init__(self, columns: Columns, prices: Sequence[float], stock: Sequence[int]) -> None:
-        self.columns, self.stock = columns, stock
-        self.goal, self.num_layers = columns.problem.goal, columns.problem.spec.num_layers
-        # Embedding and head take the place of layers.
-        self.most_layers = self.num_layers + self.num_layers // 16 + 1
-        self.items: list[tuple[Form, int, int, float]] = []
-        for form in columns.forms:
-            uses = columns.uses(form)
-            copies = min(stock[each] // count for each, count in uses)
-            for instances in range(1, min(_MOST_INSTANCES, copies) + 1):
-                price = sum(prices[each] * count for each, count in uses) * instances
-                self.items.append((form, instances, copies // instances, price))
-
-    def pipelines(self) -> dict[Stages, float]:
-        """With what they are thought to bring for what they cost."""
-        found: dict[Stages, float] = {}
-        for batch in (each for each in _BATCHES if each <= self.goal.max_concurrency):
-            for depth in (each for each in _DEPTHS if each <= self.num_layers):
-                if batch * depth > self.goal.max_concurrency:
-                    break
-                for pace_s in self._paces(batch, depth):
-                    rate = batch / (self.goal.output_tokens * pace_s)
-                    for price, stages in self._cheapest(batch, depth, pace_s):
-                        worth = rate / max(price, 1e-12)
-                        if worth > found.get(stages, 0.0):
-                            found[stages] = worth
-        return found
-
-    def _paces(self, batch: int, depth: int) -> list[float]:
-        """Seconds of the slowest stage."""
-        if self.goal.slo.tpot_s is not None:
-            return [self.goal.slo.tpot_s / depth * each for each in _SLACKS]
-        quickest_s = min(
-            self.num_layers / depth * self._layer_s(each, batch) + each.step_s
-            for form in self.columns.forms
-            for each in self.columns.variants(form)
-        )
-        return [quickest_s * each for each in _PACES]
-
-    def _layer_s(self, variant: Variant, batch: int) -> float:
-        return variant.layer_s(batch) + batch / self.goal.output_tokens * variant.prompt_layer_s
-
-    def _cheapest(self, batch: int, depth: int, pace_s: float) -> Iterator[tuple[float, Stages]]:
-        """Of so many stages, none of which takes longer: those that just hold all layers, and those
-        that hold embedding and head besides."""
-        items = []
-        for form, instances, copies, price in self.items:
-            layers = self._held(form, instances, batch, depth, pace_s)
-            if layers:
-                items.append((form, instances, min(copies, depth), price, layers))
-        if not items:
-            return
-        cost, taken = _packed_stages(
-            [(price, layers, copies) for _, _, copies, price, layers in items],
-            depth,
-            self.most_layers,
-        )
-        for layers in {self.num_layers, self.most_layers}:
-            if np.isfinite(cost[depth, layers]):
-                counts = _traced(taken, [each[4] for each in items], depth, layers)
-                stages = tuple(
-                    (form, instances)
-                    for (form, instances, *_), count in zip(items, counts, strict=True)
-                    for _ in range(count)
-                )
-                if self._is_in_stock(stages):
-                    yield float(cost[depth, layers]), stages
-
-    def _held(self, form: Form, instances: int, batch: int, depth: int, pace_s: float) -> int:
-        """Layers that a stage runs in time and has room for."""
-        sequences, most = -(-depth * batch // instances), 0
-        for each in self.columns.variants(form):
-            in_time = (pace_s * instances - each.step_s) / self._layer_s(each, batch)
-            if in_time >= 1:
-                most = max(most, min(int(in_time), each.most_layers(sequences, False, False)))
-        return min(most, self.num_layers)
-
-    def _is_in_stock(self, stages: Stages) -> bool:
-        left = list(self.stock)
-        for form, instances in stages:
-            for resource, count in self.columns.uses(form):
-                left[resource] -= count * instances
-        return min(left) >= 0
-
-
-def _packed_stages(
-    items: Sequence[tuple[float, int, int]], depth: int, num_layers: int
-) -> tuple[npt.NDArray[np.float64], list[npt.NDArray[np.int8]]]:
-    """The least price of exactly s stages that hold at least l layers, and of each item how often
-    it is taken there.
-
-    Args:
-        items: price, layers, and how often there may be one.
-    """
-    cost = np.full((depth + 1, num_layers + 1), np.inf)
-    cost[0, 0] = 0.0
-    taken = []
-    for price, layers, copies in items:
-        best, often = cost.copy(), np.zeros(cost.shape, dtype=np.int8)
-        for count in range(1, min(copies, depth) + 1):
-            held = np.maximum(np.arange(num_layers + 1) - count * layers, 0)
-            other = cost[: depth + 1 - count][:, held] + count * price
-            better = other < best[count:]
-            best[count:][better] = other[better]
-            often[count:][better] = count
-        cost = best
-        taken.append(often)
-    return cost, taken
-
-
-def _traced(
-    taken: Sequence[npt.NDArray[np.int8]], layers: Sequence[int], depth: int, num_layers: int
-) -> list[int]:
-    counts = []
-    for often, own in zip(reversed(taken), reversed(layers), strict=True):
-        count = int(often[depth, num_layers])
-        counts.append(count)
-        depth, num_layers = depth - count, max(num_layers - count * own, 0)
-    return counts[::-1]
 
 
 def _single(forms: Sequence[Form]) -> Stages:

@@ -11,22 +11,34 @@ started.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+from shoal.core.cluster import Precision
 from shoal.core.errors import ConfigError
 from shoal.core.model_spec import ModelSpec
 from shoal.core.plan import InstancePlan, Plan, RankPlan, ReplicaPlan
 from shoal.core.split import Range, cut
+from shoal.policy.cost_model.memory import kv_token_bytes
+from shoal.policy.cost_model.numbers import Numbers
 
 _QUANTISED = {"fp8": "fp8", "int8": "compressed-tensors", "int4": "awq"}
 _MADE_LIKE_THAT = ("int8", "int4")
 """Checkpoints have these precisions; weights in fp8 are made of any while they are loaded."""
 _FIRST_PORT = 8000
+_MOST_SLOTS, _RPC_PORT = 256, 50052
+_LLAMA_KV: Mapping[Precision, Literal["int8"]] = {"int8": "int8", "fp8": "int8"}
+"""q8_0, the only one of 8 bits that it has."""
 
 
-def emit(plan: Plan, engine: str, model: str, spec: ModelSpec) -> list[str]:
+def emit(
+    plan: Plan, engine: str, model: str, spec: ModelSpec, kv: Precision = "bfloat16"
+) -> list[str]:
     """Lines of a shell script; what can't be expressed stands there as comments.
+
+    Args:
+        kv: what KV is kept in.
 
     Raises:
         ConfigError: an engine that is not known.
@@ -37,7 +49,9 @@ def emit(plan: Plan, engine: str, model: str, spec: ModelSpec) -> list[str]:
         hosts = _host_names(replica)
         if len(plan.replicas) > 1 or hosts:
             lines.append(f"# replica {index}" + (f", on {', '.join(hosts)}" if hosts else ""))
-        lines += _ENGINES[engine](_Wanted(replica, model, spec, _FIRST_PORT + index))
+        lines += _ENGINES[engine](
+            _Wanted(replica, model, spec, _FIRST_PORT + index, plan.max_num_seqs, kv)
+        )
     if len(plan.replicas) > 1:
         lines.append(_in_front(plan, engine))
     return lines
@@ -51,6 +65,28 @@ class _Wanted:
     model: str
     spec: ModelSpec
     port: int
+    max_num_seqs: int | None
+    kv: Precision
+
+    def at_once(self, flag: str, most: int | None = None) -> list[str]:
+        """As many requests as it was planned for."""
+        if self.max_num_seqs is None:
+            return []
+        return [flag, str(min(self.max_num_seqs, most or self.max_num_seqs))]
+
+    @property
+    def kv_tokens(self) -> int | None:
+        """That the plan has memory for; None: it does not say."""
+        found = []
+        numbers = Numbers(kv=_LLAMA_KV.get(self.kv, "float16"))
+        for index, instance in enumerate(self.replica.instances):
+            for shard in self.replica.shards(index):
+                size = kv_token_bytes(self.spec, shard, numbers)
+                if size and instance.kv_cache_memory_bytes is None:
+                    return None
+                if size:
+                    found.append((instance.kv_cache_memory_bytes or 0) // size)
+        return min(found, default=None)
 
     @property
     def address(self) -> list[str]:
@@ -61,7 +97,10 @@ class _Wanted:
 
 def _in_front(plan: Plan, engine: str) -> str:
     """Of several servers."""
-    hosts = [(*_host_names(each), "127.0.0.1")[0] for each in plan.replicas]
+    if engine == "llama.cpp":
+        hosts = [_llama_home(each) or "127.0.0.1" for each in plan.replicas]
+    else:
+        hosts = [(*_host_names(each), "127.0.0.1")[0] for each in plan.replicas]
     urls = [f"http://{host}:{_FIRST_PORT + index}" for index, host in enumerate(hosts)]
     if engine == "sglang" and any(each.role != "any" for each in plan.replicas):
         words = ["python", "-m", "sglang_router.launch_router", "--pd-disaggregation"]
@@ -87,7 +126,10 @@ def _vllm(wanted: _Wanted) -> list[str]:
     words = ["vllm", "serve", wanted.model, *wanted.address]
     words += ["--tensor-parallel-size", str(groups.width)]
     words += ["--pipeline-parallel-size", str(len(groups.layers))]
+    # Without the first it does not start where one request of the model's length has no room.
+    words += ["--max-model-len", "auto", *wanted.at_once("--max-num-seqs")]
     words += _quantisation(wanted.replica)
+    words += ["--kv-cache-dtype", "fp8"] if wanted.kv == "fp8" else []
     environment = groups.devices()
     if len(groups.layers) > 1:
         environment.append(f"VLLM_PP_LAYER_PARTITION={groups.partition}")
@@ -100,7 +142,8 @@ def _sglang(wanted: _Wanted) -> list[str]:
     groups, replica = _Groups("SGLang", wanted), wanted.replica
     words = ["python", "-m", "sglang.launch_server", "--model-path", wanted.model, *wanted.address]
     words += ["--tp-size", str(groups.width), "--pp-size", str(len(groups.layers))]
-    words += _quantisation(replica)
+    words += [*wanted.at_once("--max-running-requests"), *_quantisation(replica)]
+    words += ["--kv-cache-dtype", "fp8_e4m3"] if wanted.kv == "fp8" else []
     words += [] if groups.stages else ["--device", "cpu"]
     if replica.role != "any":
         words += ["--disaggregation-mode", replica.role]
@@ -124,10 +167,15 @@ def _llama_cpp(wanted: _Wanted) -> list[str]:
             for rank, columns in zip(instance.ranks, instance.split.ffn, strict=True)
         ]
     on_gpus = [(rank, own) for rank, own in shares if rank.device != "cpu"]
+    # Devices of others come first, wherever they stand: the last stage's host is the one to ask.
+    home = _llama_home(replica)
+    away = list(dict.fromkeys(rank.host for rank, _ in on_gpus if rank.host != home))
+    on_gpus.sort(key=lambda each: away.index(each[0].host) if each[0].host in away else len(away))
     is_all = len(on_gpus) == len(shares)
     num_layers = 999 if is_all else round(sum(own for _, own in on_gpus))
     words = ["llama-server", "-m", model if model.endswith(".gguf") else f"{model}.gguf"]
-    words += [*wanted.address, "-ngl", str(num_layers)]
+    words += [*(("--host", home) if home else ()), "--port", str(wanted.port)]
+    words += ["-ngl", str(num_layers), *_slots(wanted)]
     if on_gpus:
         split = ",".join(f"{own:.2f}" for _, own in on_gpus)
         words += ["--split-mode", "layer", "--tensor-split", split]
@@ -139,12 +187,36 @@ def _llama_cpp(wanted: _Wanted) -> list[str]:
             "# llama.cpp: ranks that share a layer become stages, one after the other: TPOT of one "
             "request is the sum of all (--split-mode tensor shares layers, by way of trial)"
         )
-    if _num_hosts(replica) > 1:
-        words += ["--rpc", "$HOSTS"]
-        lines.append("# llama.cpp: start rpc-server on every other host, and list them in HOSTS")
+    if away:
+        words += ["--rpc", ",".join(f"{host}:{_RPC_PORT}" for host in away)]
+        lines.append(
+            f"# llama.cpp: start rpc-server -H 0.0.0.0 on {', '.join(map(str, away))} before (it "
+            "lets anybody in: only in a network of yours), and this on " + str(home)
+        )
     if any(each.quantize or each.dtype != "bfloat16" for each in replica.instances):
         lines.append("# llama.cpp: precision is the GGUF file's: convert it with llama-quantize")
-    return [*lines, _line(_visible(replica, [rank for rank, _ in on_gpus]), words)]
+    local = [rank for rank, _ in on_gpus if rank.host == home]
+    return [*lines, _line(_seen(local), words)]
+
+
+def _llama_home(replica: ReplicaPlan) -> str | None:
+    """Where its server runs: beside the last GPU, as the head's rows are large."""
+    ranks = [rank for stage in replica.stages for rank in stage.instances[0].ranks]
+    gpus = [rank for rank in ranks if rank.device != "cpu"]
+    return (gpus or ranks)[-1].host
+
+
+def _slots(wanted: _Wanted) -> list[str]:
+    """It has four by itself, and shares its context out among them unless it is told not to."""
+    words = wanted.at_once("-np", _MOST_SLOTS)
+    if words:
+        longest = int(words[1]) * wanted.spec.max_positions
+        words.append("--kv-unified")
+        if tokens := wanted.kv_tokens:
+            words += ["-c", str(min(tokens, longest))]
+    if wanted.kv in _LLAMA_KV:
+        words += ["-fa", "on", "-ctk", "q8_0", "-ctv", "q8_0"]
+    return words
 
 
 _ENGINES: Mapping[str, Callable[[_Wanted], list[str]]] = {
@@ -165,6 +237,7 @@ class _Groups:
 
     def __init__(self, engine: str, wanted: _Wanted) -> None:
         self.engine, self.replica, self.spec = engine, wanted.replica, wanted.spec
+        self._kv = wanted.kv
         firsts = [stage.instances[0] for stage in wanted.replica.stages]
         self.stages = [each for each in firsts if _gpus(each)]
         self._num_cpus = sum(len(each.ranks) - len(_gpus(each)) for each in firsts)
@@ -210,6 +283,8 @@ class _Groups:
                 f"# {self.engine}: heads and FFN columns are split evenly, so a group's slowest "
                 "device sets its pace, and the smallest its memory"
             )
+        if self._kv == "int8":
+            lines.append(f"# {self.engine}: KV in int8 can't be expressed; it is in 16 bits here")
         made = [each for each in _MADE_LIKE_THAT if _QUANTISED[each] in _quantisation(self.replica)]
         if made:
             lines.append(
@@ -273,6 +348,10 @@ def _visible(replica: ReplicaPlan, ranks: list[RankPlan]) -> list[str]:
     """Which of one host's GPUs; on several hosts each sees its own."""
     if _num_hosts(replica) > 1:
         return []
+    return _seen(ranks)
+
+
+def _seen(ranks: Sequence[RankPlan]) -> list[str]:
     return [f"CUDA_VISIBLE_DEVICES={','.join(r.device.partition(':')[2] or '0' for r in ranks)}"]
 
 

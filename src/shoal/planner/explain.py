@@ -8,6 +8,7 @@ Knows nothing of how a plan is found.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -286,7 +287,7 @@ def _explanation(found: Mapping[str, Any]) -> list[str]:
         lines.append(f"constants: {source}")
     for each in found["runner_ups"]:
         lines.append(
-            f"instead, {each['wish']}: {each['replicas']} x {each['stages'][0]} stages, "
+            f"instead, {each['wish']}: {_staged(each['stages'])}, "
             f"{_change(each['requests_per_s'], found['requests_per_s'])} requests/s, "
             f"{_change(each['tpot_s'], found['tpot_s'])} TPOT, "
             f"{_change(each['ttft_s'], found['ttft_s'])} TTFT{other_quality(each, found)}"
@@ -294,6 +295,13 @@ def _explanation(found: Mapping[str, Any]) -> list[str]:
     for each in found["one_more"]:
         lines.append(f"one more {each['kind']}: {each['requests_per_s']:+.3g} requests/s")
     return lines
+
+
+def _staged(stages: Sequence[int]) -> str:
+    """How many replicas of how many stages."""
+    counts = Counter(stages)
+    shown = " + ".join(f"{count} x {each}" for each, count in counts.items())
+    return f"{shown} stage{'s' * (set(counts) != {1})}"
 
 
 def _work(first: int, replica: Mapping[str, Any]) -> str:

@@ -22,6 +22,9 @@ from shoal.core.workload import Workload
 Objective = Literal["latency", "goodput", "cost"]
 CostUnit = Literal["usd", "devices", "watts"]
 
+_MOST_RATE = 1e9
+"""Of requests per second: more than anybody has."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goal:
@@ -63,9 +66,10 @@ class Goal:
                     f"{name} tokens are {value:g}; a request has at least 1, and fewer than 10 "
                     "million"
                 )
-        if self.rate_per_s is not None and not 0 < self.rate_per_s < math.inf:
+        if self.rate_per_s is not None and not 0 < self.rate_per_s <= _MOST_RATE:
             raise ConfigError(
-                f"the rate is {self.rate_per_s:g} requests/s; it must be a number of more than 0"
+                f"the rate is {self.rate_per_s:g} requests/s; it must be a number of more than 0, "
+                f"{_MOST_RATE:g} at most"
             )
         if self.max_quality_loss is not None and not 0 <= self.max_quality_loss <= 1:
             raise ConfigError(

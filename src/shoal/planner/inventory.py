@@ -49,16 +49,22 @@ class Form:
 
 
 class Inventory:
-    """What is free, host by host, in the cluster's order."""
+    """What is free, host by host, in the cluster's order.
 
-    def __init__(self, cluster: Cluster) -> None:
+    Args:
+        apart: hosts that are not like others, whatever they have.
+    """
+
+    def __init__(self, cluster: Cluster, apart: frozenset[str] = frozenset()) -> None:
         self._hosts: dict[str, dict[int, list[Device]]] = {}
         sorts: dict[Sort, int] = {}
         shapes = _host_shapes(cluster)
         members: dict[int, list[Device]] = {}
         self._sort_of: dict[str, int] = {}
         for each in cluster.devices:
-            sort = sorts.setdefault((shapes[each.host], rough_kind(each)), len(sorts))
+            sort = sorts.setdefault(
+                (each.host in apart, shapes[each.host], rough_kind(each)), len(sorts)
+            )
             members.setdefault(sort, []).append(each)
             self._sort_of[each.name] = sort
         for sort, own in members.items():
@@ -69,7 +75,8 @@ class Inventory:
             sort: own[0] for host in self._hosts.values() for sort, own in reversed(host.items())
         }
         self._joins = Joins(cluster)
-        self._scarce = tuple(each for each in self._spread() if self._is_scarce(each))
+        scarce = dict.fromkeys(each for each in self._spread() if self._is_scarce(each))
+        self._scarce = {form: number for number, form in enumerate(scarce)}
 
     def stock(self) -> tuple[int, ...]:
         """What is free of each resource: devices of each sort, then groups of each scarce form."""
@@ -82,9 +89,10 @@ class Inventory:
 
     def uses(self, form: Form) -> tuple[tuple[int, int], ...]:
         """What a group takes of each resource of the stock, by its number there."""
-        if form not in self._scarce:
+        number = self._scarce.get(form)
+        if number is None:
             return form.uses
-        return *form.uses, (len(self.sorts) + self._scarce.index(form), 1)
+        return *form.uses, (len(self.sorts) + number, 1)
 
     def example(self, sort: int) -> Device:
         return self._examples[sort]

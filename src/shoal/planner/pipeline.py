@@ -27,9 +27,10 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shoal.core.cluster import Cluster, Link
+from shoal.core.latency import Slo
 from shoal.core.plan import Role
 from shoal.planner.bits import Limit, within
 from shoal.planner.bunches import late_wait_s, mean_of
@@ -148,6 +149,12 @@ class Chain:
         other = copy(self)
         other.role, other.moved_s = role, moved_s
         other._stages = {}
+        return other
+
+    def without_slo(self) -> Chain:
+        """The same where nothing is asked of its latency."""
+        other = copy(self)
+        other.goal = replace(self.goal, slo=Slo())
         return other
 
     def micro_batch_counts(self) -> Iterator[int]:

@@ -4,7 +4,11 @@
 
 Prices come with it: stock · prices is an upper bound of any x, whole numbers or not (duality),
 whatever rounding did to the x that was found: prices are raised until no column is worth more than
-it costs. Knows nothing of devices.
+it costs.
+
+Of the last rows, which are balances, a column may also bring some: what others need of it. The
+price of a balance is worth that much to who brings it (Lagrange), whatever it is; so what is left
+is a program of resources again, and its prices are raised as before. Knows nothing of devices.
 """
 
 from __future__ import annotations
@@ -34,12 +38,15 @@ def pack(
     values: Sequence[float] | Array,
     uses: Sequence[Sequence[float]] | Array,
     stock: Sequence[float],
+    num_balances: int = 0,
 ) -> Packing:
     """
     Args:
         values: of each column.
-        uses: of each column, how much it takes of each resource; more than 0 of one at least.
-        stock: of each resource.
+        uses: of each column, how much it takes of each resource; more than 0 of one at least. Of
+            balances less than 0 is what it brings; who does takes some resource.
+        stock: of each resource; at least 0.
+        num_balances: the last rows.
     """
     num_columns, num_rows = len(values), len(stock)
     columns = np.array(uses, dtype=float).reshape(num_columns, num_rows).T
@@ -56,7 +63,8 @@ def pack(
         _pivot(rows, right, gains, _leaving(rows[:, entering], right, basis), entering, basis)
     counts = np.zeros(len(gains))
     counts[basis] = right
-    prices = _raised(np.maximum(-gains[num_columns:], 0.0), np.array(values, dtype=float), columns)
+    prices = np.maximum(-gains[num_columns:], 0.0)
+    prices = _balanced(prices, np.array(values, dtype=float), columns, num_rows - num_balances)
     return Packing(
         tuple(counts[:num_columns].tolist()),
         tuple(prices.tolist()),
@@ -90,6 +98,18 @@ def _pivot(
     basis[leaving] = entering
 
 
+def _balanced(prices: Array, values: Array, columns: Array, num_resources: int) -> Array:
+    """Prices at which no column is worth more than what it takes, less what it brings."""
+    takes, balances = columns[:num_resources], columns[num_resources:]
+    own = prices[num_resources:]
+    for column in np.flatnonzero(~takes.any(axis=0)):  # nothing but balances pay for these
+        use = balances[:, column]
+        short = values[column] - own @ use
+        own = own + np.maximum(short, 0.0) / use.sum() * (use > 0)
+    values = values - own @ balances
+    return np.concatenate([_raised(prices[:num_resources], values, takes), own])
+
+
 def _raised(prices: Array, values: Array, columns: Array) -> Array:
     """Prices at which no column is worth more than what it takes."""
     costs = prices @ columns
@@ -100,6 +120,6 @@ def _raised(prices: Array, values: Array, columns: Array) -> Array:
             use = columns[:, column]
             prices = np.where(use > 0, np.maximum(prices, values[column] / use.sum()), prices)
         costs = prices @ columns
-    over = values > costs
+    over = values > costs + _NOTHING * max(1.0, float(values.max(initial=0.0)))
     scale = float((values[over] / costs[over]).max(initial=1.0))
     return prices * scale

@@ -12,8 +12,9 @@ out so that the way through all of them is shortest. Knows nothing of who decode
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
+from shoal.core.cluster import Device
 from shoal.core.split import Range, shards, split_by_weights
 from shoal.planner.bits import within
 from shoal.planner.fill import Option, StageTimes
@@ -75,16 +76,22 @@ def starting(chain: Chain, rate_per_s: float | None, fixed: Fixed = None) -> Ope
 
 def moved_s(problem: Problem, names: Collection[str]) -> float:
     """In which KV of a prompt gets to a replica on these devices, from wherever it was computed."""
-    cluster, goal, spec = problem.cluster, problem.goal, problem.spec
+    cluster = problem.cluster
     outside = [each.name for each in cluster.devices if each.name not in names]
     inside = [cluster.device(name) for name in names]
-    numbers = numbers_for(inside, goal.precisions[0], goal.kv_precision) or Numbers()
-    layers = Range(0, spec.num_layers)
-    whole = split_by_weights(spec, [1.0])
-    (shard,) = shards(whole, layers, has_embedding=True, has_head=True)
-    size = goal.input_tokens * kv_token_bytes(spec, shard, numbers)
+    size_bytes = kv_bytes(problem, inside)
     links = {cluster.link(a.name, b) for a in inside for b in outside}
-    return max((message_s(link, size) for link in links), default=0.0)
+    return max((message_s(link, size_bytes) for link in links), default=0.0)
+
+
+def kv_bytes(problem: Problem, devices: Sequence[Device]) -> float:
+    """Of a prompt's KV, as these devices keep it."""
+    goal, spec = problem.goal, problem.spec
+    numbers = numbers_for(devices, goal.precisions[0], goal.kv_precision) or Numbers()
+    whole = split_by_weights(spec, [1.0])
+    layers = Range(0, spec.num_layers)
+    (shard,) = shards(whole, layers, has_embedding=True, has_head=True)
+    return goal.input_tokens * kv_token_bytes(spec, shard, numbers)
 
 
 def _is_within(

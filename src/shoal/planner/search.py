@@ -24,6 +24,7 @@ from shoal.planner.more_bits import likeness, with_more_bits
 from shoal.planner.pipeline import Operation
 from shoal.planner.profiles import Problem
 from shoal.planner.quality import log_limit, loss_of, percent
+from shoal.planner.roles import with_roles
 from shoal.planner.service import keeps, peak, quickest
 from shoal.planner.small import MOST_DEVICES, SmallSearch
 from shoal.policy.cost_model.memory import kv_token_bytes, weight_bytes
@@ -154,15 +155,15 @@ def _search(problem: Problem) -> Outcome | None:
         "latency": large.quickest,
         "cost": large.cheapest,
     }[goal.objective]()
+    if goal.may_specialise and goal.objective != "latency":
+        found = with_roles(problem, found)
     outcome = _outcome(problem, found.choices, found.bound, is_exact=False)
     if outcome is None:
         return None
     # Over the links that its devices have, a replica may do better than its column.
     nearest = max if goal.objective == "goodput" else min
     bound = nearest(found.bound, outcome.value)
-    kinds = (problem.cluster.device(large.example(sort)).kind for sort in range(large.num_sorts))
-    prices = tuple(zip(kinds, large.prices, strict=False))
-    return replace(outcome, bound=bound, num_looked_at=found.num_columns, prices=prices)
+    return replace(outcome, bound=bound, num_looked_at=found.num_columns, prices=found.prices)
 
 
 def _outcome(
@@ -218,9 +219,10 @@ def _serving(choice: Choice, rate_per_s: float) -> Operation:
 
 
 def _at_its_most(choice: Choice) -> Choice:
-    """The same layers, working as hard as the SLO lets them."""
-    operation = choice.operation
-    most = peak(choice.chain, (operation.layers, operation.variants))
+    """The same layers, working as hard as the SLO lets them; as they can, where it is kept by
+    nothing."""
+    held = choice.operation.held
+    most = peak(choice.chain, held) or peak(choice.chain.without_slo(), held)
     return choice if most is None else replace(choice, operation=most)
 
 
@@ -250,7 +252,7 @@ def _nearest(problem: Problem) -> Outcome:
             return replace(found, unmet=(reason, *found.unmet))
     raise ConfigError(
         f"{_shortage(problem)}, and fewer bits do not help ({', '.join(_FEWER_BITS)}); add "
-        "devices, or take a smaller model"
+        "devices, or take a smaller model or shorter requests"
     )
 
 

@@ -34,7 +34,7 @@ _WORTH_RATE = 1e-3
 """Gains below that are none: fewer devices are better then."""
 _NUM_POLISHED = 4
 """Pipelines of a set whose layers are looked at closely."""
-_WORTH_ROLES = 5e-3
+WORTH_ROLES = 5e-3
 """Moving KV about for less than that is not worth it."""
 
 
@@ -106,7 +106,7 @@ class SmallSearch:
         best = self._in_role(names, "any")
         if not self.problem.goal.may_specialise:
             return best
-        most = carried(best) * (1 + _WORTH_ROLES)
+        most = carried(best) * (1 + WORTH_ROLES)
         for starters in subsets(names):
             starting = self._in_role(starters, "prefill")
             if sum(each.rate_per_s for each in starting) <= most:

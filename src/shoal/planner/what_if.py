@@ -57,7 +57,10 @@ def changed(cluster: Cluster, change: str) -> Cluster:
     """
     if found := re.fullmatch(r"without\s+(\S+(?:[,\s]+\S+)*)", change.strip()):
         names = re.split(r"[,\s]+", found[1])
-        return cluster.without(_devices(cluster, names))
+        gone = _devices(cluster, names)
+        if len(set(gone)) == len(cluster.devices):
+            raise ConfigError(f"--what-if {change!r} leaves no device; take fewer away")
+        return cluster.without(gone)
     if found := re.fullmatch(r"(\S+)\s+at\s+([0-9.]{1,8})\s*%", change.strip()):
         share = float(found[2]) / 100 if re.fullmatch(r"[0-9]*\.?[0-9]+", found[2]) else 0.0
         if not 0 < share <= 1:

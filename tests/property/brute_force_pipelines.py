@@ -19,7 +19,6 @@ from functools import cache
 import numpy as np
 from brute_force_groups import Array, Group
 
-from shoal.core.latency import Slo
 from shoal.planner.profiles import Problem
 from shoal.policy.cost_model.transport import message_s
 
@@ -136,7 +135,7 @@ class Pipelines:
         if slo.ttft_s is not None:
             kept &= self._ttft_s(stages, times, arrivals, late=True) + wait_s <= slo.ttft_s
         found = np.where(kept, took_s, np.inf).min(axis=0) + wait_s
-        if slo == Slo():
+        if not rate or self.goal.objective != "latency":
             return np.asarray(found)
         most = self._carried(stages, times, num_batches, Role()).max(axis=0, initial=0.0)
         return np.asarray(np.where(most >= rate, found, np.inf))

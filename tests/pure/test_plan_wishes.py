@@ -127,10 +127,10 @@ def test_a_request_alone_is_told_as_that(tmp_path: Path) -> None:
 
 
 def test_where_no_bound_is_known_none_is_told(tmp_path: Path) -> None:
-    """The plan that carries most stands in for one of least latency, which misses the SLO."""
-    cluster = cluster_of(tmp_path, "devices: 8x L40S pcie4")
+    """The plan that carries most stands in where whole replicas of little latency don't carry the rate."""
+    cluster = cluster_of(tmp_path, "devices: 7x L40S pcie4")
     problem = Problem(SPEC, cluster, Goal(slo=Slo(ttft_s=0.3, tpot_s=0.05)))
-    rate_per_s = 0.999 * find_plan(problem).capacity_per_s
+    rate_per_s = 0.97 * find_plan(problem).capacity_per_s
     goal = replace(problem.goal, objective="latency", rate_per_s=rate_per_s)
     found = find_plan(replace(problem, goal=goal))
     told = report(found, [])

@@ -184,7 +184,7 @@ class LargeSearch:
     def _served(self, choice: Choice, share: float) -> Operation:
         """At its share of the rate, over the links that it has."""
         rate_per_s = (self.problem.goal.rate_per_s or 0.0) * share
-        return quickest(choice.chain, rate_per_s) or choice.operation
+        return quickest(choice.chain, rate_per_s, within_slo=True) or choice.operation
 
     def _mixed(
         self, stock: Sequence[int], most_rounds: int, spare: Spare = (0.0, 0.0)

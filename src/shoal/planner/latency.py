@@ -20,8 +20,8 @@ from dataclasses import replace
 from shoal.planner.ceiling import least_latency_s
 from shoal.planner.chains import Bench, Names
 from shoal.planner.choice import Choice, moved
-from shoal.planner.pipeline import Chain, Operation
-from shoal.planner.service import peak, quickest, quickest_polished
+from shoal.planner.pipeline import Chain
+from shoal.planner.service import has_seats, quickest, quickest_polished
 
 SIXTEENTHS = 16
 _WORTH = 1e-3
@@ -143,13 +143,6 @@ def quickest_of(
         timed: pipelines and what none of them can be below, the least first.
         within_slo: those that do not keep it, with places for bunches of arrivals, are none.
     """
-
-    def is_carried(chain: Chain, operation: Operation) -> bool:
-        if not within_slo:
-            return True
-        most = peak(chain, operation.held)
-        return most is not None and most.rate_per_s >= rate_per_s
-
     output_tokens, best_s = 0.0, math.inf
     found: list[Choice] = []
     for least_s, chain in timed:
@@ -159,7 +152,7 @@ def quickest_of(
             continue
         operation = quickest(chain, rate_per_s, within_slo=within_slo)
         output_tokens = chain.goal.output_tokens
-        if operation is not None and is_carried(chain, operation):
+        if operation is not None:
             found.append(Choice(chain, operation))
             best_s = min(best_s, operation.latency_s(output_tokens))
 
@@ -172,7 +165,7 @@ def quickest_of(
         operation = quickest_polished(
             choice.chain, rate_per_s, choice.operation, within_slo=within_slo
         )
-        is_better = is_carried(choice.chain, operation)
+        is_better = not within_slo or has_seats(choice.chain, operation, rate_per_s)
         return replace(choice, operation=operation) if is_better else choice
 
     return min(map(polished, near[:_NUM_POLISHED]), key=latency_s, default=None)

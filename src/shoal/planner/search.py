@@ -130,14 +130,25 @@ def find_plan(problem: Problem) -> Outcome:
 
 
 def _within_slo(problem: Problem, quickest: Outcome) -> Outcome:
-    """Who wants low latency gets the lowest there is within the SLO; where nothing keeps it, the
-    plan that carries most if that one does, or else the lowest latency of all."""
-    if problem.goal.objective != "latency" or problem.goal.slo == Slo():
+    """Who wants low latency gets the lowest there is within the SLO, at the rate; where nothing keeps
+    both, the plan that carries most if that one does, or carries more of the rate, or else the
+    lowest latency of all."""
+    if problem.goal.objective != "latency":
         return quickest
     most = _search(_with(problem, replace(problem.goal, objective="goodput")))
-    if most is None or most.unmet:
+    is_short = quickest.flow_per_s < (problem.goal.rate_per_s or 0.0) * (1 - 1e-9)
+    if most is None or (most.unmet and not (is_short and _carries_more(most, quickest))):
         return quickest
+    return _stand_in(problem, most)
+
+
+def _stand_in(problem: Problem, most: Outcome) -> Outcome:
+    """What carries most, where nothing is known of lower latencies."""
     return replace(most, problem=problem, bound=None, is_exact=False, num_looked_at=0)
+
+
+def _carries_more(one: Outcome, other: Outcome) -> bool:
+    return one.flow_per_s > other.flow_per_s * (1 + 1e-9)
 
 
 def _search(problem: Problem) -> Outcome | None:
@@ -231,6 +242,8 @@ def _nearest(problem: Problem) -> Outcome:
     goal = problem.goal
     if goal.objective != "goodput":
         carried = _search(_with(problem, replace(goal, objective="goodput")))
+        if carried is not None and goal.objective == "latency" and not carried.unmet:
+            return _stand_in(problem, carried)
         if carried is not None:
             return replace(carried, unmet=carried.unmet or _no_rate(carried))
     if goal.slo != Slo():

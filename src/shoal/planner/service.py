@@ -41,14 +41,14 @@ def quickest(
     Where latency is the objective, a request also waits for a place.
 
     Args:
-        within_slo: None where that is not kept.
+        within_slo: None where that is not kept, or bunches of arrivals find no seats (`has_seats`).
     """
     if chain.role == "prefill":
         return starting(chain, rate_per_s, fixed)
     counts = chain.micro_batch_counts()
     every = (_smallest(chain, count, rate_per_s, fixed) for count in counts)
     waits = rate_per_s > 0 and chain.goal.objective == "latency"
-    output_tokens, best = chain.goal.output_tokens, None
+    output_tokens, best, lacks_seats = chain.goal.output_tokens, None, False
     found = (each for each in every if each is not None)
     for each in sorted(found, key=lambda each: each.latency_s(output_tokens)):
         if best is not None and each.latency_s(output_tokens) >= best.latency_s(output_tokens):
@@ -57,11 +57,26 @@ def quickest(
         if served is None or (within_slo and not keeps(chain.goal, served)):
             continue
         if best is None or served.latency_s(output_tokens) < best.latency_s(output_tokens):
+            if within_slo and not has_seats(chain, served, rate_per_s):
+                lacks_seats = True
+                continue
             best = served
-    if best is None and fixed is None and within_slo and chain.goal.slo.ttft_s is not None:
-        held = prompt_layers(chain)
-        return quickest(chain, rate_per_s, held, within_slo=True) if held is not None else None
-    return best
+    if best is not None or fixed is not None or not within_slo:
+        return best
+    others = [prompt_layers(chain)] if chain.goal.slo.ttft_s is not None else []
+    if lacks_seats and (most := peak(chain)) is not None:
+        others.append(most.held)
+    tried = (quickest(chain, rate_per_s, held, within_slo=True) for held in others if held)
+    return next((each for each in tried if each is not None), None)
+
+
+def has_seats(chain: Chain, operation: Operation, rate_per_s: float) -> bool:
+    """Whether its layers carry a rate with seats for bunches of arrivals, within the SLO; asked
+    where latency is the objective, as waits by M/M/c alone would fill all places."""
+    if not rate_per_s or chain.goal.objective != "latency":
+        return True
+    most = peak(chain, operation.held)
+    return most is not None and most.rate_per_s * (1 + _SLACK) >= rate_per_s
 
 
 def peak_polished(chain: Chain, found: Operation) -> Operation:

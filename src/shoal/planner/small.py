@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 
-from shoal.core.latency import Slo
 from shoal.core.plan import Role
 from shoal.planner.ceiling import ceiling
 from shoal.planner.chains import Bench, Names
@@ -72,11 +71,11 @@ class SmallSearch:
         return best[2] if best else ()
 
     def quickest(self) -> tuple[Choice, ...]:
-        """The least mean latency at the goal's rate, within the SLO if anything keeps it; empty:
-        nothing carries the rate."""
+        """The least mean latency at the goal's rate, within the SLO and with seats for bunches of
+        arrivals if anything is; empty: nothing carries the rate."""
         goal = self.problem.goal
         rate_per_s = goal.rate_per_s or 0.0
-        for within_slo in (True, False) if goal.slo != Slo() else (False,):
+        for within_slo in (True, False):
             search = LatencySearch(self.bench, self.names, rate_per_s, within_slo=within_slo)
             found = search.found()
             if found:

@@ -78,8 +78,8 @@ class Spread:
         points = [(i, k) for i, table in enumerate(self._tables) for k in range(len(table.rates))]
         starts = {i: n for n, (i, k) in enumerate(points) if k == 0}
         rates = np.array([self._tables[i].rates[k] for i, k in points])
-        uses = np.array([self.columns[i].uses for i, _ in points]) / rates[:, None]
-        uses = np.hstack([uses, np.ones((len(points), 1))])
+        owners = np.array([i for i, _ in points])
+        uses = np.array([each.uses for each in self.columns], dtype=float)
         floors = np.array([self._tables[i].floor_s(k - 1) for i, k in points])
         # All columns at their most, so that the rate is carried if it can be.
         active = {n for n, (i, k) in enumerate(points) if k == len(self._tables[i].rates) - 1}
@@ -87,8 +87,10 @@ class Spread:
         while True:
             chosen = sorted(active)
             values = worth_s - floors
-            packing = pack(values[chosen], uses[chosen], (*self.stock, self.rate_per_s))
-            gains = values - uses @ np.array(packing.prices)
+            own = np.hstack([uses[owners[chosen]] / rates[chosen, None], np.ones((len(chosen), 1))])
+            packing = pack(values[chosen], own, (*self.stock, self.rate_per_s))
+            prices = np.array(packing.prices)
+            gains = values - (uses @ prices[:-1])[owners] / rates - prices[-1]
             better = [n for n in np.argsort(-gains)[:_MOST_ADDED] if gains[n] > _WORTH * _WORTH]
             if not active.issuperset(better):
                 active.update(better)
@@ -258,7 +260,12 @@ class _Table:
         return self._known[point]
 
     def operation(self, rate_per_s: float) -> Operation | None:
-        return quickest(self.column.choice.chain, rate_per_s)
+        choice = self.column.choice
+        if not rate_per_s:
+            return quickest(choice.chain, 0.0)
+        found = quickest(choice.chain, rate_per_s, within_slo=True)
+        # The layers that carry most have seats for any rate below, though some wait for longer.
+        return found or quickest(choice.chain, rate_per_s, choice.operation.held)
 
     def worthwhile(self, cost_s: float) -> int:
         """The point to which a bit more adds no more than that, in requests under way for each

@@ -22,6 +22,7 @@ MESSAGE_BYTES = (1 << 10, 16 << 10, 128 << 10, 1 << 20)
 SUM_BYTES = (4 << 10, 32 << 10, 256 << 10, 2 << 20)
 
 _ROUNDS, _LEAST_ROUNDS = 15, 3
+_SUM_ROUNDS = 150
 _LONGEST_S = 1.0
 
 
@@ -48,7 +49,7 @@ def sum_points(group: Group, device: torch.device) -> Points:
     for size in SUM_BYTES:
         tensor = torch.ones(size // 4, device=device)
         last_s = points[-1][1] if points else 0.0
-        took_s = _agreed(group, _sum_s(group, tensor, _rounds(last_s)), device)
+        took_s = _agreed(group, _sum_s(group, tensor, _rounds(last_s, _SUM_ROUNDS)), device)
         points.append((size, max(took_s, last_s * 1.0001)))
         if _takes_long(points):
             break
@@ -56,14 +57,16 @@ def sum_points(group: Group, device: torch.device) -> Points:
 
 
 def _sum_s(group: Group, tensor: torch.Tensor, rounds: int) -> float:
-    """All at once, then divided: ranks wait for each other in every one."""
-    group.all_reduce(tensor)  # first touches
-    _wait(tensor)
-    began_s = time.perf_counter()
-    for _ in range(rounds):
+    """The median: a rank that loses its core for some milliseconds is as long as thirty sums."""
+
+    def take_s() -> float:
+        began_s = time.perf_counter()
         group.all_reduce(tensor)
         _wait(tensor)
-    return (time.perf_counter() - began_s) / rounds
+        return time.perf_counter() - began_s
+
+    take_s()  # first touches
+    return _median(take_s, rounds)
 
 
 def _agreed(group: Group, seconds: float, device: torch.device) -> float:
@@ -83,9 +86,9 @@ def _takes_long(points: list[tuple[int, float]]) -> bool:
     return len(points) > 1 and points[-1][1] * 8 > _LONGEST_S
 
 
-def _rounds(last_s: float) -> int:
-    """As many as fit into a second, by what the size before took."""
-    return min(_ROUNDS, max(_LEAST_ROUNDS, int(_LONGEST_S / max(last_s * 4, 1e-6))))
+def _rounds(last_s: float, most: int = _ROUNDS) -> int:
+    """As many as fit into a quarter of a second, by what the size before took."""
+    return min(most, max(_LEAST_ROUNDS, int(_LONGEST_S / max(last_s * 4, 1e-6))))
 
 
 def _median(take_s: Callable[[], float], rounds: int) -> float:

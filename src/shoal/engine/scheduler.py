@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 
 from shoal.core.step import BLOCK_SIZE, StepRow
 from shoal.engine.batch import Batch, Rows

@@ -127,7 +127,7 @@ def test_a_request_alone_is_told_as_that(tmp_path: Path) -> None:
 
 
 def test_where_no_bound_is_known_none_is_told(tmp_path: Path) -> None:
-    """The plan that carries most stands in where whole replicas of little latency don't carry the rate."""
+    """Where replicas of low latency don't carry the rate, what carries most stands in."""
     cluster = cluster_of(tmp_path, "devices: 7x L40S pcie4")
     problem = Problem(SPEC, cluster, Goal(slo=Slo(ttft_s=0.3, tpot_s=0.05)))
     rate_per_s = 0.97 * find_plan(problem).capacity_per_s

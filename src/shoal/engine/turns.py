@@ -3,8 +3,8 @@
 In a pipeline of S stages a Step decodes for one S-th of those that run there, and for nobody who is
 in one of the S - 1 Steps before it: a single token that is still to be sampled there would hold up
 the first stage for all others in the Step. So those that decode fall into S groups that follow each
-other; what a group has more than its share goes with the next one. Rows that rebuild KV on the first
-hops alone go into Steps of their own, in turns with the others.
+other; what a group has more than its share goes with the next one. Rows that rebuild KV on the
+first hops alone go into Steps of their own, in turns with the others.
 
 Knows nothing of blocks or of tokens.
 """

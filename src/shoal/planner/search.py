@@ -130,9 +130,9 @@ def find_plan(problem: Problem) -> Outcome:
 
 
 def _within_slo(problem: Problem, quickest: Outcome) -> Outcome:
-    """Who wants low latency gets the lowest there is within the SLO, at the rate; where nothing keeps
-    both, the plan that carries most if that one does, or carries more of the rate, or else the
-    lowest latency of all."""
+    """Who wants low latency gets the lowest there is within the SLO, at the rate; where nothing
+    keeps both, the plan that carries most if that one does, or carries more of the rate, or else
+    the lowest latency of all."""
     if problem.goal.objective != "latency":
         return quickest
     most = _search(_with(problem, replace(problem.goal, objective="goodput")))

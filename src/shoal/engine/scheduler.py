@@ -66,6 +66,15 @@ class Scheduler:
             self._let_go(sequence)
         sequence.status = Status.FINISHED
 
+    def routes(self) -> list[int]:
+        """Usable ones that somebody runs on, and one more where somebody waits to be admitted."""
+        usable = self.places.usable
+        if len(usable) == 1:
+            return usable
+        used = {sequence.route for sequence in self.running}
+        others = [route for route in usable if route not in used] if self.waiting else []
+        return [*(route for route in usable if route in used), *others[:1]]
+
     def fill(self, route: int, step_id: int) -> Batch:
         """The next Step of a route; without rows if there is nothing to do."""
         if self.has_suspects and (suspect := self._suspect()) is not None:

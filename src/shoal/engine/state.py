@@ -275,7 +275,7 @@ class EngineState:
         )
         while (progress := flight.next_step_id + scheduler.num_admissions) != before:
             before = progress
-            for route in scheduler.places.usable:
+            for route in scheduler.routes():
                 if not flight.has_room(route):
                     continue
                 batch = scheduler.fill(route, flight.next_step_id)

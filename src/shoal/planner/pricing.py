@@ -94,7 +94,7 @@ class Pricing:
         """Of so many stages, none of which takes longer: those that just hold all layers, and those
         that hold embedding and head besides."""
         held = ((each, self._held(each, batch, depth, pace_s)) for each in self.offers)
-        items = [(each, layers) for each, layers in held if layers]
+        items = _worthwhile([(each, layers) for each, layers in held if layers], depth)
         if not items:
             return
         cost, taken = packed_stages(
@@ -127,6 +127,19 @@ class Pricing:
             for resource, count in each.uses:
                 left[resource] -= count * each.instances
         return min(left) >= 0
+
+
+def _worthwhile(items: Sequence[tuple[Offer, int]], depth: int) -> list[tuple[Offer, int]]:
+    """Without those that another one, of which there are enough for all stages, is at least as
+    good as in price and layers."""
+    order = sorted(range(len(items)), key=lambda n: (items[n][0].price, -items[n][1], n))
+    kept, most = set[int](), 0
+    for number in order:
+        offer, layers = items[number]
+        if layers > most:
+            kept.add(number)
+            most = layers if offer.copies >= depth else most
+    return [each for number, each in enumerate(items) if number in kept]
 
 
 def packed_stages(

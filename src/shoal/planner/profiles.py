@@ -101,15 +101,14 @@ class Variant:
             spec, self._ends[True, True], devices, cluster, numbers, engine=engine
         )
         self._rooms = [self._rank_room(device, rank) for rank, device in enumerate(devices)]
-        self._unlike: list[_Room] = []
-        for each in self._rooms:
-            if each not in self._unlike:
-                self._unlike.append(each)
+        rooms = self._rooms
+        self._unlike = [each for n, each in enumerate(rooms) if each not in rooms[:n]]
         self.log_loss = loss_of(spec, self.precision).log_ratio
         self.step_s = self.cost.step_s
         prompt = self.cost.time(problem.prompt())
         self.prompt_layer_s = (prompt.total_s - self.step_s) / self._num_layers
         self._layer_s: dict[int, float] = {}
+        self._most_layers: dict[tuple[int, bool, bool], int] = {}
         self._end_s: dict[int, float] = alike._end_s if alike else {}
 
     @property
@@ -140,8 +139,12 @@ class Variant:
 
     def most_layers(self, num_sequences: int, is_first: bool, is_last: bool) -> int:
         """That fit beside the KV of so many sequences, and of the longest one there may be."""
-        tokens = self.problem.kept_tokens(num_sequences)
-        return max(min(each.most_layers(tokens, is_first, is_last) for each in self._unlike), 0)
+        place = num_sequences, is_first, is_last
+        if place not in self._most_layers:
+            tokens = self.problem.kept_tokens(num_sequences)
+            rooms = (each.most_layers(tokens, is_first, is_last) for each in self._unlike)
+            self._most_layers[place] = max(min(rooms), 0)
+        return self._most_layers[place]
 
     def qualities(self) -> tuple[float, ...]:
         """What should be little: times of a layer, and what it takes of the room there is."""

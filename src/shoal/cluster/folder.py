@@ -15,13 +15,13 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from shoal.core.errors import ConfigError
+from shoal.core.whole_file import write_whole
 
 _TOKEN = re.compile(r"[0-9a-f]{32,128}")
 
@@ -105,10 +105,7 @@ class ClusterFolder:
             ) from error
 
     def write_record(self, record: Record) -> None:
-        handle, name = tempfile.mkstemp(dir=self.path)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(asdict(record), file)
-        Path(name).replace(self._record)
+        write_whole(self._record, json.dumps(asdict(record)))
 
     def remove(self) -> None:
         """All of it."""

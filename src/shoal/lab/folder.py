@@ -16,7 +16,6 @@ import fcntl
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.core.errors import ConfigError
+from shoal.core.whole_file import write_whole
 
 STATE_VARIABLE = "SHOAL_LAB_STATE"
 
@@ -115,7 +115,7 @@ class LabFolder:
         return _settings(_read(self.settings))
 
     def write_settings(self, settings: Settings) -> None:
-        _write(self.settings, json.dumps(asdict(settings), indent=1))
+        write_whole(self.settings, json.dumps(asdict(settings), indent=1))
 
     @property
     def has_record(self) -> bool:
@@ -133,7 +133,7 @@ class LabFolder:
             raise _damaged(self._record, error) from error
 
     def write_record(self, record: Record) -> None:
-        _write(self._record, json.dumps(asdict(record), indent=1))
+        write_whole(self._record, json.dumps(asdict(record), indent=1))
 
     def worker_pids(self) -> dict[str, int]:
         """Of the workers that the server last started; the first replica's by short names too."""
@@ -190,10 +190,3 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _damaged(path: Path, why: object) -> ConfigError:
     return ConfigError(f"the lab's {path} cannot be read ({why}); take it down: shoal lab down")
-
-
-def _write(path: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    Path(name).replace(path)
